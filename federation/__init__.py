@@ -1,0 +1,1 @@
+"""Federation of digital twins: shared time, shared state, coupled scenarios, joint plans."""

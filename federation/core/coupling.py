@@ -1,0 +1,403 @@
+"""How outputs of members feed inputs of others: units, sparse maps, delays, order of steps."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+import networkx as nx
+import numpy as np
+import pint
+from numpy.typing import NDArray
+
+from federation.errors import Reason, ScenarioError
+from federation.twin import SYSTEM, Causality, Description, Variable, Vector
+
+MAX_CAUSES = 8
+"""How many causes one input entry carries; enough to explain, few enough to read."""
+
+
+class Combine(StrEnum):
+    """What becomes of several sources of one input entry."""
+
+    ERROR = "error"
+    SUM = "sum"
+    MAX = "max"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """An output variable of one member that feeds an input of another.
+
+    `links` maps source entity to target entity with a weight; None joins entities of the
+    same id, and spreads a `system` scalar over all targets. `delay_ns` 0 makes a value
+    visible in its own instant.
+    """
+
+    source: str
+    output: str
+    target: str
+    input: str
+    delay_ns: int = 0
+    links: tuple[tuple[str, str, float], ...] | None = None
+    combine: Combine = Combine.ERROR
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}.{self.output} -> {self.target}.{self.input}"
+
+
+@dataclass(frozen=True, slots=True)
+class Actuation:
+    """The right of one member to set another's actuators, `delay_ns` > 0 after it decided."""
+
+    source: str
+    target: str
+    delay_ns: int
+
+
+@lru_cache(maxsize=1)
+def unit_registry() -> pint.UnitRegistry[float]:
+    """The field's units, with people, patients, vehicles and crews as plain counts."""
+    registry: pint.UnitRegistry[float] = pint.UnitRegistry()
+    for count in ("person = [person] = persons = people", "vehicle = [vehicle] = veh"):
+        registry.define(count)
+    return registry
+
+
+@lru_cache(maxsize=4096)
+def conversion(source: str, target: str) -> tuple[float, float]:
+    """The `(factor, offset)` that turns a number in `source` into one in `target`."""
+    if source == target:
+        parse_unit(source)
+        return 1.0, 0.0
+    registry = unit_registry()
+    a, b = parse_unit(source), parse_unit(target)
+    try:
+        offset = float(registry.Quantity(0.0, a).to(b).magnitude)
+        one = float(registry.Quantity(1.0, a).to(b).magnitude)
+    except pint.DimensionalityError as error:
+        raise ScenarioError(
+            Reason.INCOMPATIBLE_UNITS,
+            f"{source!r} can't be converted to {target!r}: {error}",
+            {"source_unit": source, "target_unit": target},
+        ) from None
+    return one - offset, offset
+
+
+def parse_unit(text: str) -> pint.Unit:
+    """Read a unit, or say that it is unknown."""
+    try:
+        return unit_registry().Unit("" if text == "1" else text)
+    except (pint.UndefinedUnitError, pint.errors.DefinitionSyntaxError, ValueError, TypeError):
+        raise ScenarioError(
+            Reason.UNKNOWN_UNIT,
+            f"{text!r} is not a unit that pint knows",
+            {"unit": text},
+        ) from None
+    except Exception as error:  # pint's parser lets tokenizer errors through
+        raise ScenarioError(
+            Reason.UNKNOWN_UNIT, f"{text!r} can't be read as a unit: {error}", {"unit": text}
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A coupling resolved to indices: `target[rows] = factor * weight * source[columns] + offset`.
+
+    `targets_of[column]` lists the rows that a source entry feeds.
+    """
+
+    coupling: Coupling
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    gain: Vector
+    offset: float
+    targets_of: Mapping[int, tuple[int, ...]]
+
+    def carry(self, source: Vector) -> Vector:
+        """The contribution of each link, in the order of `rows`."""
+        return source[self.columns] * self.gain + self.offset
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One input of one member with all wires that feed it."""
+
+    member: str
+    variable: Variable
+    size: int
+    combine: Combine
+    wires: tuple[Wire, ...]
+    sources_of: Mapping[int, tuple[tuple[int, int], ...]]
+    """Per target row the `(wire, column)` pairs behind it, in order of declaration."""
+
+    def initial(self) -> Vector:
+        return np.full(self.size, self.variable.initial)
+
+    def combined(self, visible: Sequence[Vector | None]) -> Vector:
+        """The input's value from the visible value of each wire (None before its first)."""
+        result = self.initial()
+        if self.combine is Combine.ERROR:
+            for wire, value in zip(self.wires, visible, strict=True):
+                if value is not None:
+                    result[wire.rows] = wire.carry(value)
+            return result
+        total = np.full(self.size, -np.inf if self.combine is Combine.MAX else 0.0)
+        count = np.zeros(self.size)
+        for wire, value in zip(self.wires, visible, strict=True):
+            if value is None:
+                continue
+            np.add.at(count, wire.rows, 1.0)
+            if self.combine is Combine.MAX:
+                np.maximum.at(total, wire.rows, wire.carry(value))
+            else:
+                np.add.at(total, wire.rows, wire.carry(value))
+        fed = count > 0
+        if self.combine is Combine.MEAN:
+            total[fed] /= count[fed]
+        result[fed] = total[fed]
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Members that step together at an instant: one, or a loop of instant couplings."""
+
+    index: int
+    members: tuple[str, ...]
+    is_loop: bool
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """All members and couplings, checked and ordered; made by `wire`."""
+
+    descriptions: Mapping[str, Description]
+    couplings: tuple[Coupling, ...]
+    actuations: tuple[Actuation, ...]
+    slots: Mapping[str, tuple[Slot, ...]]
+    units: tuple[Unit, ...]
+    rank: Mapping[str, int]
+    unit_of: Mapping[str, int]
+    inward: tuple[tuple[tuple[int, int], ...], ...]
+    """Per unit its `(source unit, shortest delay_ns)` from other units."""
+    outward: tuple[tuple[int, ...], ...]
+    echo_ns: tuple[int, ...]
+    """Per unit the shortest delay after which it hears itself; beyond all time if never."""
+
+
+def wire(
+    descriptions: Mapping[str, Description],
+    couplings: Iterable[Coupling],
+    actuations: Iterable[Actuation] = (),
+) -> Wiring:
+    """Check every coupling against the descriptions and fix the order of steps.
+
+    Raises `ScenarioError`: UNKNOWN_MEMBER, UNKNOWN_VARIABLE, UNKNOWN_ENTITY, UNKNOWN_UNIT,
+    INCOMPATIBLE_UNITS, AMBIGUOUS_INPUT or LOOP_WITHOUT_DELAY. Nothing has started by then.
+    """
+    couplings, actuations = tuple(couplings), tuple(actuations)
+    by_input: dict[tuple[str, str], list[Wire]] = {}
+    combine: dict[tuple[str, str], Combine] = {}
+    for coupling in couplings:
+        resolved = _resolve(descriptions, coupling)
+        key = (coupling.target, coupling.input)
+        by_input.setdefault(key, []).append(resolved)
+        if combine.setdefault(key, coupling.combine) is not coupling.combine:
+            raise ScenarioError(
+                Reason.AMBIGUOUS_INPUT,
+                f"couplings into {coupling.target}.{coupling.input} combine in different ways",
+                {"coupling": coupling.name},
+            )
+    for actuation in actuations:
+        for member in (actuation.source, actuation.target):
+            _description(descriptions, member, "an actuation")
+        if actuation.delay_ns <= 0:
+            raise ScenarioError(
+                Reason.LOOP_WITHOUT_DELAY,
+                f"{actuation.source} acts on {actuation.target} without delay; "
+                "an action needs a delay of at least 1 ns",
+            )
+    slots: dict[str, tuple[Slot, ...]] = {}
+    for name, description in descriptions.items():
+        for variable in description.variables:
+            parse_unit(variable.unit)
+        slots[name] = tuple(
+            _slot(name, description, variable, by_input, combine)
+            for variable in description.inputs()
+        )
+    units, rank = _order(descriptions, couplings)
+    unit_of = {member: unit.index for unit in units for member in unit.members}
+    shortest: dict[tuple[int, int], int] = {}
+    edges = [(c.source, c.target, c.delay_ns) for c in couplings]
+    edges += [(a.source, a.target, a.delay_ns) for a in actuations]
+    for source, target, delay_ns in edges:
+        pair = (unit_of[source], unit_of[target])
+        shortest[pair] = min(delay_ns, shortest.get(pair, delay_ns))
+    inward: list[list[tuple[int, int]]] = [[] for _ in units]
+    outward: list[list[int]] = [[] for _ in units]
+    for (origin, destination), delay_ns in sorted(shortest.items()):
+        if origin == destination:
+            continue
+        inward[destination].append((origin, delay_ns))
+        outward[origin].append(destination)
+    return Wiring(
+        dict(descriptions),
+        couplings,
+        actuations,
+        slots,
+        units,
+        rank,
+        unit_of,
+        tuple(tuple(edge) for edge in inward),
+        tuple(tuple(edge) for edge in outward),
+        tuple(shortest.get((unit.index, unit.index), 1 << 62) for unit in units),
+    )
+
+
+def _slot(
+    name: str,
+    description: Description,
+    variable: Variable,
+    by_input: Mapping[tuple[str, str], list[Wire]],
+    combine: Mapping[tuple[str, str], Combine],
+) -> Slot:
+    wires = tuple(by_input.get((name, variable.name), ()))
+    rule = combine.get((name, variable.name), Combine.ERROR)
+    ids = _ids(description, variable.kind)
+    sources: dict[int, list[tuple[int, int]]] = {}
+    for index, wire_ in enumerate(wires):
+        for row, column in zip(wire_.rows.tolist(), wire_.columns.tolist(), strict=True):
+            sources.setdefault(row, []).append((index, column))
+    if rule is Combine.ERROR:
+        for row, pairs in sources.items():
+            if len(pairs) > 1:
+                raise ScenarioError(
+                    Reason.AMBIGUOUS_INPUT,
+                    f"{name}.{variable.name}[{ids[row]}] has {len(pairs)} sources; say how "
+                    "they combine: sum, max or mean",
+                    {"member": name, "variable": variable.name, "entity": ids[row]},
+                )
+    return Slot(
+        name, variable, len(ids), rule, wires, {row: tuple(pairs) for row, pairs in sources.items()}
+    )
+
+
+def _ids(description: Description, kind: str) -> tuple[str, ...]:
+    return description.ids(kind) or ((SYSTEM,) if kind == SYSTEM else ())
+
+
+def _description(descriptions: Mapping[str, Description], member: str, what: str) -> Description:
+    found = descriptions.get(member)
+    if found is None:
+        raise ScenarioError(
+            Reason.UNKNOWN_MEMBER,
+            f"{what} names {member!r}, which is no member{_suggest(member, descriptions)}",
+            {"member": member},
+        )
+    return found
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _variable(
+    description: Description, member: str, name: str, causality: Causality, coupling: Coupling
+) -> Variable:
+    candidates = {v.name: v for v in description.variables if v.causality is causality}
+    found = candidates.get(name)
+    if found is None:
+        raise ScenarioError(
+            Reason.UNKNOWN_VARIABLE,
+            f"{member} has no {causality.value} {name!r} (coupling {coupling.name})"
+            f"{_suggest(name, candidates)}",
+            {"member": member, "variable": name},
+        )
+    return found
+
+
+def _resolve(descriptions: Mapping[str, Description], coupling: Coupling) -> Wire:
+    what = f"coupling {coupling.name}"
+    source = _description(descriptions, coupling.source, what)
+    target = _description(descriptions, coupling.target, what)
+    output = _variable(source, coupling.source, coupling.output, Causality.OUTPUT, coupling)
+    input_ = _variable(target, coupling.target, coupling.input, Causality.INPUT, coupling)
+    if coupling.delay_ns < 0:
+        raise ScenarioError(Reason.SCENARIO_INVALID, f"{what} has a negative delay")
+    try:
+        factor, offset = conversion(output.unit, input_.unit)
+    except ScenarioError as error:
+        raise ScenarioError(
+            error.reason, f"{what}: {error.message}", {**error.metadata, "coupling": coupling.name}
+        ) from None
+    source_ids = {id_: i for i, id_ in enumerate(_ids(source, output.kind))}
+    target_ids = {id_: i for i, id_ in enumerate(_ids(target, input_.kind))}
+    links = coupling.links
+    if links is None:
+        if output.kind == SYSTEM:
+            links = tuple((SYSTEM, id_, 1.0) for id_ in target_ids)
+        else:
+            links = tuple((id_, id_, 1.0) for id_ in target_ids)
+    rows, columns, gain = [], [], []
+    targets_of: dict[int, list[int]] = {}
+    for source_id, target_id, weight in links:
+        for id_, known, side in (
+            (source_id, source_ids, "source"),
+            (target_id, target_ids, "target"),
+        ):
+            if id_ not in known:
+                raise ScenarioError(
+                    Reason.UNKNOWN_ENTITY,
+                    f"{what}: the {side} has no entity {id_!r}{_suggest(id_, known)}",
+                    {"coupling": coupling.name, "entity": id_},
+                )
+        row, column = target_ids[target_id], source_ids[source_id]
+        rows.append(row)
+        columns.append(column)
+        gain.append(factor * weight)
+        targets_of.setdefault(column, []).append(row)
+    return Wire(
+        coupling,
+        np.array(rows, dtype=np.int64),
+        np.array(columns, dtype=np.int64),
+        np.array(gain, dtype=np.float64),
+        offset,
+        {column: tuple(targets) for column, targets in targets_of.items()},
+    )
+
+
+def _order(
+    descriptions: Mapping[str, Description], couplings: Iterable[Coupling]
+) -> tuple[tuple[Unit, ...], dict[str, int]]:
+    """Condense instant couplings into units and rank members by topological order, then name."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph.add_nodes_from(sorted(descriptions))
+    graph.add_edges_from((c.source, c.target) for c in couplings if c.delay_ns == 0)
+    condensed = nx.condensation(graph)
+    first = {node: min(condensed.nodes[node]["members"]) for node in condensed}
+    units: list[Unit] = []
+    rank: dict[str, int] = {}
+    for node in nx.lexicographical_topological_sort(condensed, key=lambda n: first[n]):
+        members = tuple(sorted(condensed.nodes[node]["members"]))
+        is_loop = len(members) > 1 or graph.has_edge(members[0], members[0])
+        if is_loop:
+            stuck = [m for m in members if not descriptions[m].time.can_redo]
+            if stuck:
+                raise ScenarioError(
+                    Reason.LOOP_WITHOUT_DELAY,
+                    f"{' -> '.join((*members, members[0]))} is a loop of couplings without delay, "
+                    f"and {', '.join(stuck)} can't redo a step; give one of its couplings a delay "
+                    "of a step",
+                    {"loop": ",".join(members)},
+                )
+        for member in members:
+            rank[member] = len(rank)
+        units.append(Unit(len(units), members, is_loop))
+    return tuple(units), rank

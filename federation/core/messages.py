@@ -1,0 +1,64 @@
+"""What goes into the coordinator and what comes out: the whole vocabulary of its two sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from federation.core.ledger import Entry
+from federation.errors import FederationError
+from federation.twin import StepInput, StepResult
+
+# events in
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A member has done every step of its last grant."""
+
+    member: str
+    results: tuple[StepResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A member can't do what it was granted."""
+
+    member: str
+    error: FederationError
+
+
+Input = Stepped | Failed
+
+# effects out
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Let a member do these steps, in this order; it answers once, for all of them."""
+
+    member: str
+    steps: tuple[StepInput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """These ledger entries are final and follow all that were committed before."""
+
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Every member has reached the horizon; `digest` is the hash over the whole ledger."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """The run can't go on; nothing more will be granted."""
+
+    error: FederationError
+
+
+Effect = Grant | Commit | Finished | Aborted

@@ -1,0 +1,478 @@
+"""The Twin contract in Python: what a twin's author subclasses.
+
+A twin describes itself (entities, variables, time policy) and then advances from
+instant to instant. One `Twin` object is one session of the model; data that all
+sessions share belongs in a module-level cache. All instants and spans are integer
+nanoseconds from the start of the run. All values are float64 vectors over the
+entities of one kind, in the order in which `describe` lists them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from federation.errors import Reason, TwinError
+
+Vector = NDArray[np.float64]
+
+SECOND_NS = 1_000_000_000
+MINUTE_NS = 60 * SECOND_NS
+HOUR_NS = 60 * MINUTE_NS
+
+SYSTEM = "system"
+"""The kind of the one entity (id `system`) that scalars are variables of."""
+
+
+class Causality(StrEnum):
+    """Whether a variable is read or written by its twin."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+class Risk(StrEnum):
+    """How bad a wrong action on an actuator can be, for the grant of autonomy."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A thing that a twin models. Coordinates are WGS84 degrees, NaN if it has no place."""
+
+    id: str
+    kind: str
+    name: str = ""
+    lon_deg: float = float("nan")
+    lat_deg: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A vector over all entities of `kind`, in `unit` (a pint expression; "1" if pure).
+
+    `initial` is the value before the first that is visible. `low` and `high` bound the
+    nominal range; a value outside is legal but unusual.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    causality: Causality
+    initial: float = 0.0
+    low: float = float("-inf")
+    high: float = float("inf")
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A number that a session is opened with and that stays as it is for the whole run.
+
+    `low` and `high` bound what is plausible; `source` says where the default comes from,
+    or "assumption: ..." where no document gives it.
+    """
+
+    name: str
+    unit: str
+    default: float
+    low: float
+    high: float
+    doc: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Actuator:
+    """What may be changed from outside, one value per entity of `kind`.
+
+    A setpoint that nobody renews falls back to `safe_default` after `lease_ns` (0: it
+    holds until changed). `compensation` says in words how its effect is undone.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    low: float
+    high: float
+    safe_default: float
+    risk: Risk = Risk.LOW
+    lease_ns: int = 0
+    compensation: str = ""
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TimePolicy:
+    """When a twin steps.
+
+    `period_ns` > 0: at `offset_ns`, `offset_ns + period_ns`, ... Otherwise event-driven:
+    at `offset_ns` and then at each time that it asked for with `Step.wake_at`. With
+    `wakes_on_input` also whenever a visible input changes. `can_redo` lets a zero-delay
+    loop iterate it: it needs `snapshot` and `restore`.
+    """
+
+    period_ns: int = 0
+    offset_ns: int = 0
+    wakes_on_input: bool = False
+    can_redo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Everything that the federation may know about a twin.
+
+    `kpis` name output variables of kind `system`: their last value is the figure of a run.
+    """
+
+    model: str
+    version: str
+    domain: str
+    entities: tuple[Entity, ...]
+    variables: tuple[Variable, ...]
+    time: TimePolicy
+    parameters: tuple[Parameter, ...] = ()
+    actuators: tuple[Actuator, ...] = ()
+    kpis: tuple[str, ...] = ()
+    doc: str = ""
+    data_hash: str = ""
+
+    def ids(self, kind: str) -> tuple[str, ...]:
+        """The ids of all entities of one kind, in the order of every vector over them."""
+        return tuple(e.id for e in self.entities if e.kind == kind)
+
+    def inputs(self) -> tuple[Variable, ...]:
+        return tuple(v for v in self.variables if v.causality is Causality.INPUT)
+
+    def outputs(self) -> tuple[Variable, ...]:
+        return tuple(v for v in self.variables if v.causality is Causality.OUTPUT)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a planner would name, with the ids of the events that caused it.
+
+    `id` is `member/serial`, the serial counting from 1 in a session. `kind` is a short
+    stable word (`pump_stopped`), `entity` the id of what it happened to, `text` a sentence.
+    """
+
+    id: str
+    time_ns: int
+    kind: str
+    entity: str
+    text: str
+    causes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One new setpoint for one actuator of one entity of one member."""
+
+    member: str
+    actuator: str
+    entity: str
+    value: float
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What a session is told when it steps: only inputs that changed since its last step.
+
+    `causes[variable][index]` are the events behind an entry, sent when the entry changed.
+    """
+
+    time_ns: int
+    micro: int = 0
+    inputs: Mapping[str, Vector] = field(default_factory=dict)
+    causes: Mapping[str, Mapping[int, tuple[str, ...]]] = field(default_factory=dict)
+    actions: tuple[Action, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a session answers: the outputs that it published, its events, and what it wants.
+
+    `causes[variable][index]` is the event that explains the present value of an entry.
+    `next_ns` is the next instant wanted by an event-driven twin, or None for none.
+    """
+
+    time_ns: int
+    micro: int = 0
+    outputs: Mapping[str, Vector] = field(default_factory=dict)
+    causes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()
+    actions: tuple[Action, ...] = ()
+    next_ns: int | None = None
+
+
+def check_outputs(member: str, sizes: Mapping[str, int], result: StepResult) -> None:
+    """Refuse outputs that are undeclared, of the wrong length, or not finite."""
+    for variable, value in result.outputs.items():
+        size = sizes.get(variable)
+        where = {"member": member, "variable": variable}
+        if size is None:
+            raise TwinError(
+                Reason.UNDECLARED_OUTPUT,
+                f"{member} published {variable!r}, which it does not declare",
+                where,
+            )
+        if value.shape != (size,):
+            raise TwinError(
+                Reason.WRONG_SHAPE,
+                f"{member}.{variable} has {size} entities and {value.size} values were published",
+                where,
+            )
+        if not np.isfinite(value).all():
+            index = int(np.flatnonzero(~np.isfinite(value))[0])
+            raise TwinError(
+                Reason.NOT_FINITE,
+                f"{member}.{variable}[{index}] is {value[index]} at {result.time_ns} ns",
+                {**where, "index": str(index)},
+            )
+
+
+class Step:
+    """One step as its author sees it: read inputs and actions, publish, emit, ask to wake."""
+
+    def __init__(self, session: Session, given: StepInput) -> None:
+        self.time_ns = given.time_ns
+        self.micro = given.micro
+        self.last_ns = session.last_ns
+        self.actions = given.actions
+        self.changed = frozenset(given.inputs)
+        self._session = session
+        self._outputs: dict[str, Vector] = {}
+        self._causes: dict[str, dict[int, str]] = {}
+        self._events: list[Event] = []
+        self._actions: list[Action] = []
+        self._next_ns: int | None = None
+
+    @property
+    def span_ns(self) -> int:
+        """The time since the last step; 0 in the first."""
+        return self.time_ns - self.last_ns
+
+    @property
+    def span_h(self) -> float:
+        return self.span_ns / HOUR_NS
+
+    def __getitem__(self, variable: str) -> Vector:
+        """The visible value of an input, read-only."""
+        return self._session.values[variable]
+
+    def cause(self, variable: str, index: int) -> tuple[str, ...]:
+        """The ids of the events behind the present value of one entry of an input."""
+        return self._session.input_causes.get(variable, {}).get(index, ())
+
+    def emit(self, kind: str, entity: str, text: str, causes: Iterable[str] = ()) -> str:
+        """Record an event of this instant and return its id, to be named as a cause."""
+        self._session.serial += 1
+        event_id = f"{self._session.name}/{self._session.serial}"
+        unique = tuple(dict.fromkeys(c for c in causes if c))
+        self._events.append(Event(event_id, self.time_ns, kind, entity, text, unique))
+        return event_id
+
+    def publish(
+        self, variable: str, values: ArrayLike, causes: Mapping[int, str] | None = None
+    ) -> None:
+        """Set an output as of this instant; what is not published keeps its value.
+
+        `causes` names, per index, the event that explains the entry from now on; entries
+        that it leaves out keep their explanation.
+        """
+        vector: Vector = np.array(values, dtype=np.float64, ndmin=1)
+        vector.setflags(write=False)
+        self._outputs[variable] = vector
+        if causes:
+            self._causes.setdefault(variable, {}).update(causes)
+
+    def act(self, member: str, actuator: str, entity: str, value: float, cause: str = "") -> None:
+        """Ask for a setpoint at another member; only a member that is wired to it may."""
+        self._actions.append(Action(member, actuator, entity, value, cause))
+
+    def wake_at(self, time_ns: int) -> None:
+        """Ask for the next step (event-driven twins); the earliest call of a step counts."""
+        if time_ns <= self.time_ns:
+            raise TwinError(
+                Reason.TIME_REGRESSION,
+                f"{self._session.name} asked at {self.time_ns} ns to wake at {time_ns} ns; "
+                "a twin can only ask for a later time",
+                {"member": self._session.name},
+            )
+        self._next_ns = time_ns if self._next_ns is None else min(self._next_ns, time_ns)
+
+    def result(self) -> StepResult:
+        return StepResult(
+            self.time_ns,
+            self.micro,
+            self._outputs,
+            self._causes,
+            tuple(self._events),
+            tuple(self._actions),
+            self._next_ns,
+        )
+
+
+class Twin(ABC):
+    """A domain model. Subclass it, and `multitwin serve module:Class` makes it a service.
+
+    The constructor takes keyword arguments from the scenario's `config` (strings or
+    numbers) and must be cheap after the first time: one object is built per session.
+    """
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """Say what this twin is. Called before `open`; always gives the same answer."""
+
+    @abstractmethod
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        """Begin a session at time 0. All randomness comes from `seed`.
+
+        `parameters` holds every declared parameter, defaults filled in.
+        """
+
+    @abstractmethod
+    def advance(self, step: Step) -> None:
+        """Cover the span since the last step and publish the state at `step.time_ns`."""
+
+    def snapshot(self) -> bytes:
+        """The whole state of the session, for `restore` on a fresh object of this class."""
+        raise TwinError(Reason.UNSUPPORTED, f"{type(self).__name__} has no snapshot")
+
+    def restore(self, state: bytes) -> None:
+        raise TwinError(Reason.UNSUPPORTED, f"{type(self).__name__} has no restore")
+
+    def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock | None:
+        """What this twin could do over a horizon, as a linear block; None if nothing.
+
+        `periods_ns` are the lengths of the periods. The block describes the structure for
+        a session opened with the present parameters; the planner fixes what is broken at
+        the time of a decision through its ports.
+        """
+        return None
+
+    def close(self) -> None:
+        """Free what the session holds."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A named family of columns of a block: `columns[entity, period]`.
+
+    `role` is `available` (a component works: 0..1, set by repairs), `supply` (something
+    that the block delivers) or `need` (something that it receives); ports of role supply
+    and need are joined by the scenario's couplings of the variables named here.
+    """
+
+    name: str
+    role: str
+    kind: str
+    unit: str
+    entities: tuple[str, ...]
+    columns: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearBlock:
+    r"""min c'x + c0 subject to row_low <= A x <= row_high, low <= x <= high.
+
+    A is given by coordinates (`row_index`, `column_index`, `coefficient`). `integer` marks
+    columns that must be whole. Costs are in US dollars of 2020.
+    """
+
+    columns: tuple[str, ...]
+    low: Vector
+    high: Vector
+    cost: Vector
+    integer: NDArray[np.bool_]
+    rows: tuple[str, ...]
+    row_low: Vector
+    row_high: Vector
+    row_index: NDArray[np.int64]
+    column_index: NDArray[np.int64]
+    coefficient: Vector
+    ports: tuple[Port, ...]
+    doc: str = ""
+
+
+class Session:
+    """Runs one twin object step by step and keeps what the contract asks to be kept.
+
+    It holds the visible inputs between steps, counts events, checks what the author
+    publishes, and lets a loop redo a step by restoring the state before it.
+    """
+
+    def __init__(self, twin: Twin, name: str) -> None:
+        self.twin = twin
+        self.name = name
+        self.description = twin.describe()
+        self.values: dict[str, Vector] = {}
+        self.input_causes: dict[str, dict[int, tuple[str, ...]]] = {}
+        self.serial = 0
+        self.last_ns = 0
+        self._sizes: dict[str, int] = {}
+        self._before: tuple[bytes, int, int] | None = None
+        counts: dict[str, int] = {}
+        for entity in self.description.entities:
+            counts[entity.kind] = counts.get(entity.kind, 0) + 1
+        for variable in self.description.variables:
+            size = counts.get(variable.kind, 1 if variable.kind == SYSTEM else 0)
+            if variable.causality is Causality.INPUT:
+                initial = np.full(size, variable.initial)
+                initial.setflags(write=False)
+                self.values[variable.name] = initial
+            else:
+                self._sizes[variable.name] = size
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        known = {p.name: p.default for p in self.description.parameters}
+        for name in parameters:
+            if name not in known:
+                raise TwinError(
+                    Reason.UNKNOWN_PARAMETER,
+                    f"{self.name} has no parameter {name!r}; it has {sorted(known)}",
+                    {"member": self.name, "parameter": name},
+                )
+        self.twin.open(seed, {**known, **parameters})
+
+    def advance(self, given: StepInput) -> StepResult:
+        """Do one step, or redo the last one when `given.micro` > 0."""
+        if self.description.time.can_redo:
+            if given.micro == 0 or self._before is None:
+                self._before = (self.twin.snapshot(), self.serial, self.last_ns)
+            else:
+                state, self.serial, self.last_ns = self._before
+                self.twin.restore(state)
+        for variable, value in given.inputs.items():
+            if variable not in self.values:
+                raise TwinError(
+                    Reason.UNKNOWN_VARIABLE,
+                    f"{self.name} has no input {variable!r}",
+                    {"member": self.name, "variable": variable},
+                )
+            if value.shape != self.values[variable].shape:
+                raise TwinError(
+                    Reason.WRONG_SHAPE,
+                    f"{self.name}.{variable} wants {self.values[variable].size} values "
+                    f"and was given {value.size}",
+                    {"member": self.name, "variable": variable},
+                )
+            self.values[variable] = value
+        for variable, causes in given.causes.items():
+            self.input_causes.setdefault(variable, {}).update(causes)
+        step = Step(self, given)
+        self.twin.advance(step)
+        self.last_ns = given.time_ns
+        result = step.result()
+        check_outputs(self.name, self._sizes, result)
+        return result
