@@ -405,6 +405,18 @@ class LinearBlock:
     doc: str = ""
 
 
+class Planner(Twin):
+    """A twin that decides for others and is shown, before it starts, what they can do."""
+
+    def periods_ns(self) -> tuple[int, ...]:
+        """The periods that it wants `flexibility` for; empty when it plans nothing."""
+        return ()
+
+    def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
+        """Take the linear blocks of the opened members, by name."""
+        return None
+
+
 class Session:
     """Runs one twin object step by step and keeps what the contract asks to be kept.
 

@@ -23,8 +23,8 @@ def worlds(draw: st.DrawFn) -> tuple[dict[str, Habit], Wiring]:
     """Up to six toys, wired at random; loops without delay only among toys that can redo."""
     count: int = draw(st.integers(1, 6))
     names = [f"t{i}" for i in range(count)]
-    size = draw(st.integers(1, 3))
-    has_loops = draw(st.booleans())
+    size: int = draw(st.integers(1, 3))
+    has_loops: bool = draw(st.booleans())
     couplings: list[Coupling] = []
     inputs: dict[str, list[str]] = {name: [] for name in names}
     for index in range(draw(st.integers(0, 10))):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,19 +22,28 @@ from federation.core.envelope import Envelope, Pool
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Ledger, Record
 from federation.core.messages import (
     Aborted,
+    Accepted,
     Commit,
     Effect,
     Failed,
     Finished,
     Grant,
     Input,
+    Ordered,
+    Refused,
     Stepped,
 )
 from federation.errors import FederationError, Reason, TwinError
-from federation.twin import Action, StepInput, StepResult, Vector, check_outputs
+from federation.twin import Action, Event, StepInput, StepResult, Vector, check_outputs
 
 NEVER = (1 << 63) - 1
 """Later than every instant of a run."""
+
+OPERATOR = "operator"
+"""Under which name orders of people stand in the ledger."""
+
+OPERATOR_RANK = -1
+"""A person's order comes before all steps of its instant."""
 
 SETTLE_EVERY = 512
 """Ledger entries to gather before they are put in order; a matter of speed only."""
@@ -149,6 +158,7 @@ class Coordinator:
             for source, delay_ns in sources if self._waking[target] else ():
                 self._wakes_from[source].append((target, delay_ns))
         self._over = False
+        self._orders_taken = 0
 
     # -- the two doors ---------------------------------------------------------------
 
@@ -163,6 +173,8 @@ class Coordinator:
             return ()
         if isinstance(event, Failed):
             return self._abort(event.error)
+        if isinstance(event, Ordered):
+            return self._order(event)
         member = self._members[event.member]
         try:
             self._check_answer(member, event)
@@ -488,6 +500,30 @@ class Coordinator:
                     self._members[action.member].orders.append(
                         (result.time_ns + delay_ns, channel, action)
                     )
+
+    def _order(self, event: Ordered) -> tuple[Effect, ...]:
+        """Let an operator act: at the first instant that no grant has passed yet."""
+        refusal = self._envelope.fault(event.action)
+        if refusal:
+            return (Refused(refusal),)
+        member = self._members[event.action.member]
+        time_ns = max(self.now_ns, member.granted[-1].time_ns + 1 if member.granted else 0)
+        if time_ns > self.horizon_ns:
+            return (Refused("the run has nothing left to do"),)
+        self._orders_taken += 1
+        event_id = f"{OPERATOR}/{self._orders_taken}"
+        action = replace(event.action, cause=event_id)
+        text = (
+            f"{event.operator} sets {action.member}.{action.actuator}[{action.entity}] "
+            f"to {action.value:g}"
+        )
+        what = Event(event_id, time_ns, "operator_order", action.entity, text)
+        self.ledger.add(EventRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, what, ()))
+        self.ledger.add(ActionRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, action))
+        channel = f"{OPERATOR} => {action.member}.{action.actuator}"
+        member.orders.append((time_ns, channel, action))
+        again = self._touched(self.wiring.unit_of[member.name])
+        return (Accepted(event_id, time_ns), *self._advance(again))
 
     def _schedule(self, member: _Member, result: StepResult) -> None:
         """Set the member's own next instant after its step at `result.time_ns`."""

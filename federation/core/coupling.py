@@ -62,10 +62,11 @@ class Actuation:
 
 @lru_cache(maxsize=1)
 def unit_registry() -> pint.UnitRegistry[float]:
-    """The field's units, with people, patients, vehicles and crews as plain counts."""
+    """The field's units, with people, vehicles and US dollars as dimensions of their own."""
     registry: pint.UnitRegistry[float] = pint.UnitRegistry()
-    for count in ("person = [person] = persons = people", "vehicle = [vehicle] = veh"):
-        registry.define(count)
+    for base in ("person = [person] = _ = persons = people", "vehicle = [vehicle] = veh"):
+        registry.define(base)
+    registry.define("USD = [currency]")
     return registry
 
 

@@ -75,6 +75,10 @@ class Envelope:
     def _refusal(self, source: str, action: Action) -> str:
         if (source, action.member) not in self._allowed:
             return f"{source} has no right to act on {action.member}"
+        return self.fault(action)
+
+    def fault(self, action: Action) -> str:
+        """What is wrong with an action whoever asks for it, or nothing."""
         found = self._actuators.get((action.member, action.actuator))
         if found is None:
             return f"{action.member} has no actuator {action.actuator!r}"

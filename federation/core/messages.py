@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from federation.core.ledger import Entry
 from federation.errors import FederationError
-from federation.twin import StepInput, StepResult
+from federation.twin import Action, StepInput, StepResult
 
 # events in
 
@@ -27,7 +27,15 @@ class Failed:
     error: FederationError
 
 
-Input = Stepped | Failed
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """An operator asks for a setpoint in a run that is going on."""
+
+    operator: str
+    action: Action
+
+
+Input = Stepped | Failed | Ordered
 
 # effects out
 
@@ -61,4 +69,19 @@ class Aborted:
     error: FederationError
 
 
-Effect = Grant | Commit | Finished | Aborted
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An operator's order takes effect at `time_ns` and is recorded as `event`."""
+
+    event: str
+    time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An operator's order was refused; nothing has changed."""
+
+    refusal: str
+
+
+Effect = Grant | Commit | Finished | Aborted | Accepted | Refused

@@ -1,0 +1,55 @@
+# What a person does here: `make demo`, `make test`. Everything that they need is installed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test check bench published proto lock system clean
+
+demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
+	$(BIN)/multitwin demo --out runs/demo
+
+test: $(INSTALLED) system  ## the default tests, under ten minutes on two cores
+	$(BIN)/pytest
+
+published: $(INSTALLED)  ## the longer comparisons with published values
+	$(BIN)/pytest -m published
+
+check: $(INSTALLED) system  ## format, lint, types, import rules, contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/released.binpb
+	$(BIN)/python -m tests.generated
+	$(BIN)/hadolint k8s/Containerfile
+
+bench: $(INSTALLED)  ## ratios with peers on the same work in one run
+	$(BIN)/python -m benchmarks.run
+
+PROTOS := $(wildcard protos/federation/v1/*.proto)
+
+proto: $(INSTALLED)  ## generate federation/v1 from the protos
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. \
+		--mypy_out=. --mypy_grpc_out=. $(PROTOS)
+
+lock:  ## resolve the dependencies anew and lock them with hashes
+	uv pip compile --universal --python-version 3.11 --all-extras --group dev --generate-hashes \
+		--no-emit-index-url --no-header --quiet pyproject.toml -o requirements.txt
+
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --require-hashes -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+system:  ## Debian packages that the tests use: a browser, its driver, and kubectl
+	@missing=""; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	command -v chromedriver >/dev/null || missing="$$missing chromium-driver"; \
+	command -v kubectl >/dev/null || missing="$$missing kubernetes-client"; \
+	if [ -n "$$missing" ]; then apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,1 @@
+"""Plans across domains: the blocks of all members joined into one model, solved, applied."""

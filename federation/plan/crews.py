@@ -1,0 +1,213 @@
+"""The member that sends repair crews: none, to the nearest, or by the joint model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from federation.core.coupling import Coupling
+from federation.errors import Reason, ScenarioError
+from federation.plan.joint import JointModel, Schedule, Task
+from federation.twin import (
+    HOUR_NS,
+    SYSTEM,
+    Causality,
+    Description,
+    Entity,
+    LinearBlock,
+    Planner,
+    Step,
+    TimePolicy,
+    Variable,
+    Vector,
+)
+
+Policy = Literal["none", "nearest", "plan"]
+
+PERIODS_H = (3, 3, 6, 6, 6, 12, 12, 24)
+"""The periods of a plan: fine where crews act next, coarse where much will change."""
+
+REPLAN_H = 12.0
+"""A plan is made anew this long after the last, or when new damage has appeared."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Components of one member that crews repair through one actuator."""
+
+    member: str
+    actuator: str
+    components: tuple[str, ...]
+
+
+class CrewPlanner(Planner):
+    """Decides at a fixed period which free crews set out to which damaged components.
+
+    It sees, per family, the work left, the crews engaged and the travel time. A component
+    takes one crew at a time; crews return to the pool when its work is done.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        families: Sequence[Family],
+        crews: int,
+        period_ns: int,
+        horizon_ns: int,
+        couplings: Sequence[Coupling] = (),
+    ) -> None:
+        self.policy = policy
+        self.families = tuple(families)
+        self.crews = crews
+        self._period_ns = period_ns
+        self._couplings = couplings
+        self._periods_ns = _fit(horizon_ns)
+        self._model: JointModel | None = None
+        self._order: list[tuple[int, int]] = []
+        self._planned_ns: int | None = None
+        self._known: list[Vector] = []
+
+    def describe(self) -> Description:
+        entities: list[Entity] = []
+        variables: list[Variable] = []
+        for index, family in enumerate(self.families):
+            kind = f"{family.member}_{family.actuator}"
+            entities += [Entity(component, kind) for component in family.components]
+            for role, unit, doc in (
+                ("remaining", "h", "crew-hours of work left"),
+                ("busy", "1", "crews on the way or at work"),
+                ("travel", "min", "travel time from the depot"),
+            ):
+                name = f"{role}_{index}"
+                variables.append(Variable(name, kind, unit, Causality.INPUT, doc=doc))
+        for name, unit, doc in (
+            ("tasks_open", "1", "components with work left"),
+            ("crews_engaged", "1", "crews on the way or at work"),
+            ("plans_made", "1", "how often the joint model was solved"),
+            ("plan_cost_usd", "1", "expected cost of the last plan over its horizon, US dollars"),
+            ("plan_gap", "1", "how far the last plan may be from the best, as a share"),
+        ):
+            variables.append(Variable(name, SYSTEM, unit, Causality.OUTPUT, doc=doc))
+        return Description(
+            model="crew-planner",
+            version="1",
+            domain="planner",
+            entities=tuple(entities),
+            variables=tuple(variables),
+            time=TimePolicy(period_ns=self._period_ns),
+            doc=self.__doc__ or "",
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        self._known = [np.zeros(len(f.components)) for f in self.families]
+
+    def periods_ns(self) -> tuple[int, ...]:
+        return self._periods_ns if self.policy == "plan" else ()
+
+    def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
+        self._model = JointModel(blocks, self._couplings, self._periods_ns, self.crews)
+
+    def advance(self, step: Step) -> None:
+        remaining = [step[f"remaining_{i}"] for i in range(len(self.families))]
+        busy = [step[f"busy_{i}"] for i in range(len(self.families))]
+        travel = [step[f"travel_{i}"] for i in range(len(self.families))]
+        engaged = float(sum(b.sum() for b in busy))
+        waiting = [
+            (i, int(c))
+            for i in range(len(self.families))
+            for c in np.flatnonzero((remaining[i] > 0) & (busy[i] == 0))
+        ]
+        step.publish("tasks_open", sum(int((r > 0).sum()) for r in remaining))
+        step.publish("crews_engaged", engaged)
+        free = round(self.crews - engaged)
+        if self.policy == "none" or not waiting or free <= 0:
+            return
+        nearest = sorted(waiting, key=lambda t: (travel[t[0]][t[1]], t))
+        order = nearest
+        if self.policy == "plan":
+            if self._is_stale(step.time_ns, remaining):
+                self._plan(step, remaining, busy, travel)
+            open_ = set(waiting)
+            planned = [task for task in self._order if task in open_]
+            listed = set(planned)
+            order = planned + [task for task in nearest if task not in listed]
+        for i, c in order[:free]:
+            family = self.families[i]
+            component = family.components[c]
+            event = step.emit(
+                "crew_sent",
+                component,
+                f"a crew is sent to {component} ({self.policy})",
+                step.cause(f"remaining_{i}", c),
+            )
+            step.act(family.member, family.actuator, component, 1.0, event)
+
+    def _is_stale(self, time_ns: int, remaining: list[Vector]) -> bool:
+        """Whether there is no plan, it is old, or work has grown since it was made."""
+        grown = any((r > k + 1e-9).any() for r, k in zip(remaining, self._known, strict=True))
+        self._known = remaining
+        if self._planned_ns is None or grown:
+            return True
+        return time_ns - self._planned_ns >= REPLAN_H * HOUR_NS
+
+    def _plan(
+        self, step: Step, remaining: list[Vector], busy: list[Vector], travel: list[Vector]
+    ) -> None:
+        if self._model is None:
+            raise ScenarioError(Reason.NO_PLAN, "the planner was not shown any flexibility")
+        keys = [(i, int(c)) for i, r in enumerate(remaining) for c in np.flatnonzero(r > 0)]
+        tasks = [
+            Task(
+                self.families[i].member,
+                self.families[i].components[c],
+                float(remaining[i][c]),
+                0.0 if busy[i][c] else float(travel[i][c]) / 60.0,
+                float(busy[i][c]),
+            )
+            for i, c in keys
+        ]
+        schedule = self._model.solve(tasks)
+        self._order = [keys[k] for k in dispatch_order(schedule, tasks, self._model.lengths_h)]
+        self._planned_ns = step.time_ns
+        self._plans = getattr(self, "_plans", 0) + 1
+        step.publish("plans_made", self._plans)
+        step.publish("plan_cost_usd", schedule.objective_usd)
+        step.publish("plan_gap", schedule.gap)
+        step.emit(
+            "plan_made",
+            SYSTEM,
+            f"a plan for {len(tasks)} repairs, expected cost {schedule.objective_usd:,.0f} USD, "
+            f"gap {schedule.gap:.1%} ({schedule.termination})",
+            dict.fromkeys(e for i, c in keys for e in step.cause(f"remaining_{i}", c)),
+        )
+
+
+def _fit(horizon_ns: int) -> tuple[int, ...]:
+    """The periods of a plan, cut to the horizon."""
+    periods: list[int] = []
+    for hours in PERIODS_H:
+        left_ns = horizon_ns - sum(periods)
+        if left_ns <= 0:
+            break
+        periods.append(min(hours * HOUR_NS, left_ns))
+    return tuple(periods)
+
+
+def dispatch_order(schedule: Schedule, tasks: Sequence[Task], lengths_h: Vector) -> list[int]:
+    """Indices of the tasks that the plan works on, by the time when it begins and ends them.
+
+    Within a period the model leaves the order open; a task that is finished sooner comes
+    first, then the one with less work.
+    """
+    starts = np.concatenate([[0.0], np.cumsum(lengths_h)[:-1]])
+    keys = []
+    for index, task in enumerate(tasks):
+        hours = schedule.crew_hours[index]
+        worked = np.flatnonzero(hours > 1e-6)
+        if worked.size:
+            last = starts[worked[-1]] + hours[worked[-1]]
+            keys.append((float(starts[worked[0]]), float(last), task.work_h, index))
+    return [index for *_, index in sorted(keys)]

@@ -1,0 +1,1 @@
+"""Coupled experiments: what a scenario says, how it is run, and what came of it."""

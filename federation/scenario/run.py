@@ -1,0 +1,360 @@
+"""One run of a scenario: what it is opened with, how it goes in one process, what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from federation.core.coordinator import Coordinator
+from federation.core.coupling import Actuation, Coupling, Wiring, wire
+from federation.core.envelope import Pool
+from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
+from federation.core.messages import Aborted, Commit, Effect, Failed, Finished, Grant, Stepped
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.scenario.spec import PLANNER, Policy, Scenario
+from federation.twin import MINUTE_NS, SYSTEM, Description, Planner, Session, Twin
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run under one measure: everything that tells it from its siblings.
+
+    `parameters` are by member. The seed does not depend on the measure, so that measures
+    are compared on common random numbers.
+    """
+
+    run: int
+    seed: int
+    measure: str
+    parameters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def member_seed(self, member: str) -> int:
+        """A seed of 63 bits for one member, from the study's seed, the run and its name."""
+        text = f"{self.seed}/{self.run}/{member}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class MemberCost:
+    """What a member took: wall and CPU seconds inside its steps, and their number."""
+
+    steps: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def plus(self, steps: int, wall_s: float, cpu_s: float) -> MemberCost:
+        return MemberCost(self.steps + steps, self.wall_s + wall_s, self.cpu_s + cpu_s)
+
+
+@dataclass
+class Outcome:
+    """What a run left: figures always, events and ledger when they were kept."""
+
+    case: Case
+    digest: str = ""
+    kpis: dict[str, float] = field(default_factory=dict)
+    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Per scalar `member.variable` its `(time_ns, value)` at each change."""
+    events: list[EventRecord] = field(default_factory=list)
+    actions: list[ActionRecord] = field(default_factory=list)
+    ledger: list[Record] = field(default_factory=list)
+    costs: dict[str, MemberCost] = field(default_factory=dict)
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    error: str = ""
+
+
+PlannerFactory = Callable[[Scenario, Mapping[str, Description], Policy], Planner]
+"""Builds the planner of a scenario for a policy: scenario, descriptions, policy."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A scenario bound to the descriptions of its members: wired, checked, ready to run."""
+
+    scenario: Scenario
+    descriptions: Mapping[str, Description]
+    wiring: Wiring
+    pools: tuple[Pool, ...]
+
+    @property
+    def kpis(self) -> tuple[str, ...]:
+        """`member.variable` of every figure: those that the scenario names, else all."""
+        if self.scenario.kpis:
+            return self.scenario.kpis
+        return tuple(f"{name}.{kpi}" for name, d in self.descriptions.items() for kpi in d.kpis)
+
+    def coordinator(self) -> Coordinator:
+        return Coordinator(self.wiring, self.scenario.horizon_ns, pools=self.pools)
+
+
+def bind(
+    scenario: Scenario, descriptions: Mapping[str, Description], planner: Description | None
+) -> Experiment:
+    """Wire a scenario; raises `ScenarioError` when anything that it names is not there."""
+    members = dict(descriptions)
+    couplings = list(scenario.couplings_resolved())
+    actuations: tuple[Actuation, ...] = ()
+    pools: tuple[Pool, ...] = ()
+    repairs = scenario.repairs
+    if repairs is not None and planner is not None:
+        members[PLANNER] = planner
+        for index, work in enumerate(repairs.work):
+            for role in ("remaining", "busy", "travel"):
+                source, _, output = getattr(work, role).partition(".")
+                couplings.append(Coupling(source, output, PLANNER, f"{role}_{index}"))
+        targets = dict.fromkeys(work.actuator.partition(".")[0] for work in repairs.work)
+        delay_ns = round(repairs.delay_min * MINUTE_NS)
+        actuations = tuple(Actuation(PLANNER, target, delay_ns) for target in targets)
+        pools = (
+            Pool(
+                "crews",
+                PLANNER,
+                repairs.crews,
+                tuple(f"busy_{index}" for index in range(len(repairs.work))),
+                tuple(_split(work.actuator) for work in repairs.work),
+            ),
+        )
+    experiment = Experiment(scenario, members, wire(members, couplings, actuations), pools)
+    for name in experiment.kpis:
+        member, variable = _split(name)
+        known = {v.name for v in members[member].outputs() if v.kind == SYSTEM}
+        if variable not in known:
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE,
+                f"the KPI {name} is no scalar output of {member}; it has {sorted(known)}",
+                {"member": member, "variable": variable},
+            )
+    for name in (*scenario.parameters, *scenario.uncertainty, *scenario.sensitivity):
+        _check_parameter(name, members)
+    for measure in scenario.measures.values():
+        for name in measure.parameters:
+            _check_parameter(name, members)
+    return experiment
+
+
+def _split(name: str) -> tuple[str, str]:
+    member, _, variable = name.partition(".")
+    return member, variable
+
+
+def _check_parameter(name: str, descriptions: Mapping[str, Description]) -> None:
+    member, parameter = _split(name)
+    known = {p.name for p in descriptions[member].parameters}
+    if parameter not in known:
+        raise ScenarioError(
+            Reason.UNKNOWN_PARAMETER,
+            f"{member} has no parameter {parameter!r}; it has {', '.join(sorted(known))}",
+            {"member": member, "parameter": parameter},
+        )
+
+
+def parameters_of(
+    scenario: Scenario, measure: str, drawn: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Parameters by member: the scenario's, then the drawn ones, then the measure's."""
+    merged = {**scenario.parameters, **drawn, **scenario.measures[measure].parameters}
+    result: dict[str, dict[str, float]] = {}
+    for name, value in merged.items():
+        member, parameter = _split(name)
+        result.setdefault(member, {})[parameter] = float(value)
+    return result
+
+
+class Recorder:
+    """Listens to what is committed and keeps what an outcome needs."""
+
+    def __init__(self, experiment: Experiment, case: Case, keep_ledger: bool = False) -> None:
+        self.outcome = Outcome(case)
+        self._keep_ledger = keep_ledger
+        self._kpis = experiment.kpis
+        self._scalars = {
+            (name, v.name)
+            for name, description in experiment.descriptions.items()
+            for v in description.outputs()
+            if v.kind == SYSTEM
+        }
+
+    def take(self, entries: Iterable[Entry]) -> None:
+        outcome = self.outcome
+        for entry in entries:
+            match entry:
+                case Record():
+                    if (entry.owner, entry.variable) in self._scalars:
+                        name = f"{entry.owner}.{entry.variable}"
+                        point = (entry.time_ns, float(entry.value[0]))
+                        outcome.series.setdefault(name, []).append(point)
+                    if self._keep_ledger:
+                        outcome.ledger.append(entry)
+                case EventRecord():
+                    outcome.events.append(entry)
+                case ActionRecord():
+                    outcome.actions.append(entry)
+
+    def finish(self, digest: str) -> Outcome:
+        outcome = self.outcome
+        outcome.digest = digest
+        outcome.kpis = {
+            name.partition(".")[2]: outcome.series[name][-1][1] if name in outcome.series else 0.0
+            for name in self._kpis
+        }
+        return outcome
+
+
+def twin_class(path: str) -> type[Twin]:
+    """Import `module:Class` and check that it is a twin."""
+    module_name, _, class_name = path.partition(":")
+    try:
+        found: Any = getattr(importlib.import_module(module_name), class_name)
+    except ModuleNotFoundError as error:
+        own = module_name.partition(".")[0] == (error.name or "").partition(".")[0]
+        reason = Reason.SCENARIO_INVALID if own else Reason.MISSING_EXTRA
+        hint = "" if own else "; install the extra that brings it, such as multitwin[twins]"
+        raise ScenarioError(reason, f"{path} can't be imported: {error}{hint}") from None
+    except AttributeError:
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID, f"{module_name} has no {class_name!r} (from {path!r})"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Twin)):
+        raise ScenarioError(Reason.SCENARIO_INVALID, f"{path} is not a subclass of Twin")
+    return found
+
+
+def build_twin(path: str, config: Mapping[str, str | int | float | bool]) -> Twin:
+    """Construct `module:Class` with the scenario's `config` as keyword arguments."""
+    try:
+        return twin_class(path)(**config)
+    except TypeError as error:
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID, f"{path} does not take this config: {error}"
+        ) from None
+
+
+def local_sessions(scenario: Scenario) -> dict[str, Session]:
+    """A fresh session for every member, in this process."""
+    sessions = {}
+    for name, member in scenario.members.items():
+        if member.twin is None:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                f"{name} is only a service at {member.address}; run with --members grpc",
+                {"member": name},
+            )
+        sessions[name] = Session(build_twin(member.twin, member.config), name)
+    return sessions
+
+
+def run_local(
+    scenario: Scenario,
+    case: Case,
+    factory: PlannerFactory | None,
+    *,
+    keep_ledger: bool = False,
+    on_commit: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Do one run in this process and in one thread.
+
+    `on_commit` hears the time up to which the run is settled. Raises what aborts the run.
+    """
+    started, started_cpu = time.perf_counter(), time.process_time()
+    sessions = local_sessions(scenario)
+    descriptions = {name: s.description for name, s in sessions.items()}
+    planner = plan_member(scenario, descriptions, case, factory)
+    experiment = bind(scenario, descriptions, planner.describe() if planner else None)
+    if planner is not None:
+        sessions[PLANNER] = Session(planner, PLANNER)
+    for name, session in sessions.items():
+        with _blame(name):
+            session.open(case.member_seed(name), case.parameters.get(name, {}))
+    if planner is not None and (periods := planner.periods_ns()):
+        planner.prepare(
+            {
+                name: block
+                for name, session in sessions.items()
+                if (block := session.twin.flexibility(periods)) is not None
+            }
+        )
+    recorder = Recorder(experiment, case, keep_ledger)
+    coordinator = experiment.coordinator()
+    costs = {name: MemberCost() for name in sessions}
+    try:
+        digest = _drive(coordinator, sessions, recorder, costs, on_commit)
+    finally:
+        for session in sessions.values():
+            session.twin.close()
+    outcome = recorder.finish(digest)
+    outcome.costs = costs
+    outcome.wall_s = time.perf_counter() - started
+    outcome.cpu_s = time.process_time() - started_cpu
+    return outcome
+
+
+def plan_member(
+    scenario: Scenario,
+    descriptions: Mapping[str, Description],
+    case: Case,
+    factory: PlannerFactory | None,
+) -> Planner | None:
+    """The planner for the policy of the case's measure, or None without repairs."""
+    if scenario.repairs is None or factory is None:
+        return None
+    return factory(scenario, descriptions, scenario.measures[case.measure].crews)
+
+
+def _drive(
+    coordinator: Coordinator,
+    sessions: Mapping[str, Session],
+    recorder: Recorder,
+    costs: dict[str, MemberCost],
+    on_commit: Callable[[int], None] | None,
+) -> str:
+    waiting: deque[Effect] = deque(coordinator.start())
+    while waiting:
+        effect = waiting.popleft()
+        match effect:
+            case Grant():
+                wall, cpu = time.perf_counter(), time.thread_time()
+                session = sessions[effect.member]
+                answer: Stepped | Failed
+                try:
+                    with _blame(effect.member):
+                        results = tuple(session.advance(step) for step in effect.steps)
+                    answer = Stepped(effect.member, results)
+                except FederationError as error:
+                    answer = Failed(effect.member, error)
+                costs[effect.member] = costs[effect.member].plus(
+                    len(effect.steps), time.perf_counter() - wall, time.thread_time() - cpu
+                )
+                waiting.extend(coordinator.handle(answer))
+            case Commit():
+                recorder.take(effect.entries)
+                if on_commit is not None:
+                    on_commit(coordinator.now_ns)
+            case Finished():
+                return effect.digest
+            case Aborted():
+                raise effect.error
+    raise AssertionError("the coordinator stopped without an end")
+
+
+class _blame:  # noqa: N801 - reads as a statement
+    """Turn any exception inside a twin's code into a `TwinError` that names the twin."""
+
+    def __init__(self, member: str) -> None:
+        self._member = member
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, FederationError):
+            raise TwinError(
+                Reason.TWIN_FAILED,
+                f"{self._member} failed: {type(error).__name__}: {error}",
+                {"member": self._member},
+            ) from error

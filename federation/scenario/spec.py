@@ -1,0 +1,321 @@
+"""The scenario document: a YAML file, checked to the line, that describes one experiment."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from federation.core.coupling import Combine, Coupling
+from federation.errors import Reason, ScenarioError
+from federation.twin import HOUR_NS, MINUTE_NS
+
+PLANNER = "planner"
+"""The member that sends repair crews; it exists in every run and may do nothing."""
+
+
+def _variable(text: object) -> object:
+    if isinstance(text, str) and re.fullmatch(r"[a-z]\w*\.\w+", text):
+        return text
+    raise ValueError(f"{text!r} is not of the form member.variable")
+
+
+Variable = Annotated[str, BeforeValidator(_variable)]
+
+
+class Part(BaseModel):
+    """Every part of a scenario refuses keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Member(Part):
+    """A twin: a class to run in this process or to serve, or the address of a service."""
+
+    twin: str | None = Field(None, alias="class", description="module:Class")
+    address: str | None = Field(None, description="host:port of a running service")
+    config: dict[str, str | int | float | bool] = {}
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Member:
+        if (self.twin is None) == (self.address is None):
+            raise ValueError("a member has either a class or an address")
+        return self
+
+
+class Map(Part):
+    """Links taken from two columns of a CSV file beside the scenario."""
+
+    file: str
+    source: str
+    target: str
+    weight: str | None = None
+
+
+class CouplingSpec(Part):
+    """`source` and `target` are member.variable; the delay is 0 unless one is given."""
+
+    source: Variable = Field(alias="from")
+    target: Variable = Field(alias="to")
+    delay_min: float = Field(0.0, ge=0)
+    map: Map | None = None
+    combine: Combine = Combine.ERROR
+
+
+class Work(Part):
+    """One family of components that crews repair, in the words of the twins that know them."""
+
+    actuator: Variable
+    remaining: Variable = Field(description="hours of crew work left per component")
+    busy: Variable = Field(description="crews on the way to or at a component")
+    travel: Variable = Field(description="minutes from the depot to a component")
+
+
+class Repairs(Part):
+    """Repair crews, shared by all families of work."""
+
+    crews: PositiveInt
+    decide_every_min: PositiveFloat = 60.0
+    delay_min: PositiveFloat = Field(5.0, description="from a decision until crews set out")
+    horizon_h: PositiveFloat = Field(72.0, description="how far a plan looks ahead")
+    work: tuple[Work, ...]
+
+
+class Distribution(Part):
+    """One of: uniform [low, high]; normal [mean, sd]; lognormal [median, sigma of ln];
+    triangular [low, mode, high]; choice [values]."""
+
+    uniform: tuple[float, float] | None = None
+    normal: tuple[float, float] | None = None
+    lognormal: tuple[float, float] | None = None
+    triangular: tuple[float, float, float] | None = None
+    choice: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Distribution:
+        if len(self.model_fields_set) != 1:
+            raise ValueError(f"give one of {', '.join(type(self).model_fields)}")
+        return self
+
+
+Policy = Literal["none", "nearest", "plan"]
+
+
+class Measure(Part):
+    """What is done about it: how crews are sent, and parameters that differ."""
+
+    crews: Policy = "none"
+    parameters: dict[str, float] = {}
+    doc: str = ""
+
+
+class Scenario(Part):
+    """One coupled experiment."""
+
+    name: str
+    region: str
+    doc: str = ""
+    seed: int = Field(1, ge=0)
+    horizon_h: PositiveFloat
+    members: dict[str, Member] = Field(min_length=1)
+    couplings: tuple[CouplingSpec, ...] = ()
+    repairs: Repairs | None = None
+    parameters: dict[str, float] = {}
+    uncertainty: dict[str, Distribution] = {}
+    measures: dict[str, Measure] = {"none": Measure()}
+    kpis: tuple[Variable, ...] = ()
+    sensitivity: dict[str, tuple[float, float]] = {}
+    folder: Path = Field(Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _names(self) -> Scenario:
+        if PLANNER in self.members:
+            raise ValueError(f"{PLANNER!r} is the name of the built-in member; choose another")
+        if any(m.crews != "none" for m in self.measures.values()) and self.repairs is None:
+            raise ValueError("a measure sends crews, but the scenario has no repairs")
+        return self
+
+    @property
+    def horizon_ns(self) -> int:
+        return round(self.horizon_h * HOUR_NS)
+
+    def couplings_resolved(self) -> tuple[Coupling, ...]:
+        """The couplings with their maps read; raises MISSING_FILE or SCENARIO_INVALID."""
+        found = []
+        for spec in self.couplings:
+            source, _, output = spec.source.partition(".")
+            target, _, input_ = spec.target.partition(".")
+            links = None if spec.map is None else _links(self.folder, spec.map)
+            delay_ns = round(spec.delay_min * MINUTE_NS)
+            found.append(Coupling(source, output, target, input_, delay_ns, links, spec.combine))
+        return tuple(found)
+
+
+def _links(folder: Path, map_: Map) -> tuple[tuple[str, str, float], ...]:
+    path = folder / map_.file
+    if not path.is_file():
+        raise ScenarioError(
+            Reason.MISSING_FILE,
+            f"the map {path} is not there; paths are relative to the scenario",
+            {"file": str(path)},
+        )
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        for column in (map_.source, map_.target, *filter(None, [map_.weight])):
+            if column not in (rows.fieldnames or ()):
+                raise ScenarioError(
+                    Reason.SCENARIO_INVALID,
+                    f"{path} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}",
+                    {"file": str(path), "column": column},
+                )
+        return tuple(
+            (row[map_.source], row[map_.target], float(row[map_.weight]) if map_.weight else 1.0)
+            for row in rows
+            if row[map_.source] and row[map_.target]
+        )
+
+
+@dataclass(frozen=True)
+class Document:
+    """The text of a scenario with the line of every key, for errors that help."""
+
+    text: str
+    path: str
+
+    @cached_property
+    def tree(self) -> yaml.Node:
+        try:
+            tree = yaml.compose(self.text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            line = mark.line + 1 if mark else 1
+            raise self._error(Reason.SCENARIO_INVALID, line, f"{error.problem}") from None
+        if not isinstance(tree, yaml.MappingNode):
+            raise self._error(Reason.SCENARIO_INVALID, 1, "a scenario is a mapping of keys")
+        return tree
+
+    def line(self, path: tuple[int | str, ...]) -> int:
+        """The line (from 1) of the deepest key on `path` that the document has."""
+        node, line = self.tree, 1
+        for key in path:
+            if isinstance(node, yaml.MappingNode):
+                pairs = [(k, v) for k, v in node.value if k.value == str(key)]
+                if not pairs:
+                    continue
+                line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(key, int):
+                if key >= len(node.value):
+                    break
+                node = node.value[key]
+                line = node.start_mark.line + 1
+        return line
+
+    def _error(self, reason: Reason, line: int, message: str) -> ScenarioError:
+        where = {"file": self.path, "line": str(line)}
+        return ScenarioError(reason, f"{self.path}, line {line}: {message}", where)
+
+    def error(self, problem: ValidationError) -> ScenarioError:
+        """What is wrong, in words, with its line; a misspelt key before what it left missing."""
+        found = problem.errors()
+        first = min(found, key=lambda e: e["type"] != "extra_forbidden")
+        path = first["loc"]
+        line = self.line(path)
+        dotted = ".".join(str(p) for p in path)
+        if first["type"] == "extra_forbidden":
+            known = _keys(path[:-1])
+            close = difflib.get_close_matches(str(path[-1]), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            return self._error(Reason.UNKNOWN_KEY, line, f"unknown key {path[-1]!r}{hint}")
+        message = first["msg"].removeprefix("Value error, ")
+        return self._error(Reason.SCENARIO_INVALID, line, f"{dotted or 'scenario'}: {message}")
+
+
+def _keys(path: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at `path` knows, as they are written in a document."""
+    model: type[Part] = Scenario
+    for key in path:  # indices and free names, such as those of members, name no field
+        annotation = _fields(model).get(str(key))
+        for part in (annotation, *get_args(annotation)):
+            if isinstance(part, type) and issubclass(part, Part):
+                model = part
+    return list(_fields(model))
+
+
+def _fields(model: type[Part]) -> dict[str, Any]:
+    """The fields of a part by the keys that they have in a document."""
+    return {
+        field.alias or name: field.annotation
+        for name, field in model.model_fields.items()
+        if not field.exclude
+    }
+
+
+def parse(text: str, path: str = "scenario", folder: Path | None = None) -> Scenario:
+    """Read a scenario from text; `folder` is where its files are looked for."""
+    document = Document(text, path)
+    data = yaml.safe_load(text) if document.tree else {}
+    try:
+        scenario = Scenario.model_validate(data)
+    except ValidationError as problem:
+        raise document.error(problem) from None
+    known = {*scenario.members, PLANNER}
+    for section, names in _references(scenario).items():
+        for name in names:
+            member = name.partition(".")[0]
+            if member not in known:
+                close = difflib.get_close_matches(member, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise document._error(
+                    Reason.UNKNOWN_MEMBER,
+                    _line_of(text, name) or document.line((section,)),
+                    f"{name!r} names no member of this scenario{hint}",
+                )
+    return scenario.model_copy(update={"folder": folder or Path()})
+
+
+def _references(scenario: Scenario) -> Mapping[str, list[str]]:
+    return {
+        "couplings": [v for c in scenario.couplings for v in (c.source, c.target)],
+        "parameters": [*scenario.parameters],
+        "uncertainty": [*scenario.uncertainty],
+        "kpis": [*scenario.kpis],
+        "sensitivity": [*scenario.sensitivity],
+        "measures": [p for m in scenario.measures.values() for p in m.parameters],
+        "repairs": [
+            v
+            for w in (scenario.repairs.work if scenario.repairs else ())
+            for v in (w.actuator, w.remaining, w.busy, w.travel)
+        ],
+    }
+
+
+def _line_of(text: str, name: str) -> int | None:
+    lines = [i for i, line in enumerate(text.splitlines(), 1) if name in line]
+    return lines[0] if lines else None
+
+
+def load(path: str | Path) -> Scenario:
+    """Read a scenario file; raises SCENARIO_NOT_FOUND, SCENARIO_INVALID or UNKNOWN_KEY."""
+    file = Path(path)
+    if not file.is_file():
+        raise ScenarioError(
+            Reason.SCENARIO_NOT_FOUND, f"there is no scenario at {file}", {"file": str(file)}
+        )
+    return parse(file.read_text(encoding="utf-8"), str(path), file.parent)

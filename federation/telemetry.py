@@ -1,0 +1,96 @@
+"""Traces and metrics by OpenTelemetry: named here, sent only where somebody asked for them.
+
+Nothing is needed to run. `OTEL_EXPORTER_OTLP_ENDPOINT` sends traces and metrics to a
+collector; `MULTITWIN_TRACE_FILE` and `MULTITWIN_METRICS_FILE` append them to a file as JSON
+lines, which several processes may share.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from opentelemetry import metrics, trace
+
+from federation.errors import Reason, ScenarioError
+
+tracer = trace.get_tracer("multitwin")
+_meter = metrics.get_meter("multitwin")
+
+step_duration = _meter.create_histogram(
+    "multitwin.step.duration", unit="s", description="From a grant to its answer, per frame"
+)
+run_lag = _meter.create_histogram(
+    "multitwin.run.lag",
+    unit="s",
+    description="Simulated time between the foremost member and the settled time",
+)
+solve_duration = _meter.create_histogram(
+    "multitwin.plan.solve.duration", unit="s", description="One solve of the joint model"
+)
+
+
+def configure(service: str) -> None:
+    """Start exporting for this process, if the environment asks for it.
+
+    `service` becomes `service.name`. Raises MISSING_EXTRA when it asks for what is not
+    installed.
+    """
+    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    trace_file = os.environ.get("MULTITWIN_TRACE_FILE")
+    metrics_file = os.environ.get("MULTITWIN_METRICS_FILE")
+    if not (endpoint or trace_file or metrics_file):
+        return
+    try:
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import (
+            ConsoleMetricExporter,
+            MetricReader,
+            PeriodicExportingMetricReader,
+        )
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+    except ImportError:
+        raise ScenarioError(
+            Reason.MISSING_EXTRA, "exporting traces needs multitwin[telemetry]"
+        ) from None
+    resource = Resource.create({"service.name": service, "process.pid": os.getpid()})
+    traces = TracerProvider(resource=resource)
+    readers: list[MetricReader] = []
+    if endpoint:
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        traces.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
+    if trace_file:
+        exporter = ConsoleSpanExporter(out=_lines(trace_file), formatter=_one_line)
+        traces.add_span_processor(BatchSpanProcessor(exporter))
+    if metrics_file:
+        sink = ConsoleMetricExporter(out=_lines(metrics_file), formatter=_one_line)
+        readers.append(PeriodicExportingMetricReader(sink))
+    trace.set_tracer_provider(traces)
+    if readers:
+        metrics.set_meter_provider(MeterProvider(readers, resource))
+
+
+def flush() -> None:
+    """Send what is still held back; call before a process ends."""
+    for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
+        shutdown = getattr(provider, "shutdown", None)
+        if shutdown is not None:
+            try:
+                shutdown()
+            except Exception as error:
+                print(f"telemetry was not sent: {error}", file=sys.stderr)
+
+
+def _lines(path: str) -> Any:
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _one_line(item: Any) -> str:
+    text: str = item.to_json(indent=None)
+    return text + "\n"
