@@ -1,0 +1,105 @@
+"""Answers for the registry on the wire; the one place that gives it the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from federation.broker.registry import Lease, Member, Registry
+from federation.v1 import broker_pb2, broker_pb2_grpc
+from federation.wire.status import refusing
+
+
+class BrokerService(broker_pb2_grpc.BrokerServicer):
+    """Registration of twins. `on_gone` is told of members whose leases ended or were left."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        on_gone: Callable[[tuple[Lease, ...]], None] = lambda gone: None,
+    ) -> None:
+        self.registry = registry
+        self._now_ns = now_ns
+        self._on_gone = on_gone
+
+    def expire(self) -> None:
+        """End the leases whose time is over; the broker calls this now and then."""
+        gone = self.registry.expire(self._now_ns())
+        if gone:
+            self._on_gone(gone)
+
+    async def Register(  # noqa: N802
+        self,
+        request: broker_pb2.RegisterRequest,
+        context: grpc.aio.ServicerContext[broker_pb2.RegisterRequest, broker_pb2.RegisterResponse],
+    ) -> broker_pb2.RegisterResponse:
+        async with refusing(context):
+            self.expire()
+            member = Member(
+                request.name,
+                request.address,
+                request.incarnation,
+                request.model,
+                request.version,
+                request.domain,
+            )
+            lease = self.registry.register(member, self._now_ns())
+            return broker_pb2.RegisterResponse(lease=self._lease(lease))
+
+    async def Renew(  # noqa: N802
+        self,
+        request: broker_pb2.RenewRequest,
+        context: grpc.aio.ServicerContext[broker_pb2.RenewRequest, broker_pb2.RenewResponse],
+    ) -> broker_pb2.RenewResponse:
+        async with refusing(context):
+            self.expire()
+            lease = self.registry.renew(request.lease, self._now_ns())
+            return broker_pb2.RenewResponse(lease=self._lease(lease))
+
+    async def Leave(  # noqa: N802
+        self,
+        request: broker_pb2.LeaveRequest,
+        context: grpc.aio.ServicerContext[broker_pb2.LeaveRequest, broker_pb2.LeaveResponse],
+    ) -> broker_pb2.LeaveResponse:
+        gone = self.registry.leave(request.lease)
+        if gone is not None:
+            self._on_gone((gone,))
+        return broker_pb2.LeaveResponse()
+
+    async def ListMembers(  # noqa: N802
+        self,
+        request: broker_pb2.ListMembersRequest,
+        context: grpc.aio.ServicerContext[
+            broker_pb2.ListMembersRequest, broker_pb2.ListMembersResponse
+        ],
+    ) -> broker_pb2.ListMembersResponse:
+        self.expire()
+        now_ns = self._now_ns()
+        return broker_pb2.ListMembersResponse(
+            members=[
+                broker_pb2.Member(
+                    name=lease.member.name,
+                    address=lease.member.address,
+                    model=lease.member.model,
+                    version=lease.member.version,
+                    domain=lease.member.domain,
+                    incarnation=lease.member.incarnation,
+                    epoch=lease.epoch,
+                    remaining_duration=_duration(lease.expires_ns - now_ns),
+                )
+                for lease in self.registry.members(now_ns)
+            ]
+        )
+
+    def _lease(self, lease: Lease) -> broker_pb2.Lease:
+        return broker_pb2.Lease(id=lease.id, epoch=lease.epoch, ttl=_duration(self.registry.ttl_ns))
+
+
+def _duration(span_ns: int) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(span_ns)
+    return duration

@@ -1,0 +1,1 @@
+"""The contract between core and network: the only package that knows both protos and gRPC."""
