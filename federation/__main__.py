@@ -39,7 +39,9 @@ def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy:
                 f"{member} has no actuator {name!r}; it has {', '.join(sorted(actuators))}",
                 {"member": member, "actuator": name},
             )
-        families.append(Family(member, name, descriptions[member].ids(actuators[name].kind)))
+        actuator = actuators[name]
+        components = descriptions[member].ids(actuator.kind)
+        families.append(Family(member, name, components, actuator.high))
     return CrewPlanner(
         policy,
         families,

@@ -10,7 +10,7 @@ import numpy as np
 
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
-from federation.plan.joint import JointModel, Schedule, Task
+from federation.plan.joint import JointModel, Schedule, Task, joint_model
 from federation.twin import (
     HOUR_NS,
     SYSTEM,
@@ -27,27 +27,36 @@ from federation.twin import (
 
 Policy = Literal["none", "nearest", "plan"]
 
-PERIODS_H = (3, 3, 6, 6, 6, 12, 12, 24)
-"""The periods of a plan: fine where crews act next, coarse where much will change."""
+PERIODS_H = (6, 12, 18, 36)
+"""The periods of a plan: fine where crews act next, coarse where much will change. Eight
+periods cost ten times the solver's time and changed what crews saved by less than a tenth."""
 
-REPLAN_H = 12.0
-"""A plan is made anew this long after the last, or when new damage has appeared."""
+REPLAN_H = 24.0
+"""A plan is made anew this long after the last one."""
+
+REPLAN_SHARE = 0.05
+"""A plan is also made anew when this share of the work left was not known to it."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Components of one member that crews repair through one actuator."""
+    """Components of one member that crews repair through one actuator.
+
+    At most `most_crews` work on one component at a time.
+    """
 
     member: str
     actuator: str
     components: tuple[str, ...]
+    most_crews: float = 1.0
 
 
 class CrewPlanner(Planner):
     """Decides at a fixed period which free crews set out to which damaged components.
 
-    It sees, per family, the work left, the crews engaged and the travel time. A component
-    takes one crew at a time; crews return to the pool when its work is done.
+    It sees, per family, the work left, the crews engaged and the travel time. Crews return to
+    the pool when the work at their component is done. `nearest` sends one crew to each
+    component, the nearest first; `plan` sends as many as the joint model wants there.
     """
 
     def __init__(
@@ -66,7 +75,8 @@ class CrewPlanner(Planner):
         self._couplings = couplings
         self._periods_ns = _fit(horizon_ns)
         self._model: JointModel | None = None
-        self._order: list[tuple[int, int]] = []
+        self._order: list[tuple[tuple[int, int], int]] = []
+        self._plans = 0
         self._planned_ns: int | None = None
         self._known: list[Vector] = []
 
@@ -87,8 +97,8 @@ class CrewPlanner(Planner):
             ("tasks_open", "1", "components with work left"),
             ("crews_engaged", "1", "crews on the way or at work"),
             ("plans_made", "1", "how often the joint model was solved"),
-            ("plan_cost_usd", "1", "expected cost of the last plan over its horizon, US dollars"),
-            ("plan_gap", "1", "how far the last plan may be from the best, as a share"),
+            ("plan_saving", "USD", "what the last plan saves over its horizon by the model"),
+            ("plan_gap", "1", "what a better plan could save in addition, as a share"),
         ):
             variables.append(Variable(name, SYSTEM, unit, Causality.OUTPUT, doc=doc))
         return Description(
@@ -108,7 +118,7 @@ class CrewPlanner(Planner):
         return self._periods_ns if self.policy == "plan" else ()
 
     def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
-        self._model = JointModel(blocks, self._couplings, self._periods_ns, self.crews)
+        self._model = joint_model(blocks, self._couplings, self._periods_ns, self.crews)
 
     def advance(self, step: Step) -> None:
         remaining = [step[f"remaining_{i}"] for i in range(len(self.families))]
@@ -126,32 +136,37 @@ class CrewPlanner(Planner):
         if self.policy == "none" or not waiting or free <= 0:
             return
         nearest = sorted(waiting, key=lambda t: (travel[t[0]][t[1]], t))
-        order = nearest
+        crews_at = dict.fromkeys(nearest, 1)
         if self.policy == "plan":
             if self._is_stale(step.time_ns, remaining):
                 self._plan(step, remaining, busy, travel)
             open_ = set(waiting)
-            planned = [task for task in self._order if task in open_]
-            listed = set(planned)
-            order = planned + [task for task in nearest if task not in listed]
-        for i, c in order[:free]:
+            planned = {task: crews for task, crews in self._order if task in open_}
+            crews_at = planned | {task: 1 for task in nearest if task not in planned}
+        for (i, c), wanted in crews_at.items():
+            crews = min(wanted, free)
+            if crews == 0:
+                break
+            free -= crews
             family = self.families[i]
             component = family.components[c]
             event = step.emit(
                 "crew_sent",
                 component,
-                f"a crew is sent to {component} ({self.policy})",
+                f"{crews} {'crew is' if crews == 1 else 'crews are'} sent to {component}",
                 step.cause(f"remaining_{i}", c),
             )
-            step.act(family.member, family.actuator, component, 1.0, event)
+            step.act(family.member, family.actuator, component, float(crews), event)
 
     def _is_stale(self, time_ns: int, remaining: list[Vector]) -> bool:
-        """Whether there is no plan, it is old, or work has grown since it was made."""
-        grown = any((r > k + 1e-9).any() for r, k in zip(remaining, self._known, strict=True))
-        self._known = remaining
-        if self._planned_ns is None or grown:
+        """Whether there is no plan, it is old, or much work has appeared since it was made."""
+        if self._planned_ns is None or time_ns - self._planned_ns >= REPLAN_H * HOUR_NS:
             return True
-        return time_ns - self._planned_ns >= REPLAN_H * HOUR_NS
+        new_h = sum(
+            float(np.maximum(now - known, 0.0).sum())
+            for now, known in zip(remaining, self._known, strict=True)
+        )
+        return new_h > REPLAN_SHARE * sum(float(now.sum()) for now in remaining)
 
     def _plan(
         self, step: Step, remaining: list[Vector], busy: list[Vector], travel: list[Vector]
@@ -166,21 +181,23 @@ class CrewPlanner(Planner):
                 float(remaining[i][c]),
                 0.0 if busy[i][c] else float(travel[i][c]) / 60.0,
                 float(busy[i][c]),
+                self.families[i].most_crews,
             )
             for i, c in keys
         ]
         schedule = self._model.solve(tasks)
-        self._order = [keys[k] for k in dispatch_order(schedule, tasks, self._model.lengths_h)]
-        self._planned_ns = step.time_ns
-        self._plans = getattr(self, "_plans", 0) + 1
+        dispatch = dispatch_order(schedule, tasks, self._model.lengths_h)
+        self._order = [(keys[task], crews) for task, crews in dispatch]
+        self._planned_ns, self._known = step.time_ns, remaining
+        self._plans += 1
         step.publish("plans_made", self._plans)
-        step.publish("plan_cost_usd", schedule.objective_usd)
+        step.publish("plan_saving", schedule.saving_usd)
         step.publish("plan_gap", schedule.gap)
         step.emit(
             "plan_made",
             SYSTEM,
-            f"a plan for {len(tasks)} repairs, expected cost {schedule.objective_usd:,.0f} USD, "
-            f"gap {schedule.gap:.1%} ({schedule.termination})",
+            f"a plan for {len(tasks)} repairs saves {schedule.saving_usd:,.0f} of "
+            f"{schedule.idle_cost_usd:,.0f} USD (gap {schedule.gap:.1%}, {schedule.termination})",
             dict.fromkeys(e for i, c in keys for e in step.cause(f"remaining_{i}", c)),
         )
 
@@ -196,11 +213,13 @@ def _fit(horizon_ns: int) -> tuple[int, ...]:
     return tuple(periods)
 
 
-def dispatch_order(schedule: Schedule, tasks: Sequence[Task], lengths_h: Vector) -> list[int]:
-    """Indices of the tasks that the plan works on, by the time when it begins and ends them.
+def dispatch_order(
+    schedule: Schedule, tasks: Sequence[Task], lengths_h: Vector
+) -> list[tuple[int, int]]:
+    """The tasks that the plan works on, by the time when it begins and ends them, with crews.
 
     Within a period the model leaves the order open; a task that is finished sooner comes
-    first, then the one with less work.
+    first, then the one with less work. The crews are those of the task's first busy period.
     """
     starts = np.concatenate([[0.0], np.cumsum(lengths_h)[:-1]])
     keys = []
@@ -208,6 +227,9 @@ def dispatch_order(schedule: Schedule, tasks: Sequence[Task], lengths_h: Vector)
         hours = schedule.crew_hours[index]
         worked = np.flatnonzero(hours > 1e-6)
         if worked.size:
-            last = starts[worked[-1]] + hours[worked[-1]]
-            keys.append((float(starts[worked[0]]), float(last), task.work_h, index))
-    return [index for *_, index in sorted(keys)]
+            first, last = int(worked[0]), int(worked[-1])
+            crews = int(np.ceil((hours[worked] / lengths_h[worked]).max() - 1e-6))
+            crews = int(np.clip(crews, 1, task.most_crews))
+            end_h = float(starts[last] + hours[last] / crews)
+            keys.append((float(starts[first]), end_h, task.work_h, index, crews))
+    return [(index, crews) for *_, index, crews in sorted(keys)]
