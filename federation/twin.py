@@ -162,6 +162,7 @@ class Event:
 
     `id` is `member/serial`, the serial counting from 1 in a session. `kind` is a short
     stable word (`pump_stopped`), `entity` the id of what it happened to, `text` a sentence.
+    `through` says of causes that came from outside which input told of them.
     """
 
     id: str
@@ -170,6 +171,7 @@ class Event:
     entity: str
     text: str
     causes: tuple[str, ...] = ()
+    through: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,14 +273,19 @@ class Step:
 
     def cause(self, variable: str, index: int) -> tuple[str, ...]:
         """The ids of the events behind the present value of one entry of an input."""
-        return self._session.input_causes.get(variable, {}).get(index, ())
+        causes = self._session.input_causes.get(variable, {}).get(index, ())
+        for cause in causes:
+            self._session.told_by[cause] = variable
+        return causes
 
     def emit(self, kind: str, entity: str, text: str, causes: Iterable[str] = ()) -> str:
         """Record an event of this instant and return its id, to be named as a cause."""
         self._session.serial += 1
         event_id = f"{self._session.name}/{self._session.serial}"
         unique = tuple(dict.fromkeys(c for c in causes if c))
-        self._events.append(Event(event_id, self.time_ns, kind, entity, text, unique))
+        told_by = self._session.told_by
+        through = tuple((c, told_by[c]) for c in unique if c in told_by)
+        self._events.append(Event(event_id, self.time_ns, kind, entity, text, unique, through))
         return event_id
 
     def publish(
@@ -430,6 +437,8 @@ class Session:
         self.description = twin.describe()
         self.values: dict[str, Vector] = {}
         self.input_causes: dict[str, dict[int, tuple[str, ...]]] = {}
+        self.told_by: dict[str, str] = {}
+        """Per foreign event the input that last told of it."""
         self.serial = 0
         self.last_ns = 0
         self._sizes: dict[str, int] = {}

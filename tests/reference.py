@@ -142,7 +142,8 @@ class Reference:
             limit = self.policy.tolerance * (1 + np.abs(old))
             if has_stepped and (np.abs(new - old) > limit).any():
                 return True
-            if not has_stepped and self.wakes(member) and not np.array_equal(new, old):
+            is_rung = self.wakes(member) and self.is_rung(member, time_ns)
+            if not has_stepped and is_rung and not np.array_equal(new, old):
                 return True
         return False
 

@@ -105,8 +105,8 @@ class _Member:
     """Causes that became visible when it had no reason to step."""
     published: dict[str, tuple[int, Vector]] = field(default_factory=dict)
     """Per output the revision and value last recorded."""
-    known_events: dict[str, str] = field(default_factory=dict)
-    """Foreign events that reached it, each with the coupling that first brought it."""
+    known_events: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Foreign events that reached it, with the coupling that brought each to each input."""
     own_events: set[str] = field(default_factory=set)
 
 
@@ -362,7 +362,7 @@ class Coordinator:
         if actions:
             for _, channel, action in member.orders:
                 if action.cause and action in actions:
-                    member.known_events.setdefault(action.cause, channel)
+                    member.known_events.setdefault(action.cause, {}).setdefault("", channel)
             member.orders = deque(o for o in member.orders if o[0] > time_ns)
         return StepInput(time_ns, micro, inputs, causes, actions)
 
@@ -400,8 +400,9 @@ class Coordinator:
             kept = tuple(events)[:MAX_CAUSES]
             if given.causes.get(row) != kept:
                 given.causes[row] = changed[row] = kept
+                name = given.slot.variable.name
                 for event in kept:
-                    member.known_events.setdefault(event, events[event])
+                    member.known_events.setdefault(event, {}).setdefault(name, events[event])
         return changed
 
     # -- what a member answers -----------------------------------------------------------
@@ -471,15 +472,16 @@ class Coordinator:
             for cause in event.causes:
                 if cause in member.own_events:
                     continue
-                channel = member.known_events.get(cause)
-                if channel is None:
+                channels = member.known_events.get(cause)
+                if channels is None:
                     raise TwinError(
                         Reason.UNKNOWN_CAUSE,
                         f"{event.id} ({event.kind}) names the cause {cause!r}, which is neither "
                         f"an earlier event of {member.name} nor one that reached it",
                         {"member": member.name, "event": event.id, "cause": cause},
                     )
-                via.append((cause, channel))
+                told_by = dict(event.through).get(cause, "")
+                via.append((cause, channels.get(told_by) or next(iter(channels.values()))))
             member.own_events.add(event.id)
             self.ledger.add(
                 EventRecord(
@@ -592,22 +594,25 @@ class Coordinator:
         has_stepped = member.name in loop.given
         if not has_stepped and not member.wakes:
             return False
+        # a member that has not stepped is woken by news, not by what a loop left over
+        is_rung = any([self._stage(given, loop.time_ns) for given in member.inputs])
         for given in member.inputs:
-            self._stage(given, loop.time_ns)
             value = given.slot.combined([feed.visible for feed in given.feeds])
-            if not has_stepped and not np.array_equal(value, given.value):
+            if not has_stepped and is_rung and not np.array_equal(value, given.value):
                 return True
             limit = self._policy.tolerance * (1.0 + np.abs(given.value))
             if has_stepped and (np.abs(value - given.value) > limit).any():
                 return True
         return False
 
-    def _stage(self, given: _Input, time_ns: int) -> None:
+    def _stage(self, given: _Input, time_ns: int) -> bool:
         """Make values visible within a loop; their causes follow when it has settled."""
+        is_rung = False
         for feed in given.feeds:
             while feed.pending and feed.pending[0][0] <= time_ns and not feed.pending[0][2]:
                 feed.visible = feed.pending.popleft()[1]
-                given.is_behind = True
+                given.is_behind = is_rung = True
+        return is_rung
 
     def _continue_loop(self, unit: int, member: _Member, result: StepResult) -> tuple[Effect, ...]:
         self._publish(member, result, {})

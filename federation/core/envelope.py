@@ -16,8 +16,9 @@ from federation.twin import Action, Actuator, Description, Vector
 class Pool:
     """A resource that several actuators share, such as repair crews.
 
-    A member's new setpoints may add up to no more than `total` less what is in use, read
-    from the sum of its inputs named in `in_use` at the instant of its decision.
+    What is in use at the instant of a decision is read from inputs of the deciding `member`:
+    `in_use[i]` says, entity by entity, what `actuators[i]` (member, actuator) has set. A
+    decision may raise the sum of all setpoints to `total` at most.
     """
 
     name: str
@@ -46,6 +47,14 @@ class Envelope:
             for actuator in description.actuators
         }
         self._pools = pools
+        self._rows: dict[tuple[str, str], dict[str, int]] = {}
+        """Per pool and input, where each entity stands in the input."""
+        for pool in pools:
+            description = descriptions[pool.member]
+            kinds = {v.name: v.kind for v in description.inputs()}
+            for name in pool.in_use:
+                rows = {entity: i for i, entity in enumerate(description.ids(kinds[name]))}
+                self._rows[pool.name, name] = rows
 
     def screen(
         self, source: str, actions: tuple[Action, ...], inputs: Mapping[str, Vector]
@@ -61,14 +70,19 @@ class Envelope:
             refusal = self._refusal(source, action)
             if not refusal:
                 for pool in self._pools:
-                    if pool.name in used and (action.member, action.actuator) in pool.actuators:
-                        if used[pool.name] + action.value > pool.total + 1e-9:
-                            refusal = (
-                                f"{pool.name}: {used[pool.name]:g} of {pool.total:g} in use, "
-                                f"{action.value:g} more asked for"
-                            )
-                            break
-                        used[pool.name] += action.value
+                    target = (action.member, action.actuator)
+                    if pool.name not in used or target not in pool.actuators:
+                        continue
+                    name = pool.in_use[pool.actuators.index(target)]
+                    now = float(inputs[name][self._rows[pool.name, name][action.entity]])
+                    more = action.value - now
+                    if used[pool.name] + more > pool.total + 1e-9:
+                        refusal = (
+                            f"{pool.name}: {used[pool.name]:g} of {pool.total:g} in use, "
+                            f"{more:g} more asked for"
+                        )
+                        break
+                    used[pool.name] += more
             verdicts.append((action, refusal))
         return tuple(verdicts)
 

@@ -133,20 +133,20 @@ class CrewPlanner(Planner):
         step.publish("tasks_open", sum(int((r > 0).sum()) for r in remaining))
         step.publish("crews_engaged", engaged)
         free = round(self.crews - engaged)
-        if self.policy == "none" or not waiting or free <= 0:
+        if self.policy == "none" or free <= 0 or not any((r > 0).any() for r in remaining):
             return
         nearest = sorted(waiting, key=lambda t: (travel[t[0]][t[1]], t))
-        crews_at = dict.fromkeys(nearest, 1)
+        wanted = dict.fromkeys(nearest, 1)
         if self.policy == "plan":
             if self._is_stale(step.time_ns, remaining):
                 self._plan(step, remaining, busy, travel)
-            open_ = set(waiting)
-            planned = {task: crews for task, crews in self._order if task in open_}
-            crews_at = planned | {task: 1 for task in nearest if task not in planned}
-        for (i, c), wanted in crews_at.items():
-            crews = min(wanted, free)
-            if crews == 0:
-                break
+            planned = {(i, c): n for (i, c), n in self._order if remaining[i][c] > 0}
+            wanted = planned | {task: 1 for task in nearest if task not in planned}
+        for (i, c), goal in wanted.items():
+            there = round(busy[i][c])
+            crews = min(goal - there, free)
+            if crews <= 0:
+                continue
             free -= crews
             family = self.families[i]
             component = family.components[c]
@@ -156,7 +156,7 @@ class CrewPlanner(Planner):
                 f"{crews} {'crew is' if crews == 1 else 'crews are'} sent to {component}",
                 step.cause(f"remaining_{i}", c),
             )
-            step.act(family.member, family.actuator, component, float(crews), event)
+            step.act(family.member, family.actuator, component, float(there + crews), event)
 
     def _is_stale(self, time_ns: int, remaining: list[Vector]) -> bool:
         """Whether there is no plan, it is old, or much work has appeared since it was made."""

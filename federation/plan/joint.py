@@ -39,7 +39,8 @@ from federation.twin import HOUR_NS, LinearBlock, Port, Vector
 class Task:
     """One component to repair: crew-hours left, and how it stands at the decision.
 
-    `crews` > 0 when crews are already at it or on their way; at most `most_crews` can be.
+    `crews` > 0 when crews are already at it or on their way, and stay until it is done; more
+    may join them, up to `most_crews`.
     """
 
     member: str
@@ -304,7 +305,7 @@ class JointModel:
                     begun_h = float(self.lengths_h[:p].sum())
                     left_h = max(task.work_h - task.crews * begun_h, 0.0)
                     least_h = most_h = min(task.crews * length_h, left_h)
-                elif task is not None and act:
+                if task is not None and act:
                     most_h = length_h * task.most_crews
                 _bound(hours, least_h, most_h)
         results = self._solver.solve(self.model)

@@ -269,7 +269,7 @@ def run_local(
     if planner is not None:
         sessions[PLANNER] = Session(planner, PLANNER)
     for name, session in sessions.items():
-        with _blame(name):
+        with blame(name):
             session.open(case.member_seed(name), case.parameters.get(name, {}))
     if planner is not None and (periods := planner.periods_ns()):
         planner.prepare(
@@ -322,7 +322,7 @@ def _drive(
                 session = sessions[effect.member]
                 answer: Stepped | Failed
                 try:
-                    with _blame(effect.member):
+                    with blame(effect.member):
                         results = tuple(session.advance(step) for step in effect.steps)
                     answer = Stepped(effect.member, results)
                 except FederationError as error:
@@ -342,7 +342,7 @@ def _drive(
     raise AssertionError("the coordinator stopped without an end")
 
 
-class _blame:  # noqa: N801 - reads as a statement
+class blame:  # noqa: N801 - reads as a statement
     """Turn any exception inside a twin's code into a `TwinError` that names the twin."""
 
     def __init__(self, member: str) -> None:

@@ -982,12 +982,33 @@ class Event(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ThroughEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     TIME_NS_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     ENTITY_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     CAUSES_FIELD_NUMBER: _builtins.int
+    THROUGH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`{member}/{serial}`, the serial counting from 1 in a session."""
     time_ns: _builtins.int
@@ -1002,6 +1023,12 @@ class Event(_message.Message):
     def causes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The ids of the events that caused it, its own or those of other members."""
 
+    @_builtins.property
+    def through(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """For causes that other members reported: the name of the input that told of them. It may
+        be left out; then the coupling by which the event first came counts.
+        """
+
     def __init__(
         self,
         *,
@@ -1011,10 +1038,11 @@ class Event(_message.Message):
         entity: _builtins.str = ...,
         text: _builtins.str = ...,
         causes: _abc.Iterable[_builtins.str] | None = ...,
+        through: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "entity", b"entity", "id", b"id", "kind", b"kind", "text", b"text", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "entity", b"entity", "id", b"id", "kind", b"kind", "text", b"text", "through", b"through", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

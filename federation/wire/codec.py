@@ -7,6 +7,7 @@ core's to refuse.
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -328,6 +329,7 @@ def encode_event(event: Event) -> twin_pb2.Event:
         entity=event.entity,
         text=event.text,
         causes=event.causes,
+        through=dict(event.through),
     )
 
 
@@ -339,6 +341,7 @@ def decode_event(message: twin_pb2.Event) -> Event:
         message.entity,
         message.text,
         tuple(message.causes),
+        tuple(sorted(message.through.items())),
     )
 
 
@@ -573,7 +576,7 @@ def decode_entry(message: broker_pb2.LedgerEntry) -> Entry:
 
 # the state of a session
 
-_STATE_HEAD = struct.Struct("<qqq")
+_STATE_HEAD = struct.Struct("<qqqq")
 
 
 def encode_session(session: Session) -> bytes:
@@ -581,11 +584,9 @@ def encode_session(session: Session) -> bytes:
     held = encode_step_input(
         StepInput(session.last_ns, 0, session.values, session.input_causes)
     ).SerializeToString(deterministic=True)
-    return (
-        _STATE_HEAD.pack(session.serial, session.last_ns, len(held))
-        + held
-        + (session.twin.snapshot())
-    )
+    told_by = json.dumps(session.told_by).encode()
+    head = _STATE_HEAD.pack(session.serial, session.last_ns, len(held), len(told_by))
+    return head + held + told_by + session.twin.snapshot()
 
 
 def restore_session(session: Session, state: bytes) -> None:
@@ -594,9 +595,11 @@ def restore_session(session: Session, state: bytes) -> None:
     Fails with INVALID_FRAME when `state` is not of a session of this description.
     """
     try:
-        serial, last_ns, length = _STATE_HEAD.unpack_from(state)
+        serial, last_ns, *lengths = _STATE_HEAD.unpack_from(state)
         start = _STATE_HEAD.size
-        held = decode_step_input(twin_pb2.StepInput.FromString(state[start : start + length]))
+        middle, end = start + lengths[0], start + sum(lengths)
+        held = decode_step_input(twin_pb2.StepInput.FromString(state[start:middle]))
+        told_by = json.loads(state[middle:end])
     except (struct.error, ValueError, FederationError) as error:
         raise ScenarioError(
             Reason.INVALID_FRAME, f"this is no state of a session: {error}"
@@ -607,7 +610,8 @@ def restore_session(session: Session, state: bytes) -> None:
         raise ScenarioError(
             Reason.INVALID_FRAME, f"this state belongs to another twin than {session.name}"
         )
-    session.twin.restore(state[start + length :])
+    session.twin.restore(state[end:])
+    session.told_by = told_by
     session.serial, session.last_ns = serial, last_ns
     session.values.update(held.inputs)
     session.input_causes = {name: dict(entries) for name, entries in held.causes.items()}

@@ -1,0 +1,1 @@
+"""The city twin: the roads of a region and its water network."""

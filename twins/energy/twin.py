@@ -1,0 +1,636 @@
+"""The power grid as a twin: it takes damage, sheds, sends crews and says who has power."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from federation.errors import Reason, TwinError
+from federation.twin import (
+    HOUR_NS,
+    MINUTE_NS,
+    SYSTEM,
+    Actuator,
+    Causality,
+    Description,
+    Entity,
+    LinearBlock,
+    Parameter,
+    Risk,
+    Step,
+    TimePolicy,
+    Twin,
+    Variable,
+    Vector,
+)
+from twins.energy.demand import Day, FeederDemand, Supplied, feeder_demand, supplied
+from twins.energy.flexibility import transport_block
+from twins.energy.network import PowerNet, power_net
+from twins.energy.operation import (
+    COLLAPSE,
+    LOW_VOLTAGE,
+    ControlRoom,
+    Limits,
+    Operation,
+)
+from twins.energy.powerflow import trusted_newton
+from twins.regions import assumptions, data_hash, region_rows
+from twins.repair import MOST_CREWS, Repairs
+
+PERIOD_NS = 5 * MINUTE_NS
+OUT_OF_SERVICE = 2
+"""The damage state from which a component is out until repaired. Hazus (Earthquake Model
+Technical Manual, power system facilities) calls slight damage still functional; moderate
+damage disables circuits or the component itself."""
+FULL, PART, NONE = 0, 1, 2
+NOTICED = 1e-3
+"""A load point that lacks less than this part of its demand counts as served."""
+MOST_CAUSES = 8
+
+_OWN_PARAMETERS = (
+    Parameter(
+        "start_hour",
+        "h",
+        8.0,
+        0.0,
+        24.0,
+        "local hour of day at the start of the run",
+        "assumption: a working-day morning",
+    ),
+    Parameter(
+        "shock_h",
+        "h",
+        1.0,
+        0.0,
+        72.0,
+        "when the mainshock comes; hours_to_90pct_power counts from it",
+        "assumption: as the disaster twin",
+    ),
+    Parameter(
+        "demand_factor",
+        "1",
+        0.75,
+        0.3,
+        1.2,
+        "demand at the peak of the day relative to the record peak",
+        "assumption: a warm working day",
+    ),
+    Parameter(
+        "load_night_ratio",
+        "1",
+        0.62,
+        0.5,
+        0.85,
+        "lowest over highest hourly demand of the day",
+        "assumption: summer days of southern US utilities",
+    ),
+    Parameter(
+        "load_peak_hour",
+        "h",
+        17.0,
+        14.0,
+        19.0,
+        "hour of the highest demand",
+        "assumption: late afternoon cooling",
+    ),
+    Parameter(
+        "emergency_rating",
+        "1",
+        1.2,
+        1.0,
+        1.5,
+        "current that lines and transformers may carry, relative to their rating",
+        "assumption: usual emergency ratings are 10 to 30 per cent above normal ones",
+    ),
+    Parameter(
+        "voltage_min",
+        "1",
+        0.9,
+        0.8,
+        0.95,
+        "voltage per unit below which load is shed",
+        "ANSI C84.1, lower limit of range B at the customer, rounded",
+    ),
+    Parameter(
+        "restart_delay_min",
+        "min",
+        30.0,
+        0.0,
+        240.0,
+        "from the repair of a component to its return to service",
+        "assumption: tests and switching",
+    ),
+    Parameter(
+        "critical_feeders_last",
+        "1",
+        1.0,
+        0.0,
+        1.0,
+        "1: feeders of hospitals and water pumps are shed last; 0: all feeders alike",
+        "assumption: rotating outages spare critical circuits, as utilities' plans do",
+    ),
+    Parameter(
+        "value_unserved_mwh",
+        "USD/MWh",
+        9000.0,
+        1500.0,
+        35685.0,
+        "what a megawatt-hour not served costs",
+        "ERCOT: 9000 until 2022, 5000 since, 35685 by the survey of 2024 (Brattle for PUCT)",
+    ),
+)
+
+
+@lru_cache(maxsize=4)
+def _control_room(region: str) -> ControlRoom:
+    """One per region for all sessions: its answers depend on what it is asked only."""
+    net = power_net(region)
+    heaviest = np.argsort(-np.abs(net.grid.branch_flow_mva(net.grid.voltage)[0]), kind="stable")
+    lines = [int(b) for b in heaviest if b in set(net.component_branch.tolist())]
+    cases: list[tuple[list[int], list[int]]] = [([], []), ([lines[0]], [])]
+    if net.grid.infeed_node.size > 1:
+        cases.append(([], [0]))
+        cases.append((lines[10:20:3], [net.grid.infeed_node.size - 1]))
+    return ControlRoom(net.grid, trusted_newton(net.net, net.grid, cases))
+
+
+@dataclass
+class _State:
+    """Everything that a session knows; plain data, so that a pickle of it is a snapshot."""
+
+    repairs: Repairs
+    severity: Vector
+    told_state: Vector
+    out_event: list[str]
+    last_event: list[str]
+    crew_event: list[str]
+    branch_on: NDArray[np.bool_]
+    infeed_on: NDArray[np.bool_]
+    out: NDArray[np.bool_]
+    back_ns: NDArray[np.int64]
+    condition: NDArray[np.int64]
+    condition_event: list[str]
+    demand: FeederDemand | None = None
+    operation: Operation | None = None
+    supplied: Supplied | None = None
+    unserved_mwh: float = 0.0
+    below_until_ns: int = 0
+    published: dict[str, Vector] = field(default_factory=dict)
+
+
+class EnergyTwin(Twin):
+    """AC power flow of a damaged grid every five minutes, with shedding and repair crews.
+
+    Within a step crews travel and work exactly; switching takes effect at its end. Demand
+    follows an hourly profile, so that between whole hours only new damage, finished
+    repairs, hospitals and pumps change the power flow.
+    """
+
+    def __init__(self, region: str = "shelby") -> None:
+        self.region = region
+        self.net: PowerNet = power_net(region)
+        self.room = _control_room(region)
+        self._description = _describe(region)
+        point_of_node = {int(node): point for point, node in enumerate(self.net.load_node)}
+        self._pump_point = np.array([point_of_node.get(int(n), -1) for n in self.net.pump_node])
+        self._parameters = {p.name: p.default for p in self._description.parameters}
+        self._state = self._fresh()
+        self._now_ns = 0
+
+    def describe(self) -> Description:
+        return self._description
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        """The grid draws no lots: `seed` changes nothing."""
+        self._parameters = dict(parameters)
+        self._state = self._fresh()
+        self._now_ns = 0
+
+    def _fresh(self) -> _State:
+        size, points = len(self.net.components), len(self.net.load_points)
+        return _State(
+            repairs=Repairs(size),
+            severity=np.zeros(size),
+            told_state=np.zeros(size),
+            out_event=[""] * size,
+            last_event=[""] * size,
+            crew_event=[""] * size,
+            branch_on=np.ones(self.net.grid.branches, dtype=bool),
+            infeed_on=np.ones(self.net.grid.infeed_node.size, dtype=bool),
+            out=np.zeros(size, dtype=bool),
+            back_ns=np.zeros(size, dtype=np.int64),
+            condition=np.zeros(points, dtype=np.int64),
+            condition_event=[""] * points,
+        )
+
+    def snapshot(self) -> bytes:
+        return pickle.dumps((self._state, self._now_ns), protocol=5)
+
+    def restore(self, state: bytes) -> None:
+        self._state, self._now_ns = pickle.loads(state)
+
+    def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock:
+        p = self._parameters
+        return transport_block(
+            self.net,
+            periods_ns,
+            self._now_ns,
+            day=self._day,
+            emergency_rating=p["emergency_rating"],
+            critical_feeders_last=p["critical_feeders_last"] >= 0.5,
+            value_of_lost_load_usd_per_mwh=p["value_unserved_mwh"],
+        )
+
+    # --- one step -----------------------------------------------------------------------
+
+    def advance(self, step: Step) -> None:
+        state = self._state
+        if state.supplied is not None:
+            # what was switched at the last step held until now
+            state.unserved_mwh += state.supplied.shed_mw * step.span_h
+            if state.supplied.served_mw < 0.9 * state.supplied.demand_mw:
+                state.below_until_ns = step.time_ns
+        self._finish_repairs(step)
+        self._take_damage(step)
+        self._send_crews(step)
+        self._now_ns = step.time_ns
+        demand = self._demand(step)
+        out = (state.severity >= OUT_OF_SERVICE) | (state.back_ns > step.time_ns)
+        if state.operation is None or (out != state.out).any() or demand != state.demand:
+            back = np.flatnonzero(state.out & ~out)
+            state.out = out
+            self._operate(demand)
+            self._tell_load_points(step, {int(index): state.last_event[index] for index in back})
+        self._publish(step)
+
+    def _demand(self, step: Step) -> FeederDemand:
+        share = self._day.share(step.time_ns)
+        return feeder_demand(self.net, share, step["hospital_load"], step["pump_load"])
+
+    @property
+    def _day(self) -> Day:
+        p = self._parameters
+        return Day(p["start_hour"], p["load_peak_hour"], p["load_night_ratio"], p["demand_factor"])
+
+    def _finish_repairs(self, step: Step) -> None:
+        state = self._state
+        delay_min = self._parameters["restart_delay_min"]
+        for index, done_ns in state.repairs.progress(step.last_ns, step.time_ns):
+            name = self.net.components[index]
+            text = f"{name} is repaired at {done_ns / HOUR_NS:.3f} h"
+            if state.severity[index] >= OUT_OF_SERVICE:
+                state.back_ns[index] = done_ns + round(delay_min * MINUTE_NS)
+                text += f" and back in service in {delay_min:.0f} min"
+            repaired = step.emit("component_repaired", name, text, [state.crew_event[index]])
+            state.severity[index] = 0.0
+            state.last_event[index] = repaired
+            state.crew_event[index] = ""
+
+    def _take_damage(self, step: Step) -> None:
+        state = self._state
+        told, work = step["damage_state"], step["repair_work"]
+        was_damaged = state.repairs.remaining_h > 0.0
+        worked = np.zeros(told.size, dtype=bool)
+        worked[state.repairs.damage(work)] = True
+        before = state.severity.copy()
+        # new work on a whole component is its new state; on a damaged one the worse counts
+        fresh = worked & ~was_damaged
+        state.severity[fresh] = told[fresh]
+        again = worked & was_damaged
+        state.severity[again] = np.maximum(state.severity, told)[again]
+        # a state without work holds until the state itself is taken back
+        moved = ~worked & (told != state.told_state)
+        state.severity[moved] = np.maximum(state.severity, told)[moved]
+        lifted = moved & (state.repairs.remaining_h <= 0.0)
+        state.severity[lifted] = told[lifted]
+        state.told_state = told.copy()
+        out_before, out = before >= OUT_OF_SERVICE, state.severity >= OUT_OF_SERVICE
+        for index in np.flatnonzero(state.severity != before):
+            causes = step.cause("damage_state", int(index)) or step.cause("repair_work", int(index))
+            if out[index] and not out_before[index]:
+                name = self.net.components[index]
+                state.out_event[index] = step.emit(
+                    "component_out",
+                    name,
+                    f"{name} is out of service: damage state {state.severity[index]:.0f}, "
+                    f"{state.repairs.remaining_h[index]:.1f} crew-hours to repair",
+                    causes,
+                )
+            elif not out[index] and not out_before[index]:
+                state.out_event[index] = causes[0] if causes else ""
+            state.last_event[index] = state.out_event[index]
+
+    def _send_crews(self, step: Step) -> None:
+        if not step.actions:
+            return
+        state = self._state
+        place = {name: index for index, name in enumerate(self.net.components)}
+        for action in step.actions:
+            if action.actuator != "assign_crew" or action.entity not in place:
+                raise TwinError(
+                    Reason.UNKNOWN_ENTITY,
+                    f"energy has no actuator {action.actuator!r} at {action.entity!r}",
+                    {"actuator": action.actuator, "entity": action.entity},
+                )
+            index = place[action.entity]
+            travel_min = max(float(step["crew_travel"][index]), 0.0)
+            crews = int(np.clip(np.rint(action.value), 0, MOST_CREWS))
+            change = state.repairs.assign(index, crews, step.time_ns, travel_min / 60.0)
+            causes = [action.cause, state.out_event[index], *step.cause("crew_travel", index)]
+            if change > 0:
+                state.crew_event[index] = step.emit(
+                    "crew_assigned",
+                    action.entity,
+                    f"{change} crew(s) sent to {action.entity}, {travel_min:.0f} min away",
+                    causes,
+                )
+            elif change < 0:
+                step.emit(
+                    "crew_recalled",
+                    action.entity,
+                    f"{-change} crew(s) recalled from {action.entity}",
+                    [action.cause, state.crew_event[index]],
+                )
+            elif crews > 0 and state.repairs.remaining_h[index] <= 0.0:
+                step.emit(
+                    "crew_not_needed",
+                    action.entity,
+                    f"{action.entity} has no damage to repair",
+                    [action.cause],
+                )
+
+    def _operate(self, demand: FeederDemand) -> None:
+        state, p = self._state, self._parameters
+        out = state.out
+        branch, infeed = self.net.component_branch, self.net.component_infeed
+        state.branch_on[:] = True
+        state.infeed_on[:] = True
+        state.branch_on[branch[out & (branch >= 0)]] = False
+        state.infeed_on[infeed[out & (infeed >= 0)]] = False
+        limits = Limits(p["emergency_rating"], p["voltage_min"])
+        state.demand = demand
+        state.operation = self.room.operate(
+            state.branch_on, state.infeed_on, demand.node_mva(self.net), limits
+        )
+        state.supplied = supplied(
+            self.net, demand, state.operation.share, p["critical_feeders_last"] >= 0.5
+        )
+
+    # --- what is told -------------------------------------------------------------------
+
+    def _tell_load_points(self, step: Step, repaired: Mapping[int, str]) -> None:
+        """Emit an event for every load point whose condition changed."""
+        state = self._state
+        assert state.supplied is not None
+        assert state.operation is not None
+        fraction = state.supplied.load_point
+        condition = np.where(fraction < NOTICED, NONE, np.where(fraction < 1 - NOTICED, PART, FULL))
+        for index in np.flatnonzero(condition != state.condition):
+            name, now = self.net.load_points[index], condition[index]
+            better = now < state.condition[index]
+            back = self._repairs_near(int(index), repaired) if better else []
+            if now == FULL:
+                kind, text, causes = "load_point_restored", f"{name} is fully served again", back
+                if not back:
+                    causes = [state.condition_event[index]]
+                    text += " as demand fell"
+            elif now == PART:
+                text = f"{name} is served to {100 * fraction[index]:.0f} %: "
+                kind, text = "load_shed", text + self._why(int(index))
+                causes = back + self._outages_around(int(index))
+            else:
+                energised = state.operation.share[self.net.load_node[index]] > 0.0
+                kind = "load_point_dark"
+                text = f"{name} has no power: " + (
+                    self._why(int(index)) if energised else "nothing feeds its part of the grid"
+                )
+                causes = self._outages_around(int(index))
+            state.condition_event[index] = step.emit(kind, name, text, causes)
+        state.condition = condition
+
+    def _why(self, load_point: int) -> str:
+        assert self._state.operation is not None
+        reason = int(self._state.operation.reason[self.net.load_node[load_point]])
+        if reason >= 0:
+            return f"{self.net.branch_names[reason]} is at its rating"
+        if reason == LOW_VOLTAGE:
+            return "the voltage would be too low"
+        if reason == COLLAPSE:
+            return "the voltage would collapse"
+        return "nothing feeds it"
+
+    def _ends(self, component: int) -> tuple[int, ...]:
+        """The parts of the grid that a component touches."""
+        assert self._state.operation is not None
+        part, grid = self._state.operation.part, self.net.grid
+        branch = int(self.net.component_branch[component])
+        if branch >= 0:
+            return int(part[grid.from_node[branch]]), int(part[grid.to_node[branch]])
+        return (int(part[grid.infeed_node[self.net.component_infeed[component]]]),)
+
+    def _outages_around(self, load_point: int) -> list[str]:
+        """The outages that touch the part of the grid that a load point is in.
+
+        In a dark part those on its border and its own infeeds: any of them would feed it.
+        In a live part those through which most of the power went before, as they are what
+        loads the rest.
+        """
+        state = self._state
+        assert state.operation is not None
+        mine = int(state.operation.part[self.net.load_node[load_point]])
+        dark = state.operation.share[self.net.load_node[load_point]] <= 0.0
+        found = []
+        for component in np.flatnonzero(state.out):
+            ends = self._ends(int(component))
+            if mine in ends and (len(set(ends)) == len(ends) or not dark):
+                found.append((-self._base_flow_mw(int(component)), int(component)))
+        return [state.out_event[component] for _, component in sorted(found)[:MOST_CAUSES]]
+
+    def _repairs_near(self, load_point: int, repaired: Mapping[int, str]) -> list[str]:
+        assert self._state.operation is not None
+        mine = int(self._state.operation.part[self.net.load_node[load_point]])
+        return [event for component, event in repaired.items() if mine in self._ends(component)]
+
+    def _base_flow_mw(self, component: int) -> float:
+        """Power through a component of the undamaged grid at peak."""
+        return float(_base_flows(self.region)[component])
+
+    def _publish(self, step: Step) -> None:
+        state, net = self._state, self.net
+        assert state.supplied is not None
+        assert state.operation is not None
+        now = state.supplied
+        shock_ns = round(self._parameters["shock_h"] * HOUR_NS)
+        below_h = max(state.below_until_ns - shock_ns, 0) / HOUR_NS
+        whole = (state.repairs.remaining_h <= 0.0) & (state.severity < 1.0)
+        no_cause = [""]
+        for name, values, events in (
+            ("supplied_fraction", now.load_point, state.condition_event),
+            ("pump_supplied", now.pump, state.condition_event),
+            ("hospital_supplied", now.hospital, state.condition_event),
+            ("intact", whole, state.last_event),
+            ("remaining_work", state.repairs.remaining_h, state.last_event),
+            ("crew_busy", state.repairs.crews, state.crew_event),
+            ("served", now.served_mw, no_cause),
+            ("shed", now.shed_mw, no_cause),
+            ("losses", state.operation.losses_mw, no_cause),
+            ("supply", state.operation.supply_mw, no_cause),
+            ("unserved_energy_mwh", state.unserved_mwh, no_cause),
+            ("hours_to_90pct_power", below_h, no_cause),
+            ("people_without_power", net.people @ (1.0 - now.load_point), no_cause),
+        ):
+            vector = np.array(values, dtype=np.float64, ndmin=1)
+            before = state.published.get(name)
+            if before is not None and (before == vector).all():
+                continue
+            changed = np.arange(vector.size) if before is None else np.flatnonzero(before != vector)
+            # which entry of `events` explains each entry that changed
+            explained = changed
+            if name == "pump_supplied":
+                explained = self._pump_point[changed]
+            elif name == "hospital_supplied":
+                explained = net.hospital_load_point[changed]
+            causes = {
+                int(index): events[place]
+                for index, place in zip(changed, explained, strict=True)
+                if place >= 0 and events[place]
+            }
+            step.publish(name, vector, causes)
+            state.published[name] = vector
+
+
+@lru_cache(maxsize=4)
+def _base_flows(region: str) -> Vector:
+    """Power in MW through every component in the undamaged grid with the stored loads."""
+    net = power_net(region)
+    at_from, at_to = net.grid.branch_flow_mva(net.grid.voltage)
+    through = np.maximum(np.abs(at_from.real), np.abs(at_to.real))
+    flows = np.zeros(len(net.components))
+    for index in range(flows.size):
+        branch, infeed = int(net.component_branch[index]), int(net.component_infeed[index])
+        if branch >= 0:
+            flows[index] = through[branch]
+        else:
+            node = net.grid.infeed_node[infeed]
+            at_node = (net.grid.from_node == node) | (net.grid.to_node == node)
+            flows[index] = through[at_node].sum()
+    return flows
+
+
+@lru_cache(maxsize=4)
+def _describe(region: str) -> Description:
+    net = power_net(region)
+    declared = assumptions(region)
+    inputs = (
+        Variable(
+            "damage_state",
+            "power_component",
+            "1",
+            Causality.INPUT,
+            0.0,
+            0.0,
+            4.0,
+            "Hazus damage state; from 2 (moderate) a component is out of service until repaired",
+        ),
+        Variable(
+            "repair_work",
+            "power_component",
+            "h",
+            Causality.INPUT,
+            0.0,
+            0.0,
+            doc="crew-hours of repair caused since the start; only its growth counts",
+        ),
+        Variable(
+            "crew_travel",
+            "power_component",
+            "min",
+            Causality.INPUT,
+            30.0,
+            0.0,
+            doc="time that a crew sent now would be on the way; 30 until somebody says",
+        ),
+        Variable(
+            "hospital_load",
+            "hospital",
+            "MW",
+            Causality.INPUT,
+            -1.0,
+            0.0,
+            doc="what a hospital wants of the grid; below 0: not said, its usual load is taken",
+        ),
+        Variable(
+            "pump_load",
+            "pump",
+            "MW",
+            Causality.INPUT,
+            -1.0,
+            0.0,
+            doc="what a water pump wants of the grid; below 0: not said, its rated load is taken",
+        ),
+    )
+
+    def output(name: str, kind: str, unit: str, doc: str, initial: float = 0.0) -> Variable:
+        high = 1.0 if unit == "1" and kind != SYSTEM else float("inf")
+        return Variable(name, kind, unit, Causality.OUTPUT, initial, 0.0, high, doc)
+
+    outputs = (
+        output("supplied_fraction", "load_point", "1", "served share of the demand", 1.0),
+        output("pump_supplied", "pump", "1", "served share of the pump's feeder", 1.0),
+        output("hospital_supplied", "hospital", "1", "served share of the hospital's feeder", 1.0),
+        output("intact", "power_component", "1", "1: no damage left", 1.0),
+        output("remaining_work", "power_component", "h", "crew-hours of repair still to do"),
+        output("crew_busy", "power_component", "1", "crews on the way or at work"),
+        output("served", SYSTEM, "MW", "demand that is served"),
+        output("shed", SYSTEM, "MW", "demand that is not served"),
+        output("losses", SYSTEM, "MW", "losses of lines and transformers"),
+        output("supply", SYSTEM, "MW", "drawn from the infeeds: served + losses"),
+        output("unserved_energy_mwh", SYSTEM, "MW*h", "demand not served since the start"),
+        output(
+            "hours_to_90pct_power",
+            SYSTEM,
+            "h",
+            "from the mainshock to when 90 % of demand was served for good, as known so far",
+        ),
+        output("people_without_power", SYSTEM, "1", "people times the unserved share"),
+    )
+    actuator = Actuator(
+        "assign_crew",
+        "power_component",
+        "1",
+        0.0,
+        float(MOST_CREWS),
+        0.0,
+        Risk.LOW,
+        0,
+        "send 0: the crew returns, the work that it did stays done",
+        "crews at a component; each does a crew-hour of repair per hour after its journey",
+    )
+    entities = [Entity(SYSTEM, SYSTEM)]
+    for kind, file, key, label in (
+        ("power_component", "power_components.csv", "component_id", "component_id"),
+        ("load_point", "load_points.csv", "load_point", "load_point"),
+        ("pump", "pumps.csv", "pump", "pump"),
+        ("hospital", "hospitals.csv", "hospital", "name"),
+    ):
+        for row in region_rows(region, file):
+            place = (float(row["lon_deg"]), float(row["lat_deg"]))
+            entities.append(Entity(row[key], kind, row[label], *place))
+    return Description(
+        model="energy",
+        version="1",
+        domain="energy",
+        entities=tuple(entities),
+        variables=inputs + outputs,
+        time=TimePolicy(period_ns=PERIOD_NS),
+        parameters=tuple(declared.get(p.name, p) for p in _OWN_PARAMETERS),
+        actuators=(actuator,),
+        kpis=("unserved_energy_mwh", "hours_to_90pct_power"),
+        doc=f"AC power flow of {net.grid.nodes} nodes with load shedding and repair crews",
+        data_hash=data_hash(region),
+    )

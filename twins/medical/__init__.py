@@ -1,0 +1,1 @@
+"""The medical twin: ambulances, hospitals and patients of a region."""
