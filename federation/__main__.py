@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from federation import telemetry
+from federation.broker.fleet import fleet, run_cases
+from federation.broker.server import BrokerOptions, serve_broker
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.plan.crews import CrewPlanner, Family
 from federation.scenario import results, study
 from federation.scenario.explain import Causes
-from federation.scenario.run import Outcome, local_sessions
+from federation.scenario.report import write_report
+from federation.scenario.run import Case, Outcome, build_twin
 from federation.scenario.spec import Policy, Scenario, load
 from federation.twin import HOUR_NS, MINUTE_NS, Description, Planner
+from federation.wire.serve import ServeOptions, serve
 
 DEMO = "regions/shelby/earthquake.yaml"
 PLANNER_FACTORY = "federation.__main__:planner"
@@ -57,64 +64,95 @@ def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy:
 
 def command_run(options: argparse.Namespace) -> int:
     scenario = load(options.scenario)
-    summary = execute(scenario, options)
+    summary = execute(scenario, options, Path(options.out or f"runs/{scenario.name}"))
     if options.json:
         print(json.dumps(summary, indent=2))
     return 0
 
 
-def execute(scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
+def command_demo(options: argparse.Namespace) -> int:
+    """Run 0 in five processes, the other runs on workers, then sensitivity and the report."""
+    spec = importlib.util.find_spec("twins")
+    if spec is None or spec.origin is None:
+        raise ScenarioError(
+            Reason.MISSING_EXTRA, "the demo's twins are not installed: install multitwin[twins]"
+        )
+    scenario = load(Path(spec.origin).parent / DEMO)
+    out = Path(options.out)
+    execute(scenario, options, out)
+    if options.sensitivity_runs:
+        sensitivity(scenario, options, out)
+    say(f"report in {write_report(out)}")
+    say(f"next: multitwin explain {out}")
+    return 0
+
+
+def execute(scenario: Scenario, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Run a study as asked, write its folder, and return the summary."""
-    started = time.perf_counter()
-    out = Path(options.out or f"runs/{scenario.name}")
+    started_s = time.perf_counter()
     seed = scenario.seed if options.seed is None else options.seed
     measures = options.measures.split(",") if options.measures else list(scenario.measures)
     todo = study.cases(scenario, measures, options.runs, seed)
-    engine = study.Engine(scenario, PLANNER_FACTORY, options.workers, options.ray)
-    progress = Progress(f"{scenario.name}: {len(todo)} runs")
-    outcomes = engine.run(todo, keep=lambda case: case.run == 0, progress=progress)
-    members = study.local_members(scenario, outcomes)
+    say(f"{scenario.name}: {len(todo)} runs of {scenario.horizon_h:g} h")
+    by_grpc = [c for c in todo if options.members == "grpc" or _is_first(c, options.members)]
+    by_worker = [c for c in todo if c not in by_grpc]
+    members: list[dict[str, Any]] = []
+    outcomes: list[Outcome] = []
+    if by_grpc:
+        found, members = asyncio.run(_on_fleet(scenario, by_grpc, options, out))
+        outcomes += found
+    if by_worker:
+        engine = study.Engine(scenario, PLANNER_FACTORY, options.workers, options.ray)
+        outcomes += engine.run(by_worker, keep=_is_reference, progress=Progress())
+        members = members or study.local_members(scenario, outcomes)
+    outcomes.sort(key=lambda o: todo.index(o.case))
     failed = [o for o in outcomes if o.error]
     if len(failed) == len(outcomes):
         raise TwinError(Reason.TWIN_FAILED, f"every run failed; the first: {failed[0].error}")
-    descriptions = {n: s.description for n, s in local_sessions(scenario).items()}
-    summary = summarise(scenario, seed, measures, outcomes, descriptions, members, started)
-    results.write_runs(out, outcomes, scenario.horizon_ns)
-    kept = [o for o in outcomes if o.case.run == 0 and not o.error]
-    results.write_reference(out, kept, descriptions)
-    results.write_summary(out, summary)
-    progress.say(f"results in {out}")
+    summary = {
+        **study.summarise(scenario, seed, measures, outcomes),
+        "members": members,
+        "timing": study.timing(outcomes, started_s),
+    }
+    results.write_study(out, scenario, outcomes, summary)
+    say(f"results in {out}")
     return summary
 
 
-def summarise(
-    scenario: Scenario,
-    seed: int,
-    measures: Sequence[str],
-    outcomes: Sequence[Outcome],
-    descriptions: Mapping[str, Description],
-    members: list[dict[str, Any]],
-    started: float,
-) -> dict[str, Any]:
-    """The content of `summary.json`."""
-    domains = {name: d.domain for name, d in descriptions.items()}
-    first = next((o for o in outcomes if not o.error), None)
-    return {
-        "region": scenario.region,
-        "scenario": scenario.name,
-        "seed": seed,
-        "digest": study.combined_digest(outcomes),
-        "members": members,
-        "runs": len({o.case.run for o in outcomes}),
-        "failed_runs": [
-            {"run": o.case.run, "measure": o.case.measure, "seed": seed, "error": o.error}
-            for o in outcomes
-            if o.error
-        ],
-        **study.figures(outcomes, measures),
-        "cascade": study.cascade_of(first.events if first else (), domains),
-        "timing": study.timing(outcomes, started),
-    }
+def _is_reference(case: Case) -> bool:
+    return case.run == 0
+
+
+def _is_first(case: Case, members: str) -> bool:
+    return members == "both" and case.run == 0
+
+
+async def _on_fleet(
+    scenario: Scenario, todo: list[Case], options: argparse.Namespace, out: Path
+) -> tuple[list[Outcome], list[dict[str, Any]]]:
+    say("starting the members, each in a process of its own")
+    out.mkdir(parents=True, exist_ok=True)
+    telemetry.configure("broker")
+    async with fleet(scenario, out / "broker.sqlite", out / "logs") as crew:
+        at_once = 1 if options.members == "both" else options.workers
+        outcomes = await run_cases(
+            crew, scenario, todo, planner, keep=_is_reference, at_once=at_once, progress=Progress()
+        )
+        return outcomes, crew.members(scenario)
+
+
+def sensitivity(scenario: Scenario, options: argparse.Namespace, out: Path) -> None:
+    """Move one assumption at a time and see how the effect of the best measure moves."""
+    measures = [study.BASELINE, options.sensitivity_measure]
+    seed = scenario.seed if options.seed is None else options.seed
+    moved = list(study.shifted(scenario, measures, options.sensitivity_runs, options.runs, seed))
+    todo = [case for _, _, cases in moved for case in cases]
+    say(f"sensitivity: {len(scenario.sensitivity)} assumptions, {len(todo)} runs")
+    engine = study.Engine(scenario, PLANNER_FACTORY, options.workers, options.ray)
+    outcomes = engine.run(todo, progress=Progress())
+    results.write_sensitivity(
+        out, study.effects(scenario, moved, outcomes, results.read_runs(out), measures[1])
+    )
 
 
 def command_explain(options: argparse.Namespace) -> int:
@@ -129,21 +167,77 @@ def command_explain(options: argparse.Namespace) -> int:
     cascade = causes.cascade()
     print(f"{summary['scenario']}, measure {measure}: {cascade.events} linked events in ", end="")
     print(f"{', '.join(cascade.domains)}; longest chain {cascade.depth}\n")
-    print(f"From the shock to {end}:\n\n{causes.chain_text(end)}\n")
-    print(f"What followed from the first event:\n\n{causes.tree_text(chain[0], options.lines)}")
+    print(f"From {chain[0]} to {end}:\n\n{causes.chain_text(end)}\n")
+    print(f"What followed from {chain[0]}:\n\n{causes.tree_text(chain[0], options.lines)}")
     return 0
+
+
+def command_report(options: argparse.Namespace) -> int:
+    print(write_report(Path(options.run)))
+    return 0
+
+
+def command_serve(options: argparse.Namespace) -> int:
+    config = dict(_setting(text) for text in options.config)
+    sys.path.insert(0, os.getcwd())
+    name = options.name or options.twin.rpartition(":")[2].lower()
+    telemetry.configure(name)
+    asyncio.run(
+        serve(
+            lambda: build_twin(options.twin, config),
+            name,
+            ServeOptions(
+                host=options.host,
+                port=options.port,
+                broker=options.broker,
+                advertise=options.advertise,
+                max_message_bytes=options.max_message_mib << 20,
+            ),
+        )
+    )
+    return 0
+
+
+def command_broker(options: argparse.Namespace) -> int:
+    telemetry.configure("broker")
+    asyncio.run(
+        serve_broker(
+            BrokerOptions(
+                host=options.host,
+                port=options.port,
+                store=options.store,
+                scenario_folder=options.scenarios,
+                planner=planner,
+                max_message_bytes=options.max_message_mib << 20,
+            )
+        )
+    )
+    return 0
+
+
+def _setting(text: str) -> tuple[str, str | int | float]:
+    """Read KEY=VALUE; a value that looks like a number is one."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ScenarioError(Reason.SCENARIO_INVALID, f"--config wants KEY=VALUE, not {text!r}")
+    for number in (int, float):
+        try:
+            return key, number(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
     """One line on standard error that says how far the work is and how long it will take."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self) -> None:
         self._started = time.perf_counter()
         self._live = sys.stderr.isatty()
-        self.say(title)
-
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     def __call__(self, done: int, total: int, remark: str) -> None:
         spent_s = time.perf_counter() - self._started
@@ -166,6 +260,17 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    demo = commands.add_parser("demo", help="the whole story, from a shock to a report")
+    _study_options(demo, runs=12, workers=2, members="both", out="runs/demo")
+    demo.add_argument(
+        "--sensitivity-runs",
+        type=int,
+        default=2,
+        metavar="N",
+        help="runs per shifted assumption, 0 for none (2)",
+    )
+    demo.set_defaults(do=command_demo, sensitivity_measure="plan")
+
     run = commands.add_parser("run", help="run a scenario, once or as an ensemble")
     run.add_argument("scenario", help="the scenario's YAML file")
     _study_options(run)
@@ -181,22 +286,68 @@ def parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--lines", type=int, default=40, help="how much of the tree to print (40)")
     explain.set_defaults(do=command_explain)
+
+    report = commands.add_parser("report", help="write a run's report as one HTML file")
+    report.add_argument("run", help="the folder of a run, such as runs/demo")
+    report.set_defaults(do=command_report)
+
+    server = commands.add_parser("serve", help="make a twin a service")
+    server.add_argument("twin", help="module:Class of a subclass of federation.twin.Twin")
+    server.add_argument("--name", help="its name in the federation (the class's, in lower case)")
+    server.add_argument("--broker", metavar="ADDRESS", help="register with the broker there")
+    server.add_argument(
+        "--config", metavar="KEY=VALUE", action="append", default=[], help="for its constructor"
+    )
+    server.add_argument("--advertise", metavar="ADDRESS", help="what the broker calls (host:port)")
+    _server_options(server)
+    server.set_defaults(do=command_serve)
+
+    broker = commands.add_parser("broker", help="run a broker")
+    broker.add_argument("--store", default="broker.sqlite", help="its database (broker.sqlite)")
+    broker.add_argument(
+        "--scenarios", type=Path, metavar="DIR", help="where the files of scenarios lie"
+    )
+    _server_options(broker, port=7700)
+    broker.set_defaults(do=command_broker)
     return main
 
 
-def _study_options(command: argparse.ArgumentParser) -> None:
+def _server_options(command: argparse.ArgumentParser, port: int = 0) -> None:
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    command.add_argument(
+        "--port", type=int, default=port, help=f"port, 0 for any free one ({port})"
+    )
+    command.add_argument(
+        "--max-message-mib", type=_positive, default=64, metavar="N", help="largest message (64)"
+    )
+
+
+def _study_options(
+    command: argparse.ArgumentParser,
+    runs: int = 1,
+    workers: int = 1,
+    members: str = "local",
+    out: str | None = None,
+) -> None:
     command.add_argument(
         "--members",
-        choices=("local", "grpc"),
-        default="local",
-        help="twins in this process, or each as a service in its own (local)",
+        choices=("local", "grpc", "both"),
+        default=members,
+        help="twins in this process, each as a service of its own, or run 0 as services and the "
+        f"others on workers ({members})",
     )
-    command.add_argument("--runs", type=_positive, default=1, help="runs per measure (1)")
-    command.add_argument("--workers", type=_positive, default=1, help="worker processes (1)")
+    command.add_argument(
+        "--runs", type=_positive, default=runs, metavar="N", help=f"runs per measure ({runs})"
+    )
+    command.add_argument(
+        "--workers", type=_positive, default=workers, metavar="N", help=f"processes ({workers})"
+    )
     command.add_argument("--ray", metavar="ADDRESS", help="use the Ray cluster at ADDRESS")
     command.add_argument("--seed", type=int, help="seed of everything random (the scenario's)")
     command.add_argument("--measures", metavar="A,B", help="only these measures (all)")
-    command.add_argument("--out", metavar="DIR", help="folder for the results (runs/NAME)")
+    command.add_argument(
+        "--out", metavar="DIR", default=out, help=f"folder for the results ({out or 'runs/NAME'})"
+    )
 
 
 def _positive(text: str) -> int:
@@ -232,6 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("multitwin: interrupted", file=sys.stderr)
         return 130
+    finally:
+        telemetry.flush()
 
 
 if __name__ == "__main__":

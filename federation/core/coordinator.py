@@ -595,10 +595,10 @@ class Coordinator:
         if not has_stepped and not member.wakes:
             return False
         # a member that has not stepped is woken by news, not by what a loop left over
-        is_rung = any([self._stage(given, loop.time_ns) for given in member.inputs])
+        staged = [self._stage(given, loop.time_ns) for given in member.inputs]
         for given in member.inputs:
             value = given.slot.combined([feed.visible for feed in given.feeds])
-            if not has_stepped and is_rung and not np.array_equal(value, given.value):
+            if not has_stepped and any(staged) and not np.array_equal(value, given.value):
                 return True
             limit = self._policy.tolerance * (1.0 + np.abs(given.value))
             if has_stepped and (np.abs(value - given.value) > limit).any():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from federation import telemetry
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
 from federation.plan.joint import JointModel, Schedule, Task, joint_model
@@ -18,6 +20,7 @@ from federation.twin import (
     Description,
     Entity,
     LinearBlock,
+    Parameter,
     Planner,
     Step,
     TimePolicy,
@@ -63,7 +66,7 @@ class CrewPlanner(Planner):
         self,
         policy: Policy,
         families: Sequence[Family],
-        crews: int,
+        crews: float,
         period_ns: int,
         horizon_ns: int,
         couplings: Sequence[Coupling] = (),
@@ -108,10 +111,14 @@ class CrewPlanner(Planner):
             entities=tuple(entities),
             variables=tuple(variables),
             time=TimePolicy(period_ns=self._period_ns),
+            parameters=(
+                Parameter("crews", "1", self.crews, 0.0, 1000.0, "crews that all families share"),
+            ),
             doc=self.__doc__ or "",
         )
 
     def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        self.crews = parameters["crews"]
         self._known = [np.zeros(len(f.components)) for f in self.families]
 
     def periods_ns(self) -> tuple[int, ...]:
@@ -185,7 +192,10 @@ class CrewPlanner(Planner):
             )
             for i, c in keys
         ]
-        schedule = self._model.solve(tasks)
+        with telemetry.tracer.start_as_current_span("plan.solve", attributes={"tasks": len(tasks)}):
+            began_s = time.perf_counter()
+            schedule = self._model.solve(tasks)
+            telemetry.solve_duration.record(time.perf_counter() - began_s)
         dispatch = dispatch_order(schedule, tasks, self._model.lengths_h)
         self._order = [(keys[task], crews) for task, crews in dispatch]
         self._planned_ns, self._known = step.time_ns, remaining

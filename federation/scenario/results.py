@@ -1,6 +1,8 @@
 """What a study leaves in its folder: figures as JSON, everything else as Parquet.
 
 summary.json                     the figures that others script against
+scenario.yaml                    the scenario as it was run
+sensitivity.json                 how the effect of a measure moves with an assumption
 runs.parquet                     a row per run and measure: seed, digest, draws, KPIs
 series.parquet                   every scalar of every run, on the hour
 reference/descriptions.json      the members: entities with places, variables with units
@@ -23,9 +25,41 @@ import pyarrow.parquet as pq
 from federation.core.ledger import EventRecord
 from federation.errors import Reason, ScenarioError
 from federation.scenario.run import Outcome
-from federation.twin import HOUR_NS, Description, Event
+from federation.scenario.spec import Scenario
+from federation.twin import HOUR_NS, Event
 
 SUMMARY = "summary.json"
+
+
+def write_study(
+    folder: Path, scenario: Scenario, outcomes: Sequence[Outcome], summary: Mapping[str, Any]
+) -> None:
+    """Write all that a study leaves; `summary.json` comes last, so that it stands for the whole.
+
+    The full ledgers that were kept become the reference runs.
+    """
+    write_runs(folder, outcomes, scenario.horizon_ns)
+    write_reference(folder, [o for o in outcomes if o.ledger and not o.error])
+    (folder / "scenario.yaml").write_text(scenario.text, encoding="utf-8")
+    write_summary(folder, summary)
+
+
+def write_sensitivity(folder: Path, sensitivity: Mapping[str, Any]) -> None:
+    text = json.dumps(sensitivity, indent=2, allow_nan=False)
+    (folder / "sensitivity.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_runs(folder: Path) -> dict[tuple[int, str], dict[str, float]]:
+    """The KPIs of every run that did not fail, by run and measure."""
+    return {
+        (row["run"], row["measure"]): {
+            name.removeprefix("kpi."): value
+            for name, value in row.items()
+            if name.startswith("kpi.")
+        }
+        for row in pq.read_table(folder / "runs.parquet").to_pylist()
+        if not row["error"]
+    }
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -97,12 +131,11 @@ def sampled(points: Sequence[tuple[int, float]], times_ns: np.ndarray) -> np.nda
     return values[np.clip(np.searchsorted(at, times_ns, side="right") - 1, 0, None)]
 
 
-def write_reference(
-    folder: Path, outcomes: Sequence[Outcome], descriptions: Mapping[str, Description]
-) -> None:
+def write_reference(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Write the whole ledger of one run per measure, for maps, trees and charts."""
     reference = folder / "reference"
     reference.mkdir(parents=True, exist_ok=True)
+    descriptions = outcomes[0].descriptions if outcomes else {}
     text = json.dumps({n: _plain(asdict(d)) for n, d in descriptions.items()})
     (reference / "descriptions.json").write_text(text, encoding="utf-8")
     for outcome in outcomes:

@@ -53,7 +53,7 @@ class MemberCost:
 
 @dataclass
 class Outcome:
-    """What a run left: figures always, events and ledger when they were kept."""
+    """What a run left: figures and events always, ledger and descriptions when kept."""
 
     case: Case
     digest: str = ""
@@ -63,6 +63,8 @@ class Outcome:
     events: list[EventRecord] = field(default_factory=list)
     actions: list[ActionRecord] = field(default_factory=list)
     ledger: list[Record] = field(default_factory=list)
+    descriptions: Mapping[str, Description] = field(default_factory=dict)
+    domains: dict[str, str] = field(default_factory=dict)
     costs: dict[str, MemberCost] = field(default_factory=dict)
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -94,9 +96,15 @@ class Experiment:
 
 
 def bind(
-    scenario: Scenario, descriptions: Mapping[str, Description], planner: Description | None
+    scenario: Scenario,
+    descriptions: Mapping[str, Description],
+    planner: Description | None,
+    case: Case | None = None,
 ) -> Experiment:
-    """Wire a scenario; raises `ScenarioError` when anything that it names is not there."""
+    """Wire a scenario; raises `ScenarioError` when anything that it names is not there.
+
+    Of the case only the number of crews matters, which is the size of their pool.
+    """
     members = dict(descriptions)
     couplings = list(scenario.couplings_resolved())
     actuations: tuple[Actuation, ...] = ()
@@ -115,7 +123,7 @@ def bind(
             Pool(
                 "crews",
                 PLANNER,
-                repairs.crews,
+                crews_of(repairs.crews, case),
                 tuple(f"busy_{index}" for index in range(len(repairs.work))),
                 tuple(_split(work.actuator) for work in repairs.work),
             ),
@@ -136,6 +144,11 @@ def bind(
         for name in measure.parameters:
             _check_parameter(name, members)
     return experiment
+
+
+def crews_of(usual: float, case: Case | None) -> float:
+    """The number of crews in a case: the scenario's, or the planner's parameter `crews`."""
+    return case.parameters.get(PLANNER, {}).get("crews", usual) if case else usual
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -171,6 +184,9 @@ class Recorder:
 
     def __init__(self, experiment: Experiment, case: Case, keep_ledger: bool = False) -> None:
         self.outcome = Outcome(case)
+        self.outcome.domains = {n: d.domain for n, d in experiment.descriptions.items()}
+        if keep_ledger:
+            self.outcome.descriptions = experiment.descriptions
         self._keep_ledger = keep_ledger
         self._kpis = experiment.kpis
         self._scalars = {
@@ -265,7 +281,7 @@ def run_local(
     sessions = local_sessions(scenario)
     descriptions = {name: s.description for name, s in sessions.items()}
     planner = plan_member(scenario, descriptions, case, factory)
-    experiment = bind(scenario, descriptions, planner.describe() if planner else None)
+    experiment = bind(scenario, descriptions, planner.describe() if planner else None, case)
     if planner is not None:
         sessions[PLANNER] = Session(planner, PLANNER)
     for name, session in sessions.items():

@@ -143,6 +143,7 @@ class Scenario(Part):
     kpis: tuple[Variable, ...] = ()
     sensitivity: dict[str, tuple[float, float]] = {}
     folder: Path = Field(Path(), exclude=True)
+    text: str = Field("", exclude=True)
 
     @model_validator(mode="after")
     def _names(self) -> Scenario:
@@ -287,7 +288,7 @@ def parse(text: str, path: str = "scenario", folder: Path | None = None) -> Scen
                     _line_of(text, name) or document.line((section,)),
                     f"{name!r} names no member of this scenario{hint}",
                 )
-    return scenario.model_copy(update={"folder": folder or Path()})
+    return scenario.model_copy(update={"folder": folder or Path(), "text": text})
 
 
 def _references(scenario: Scenario) -> Mapping[str, list[str]]:

@@ -25,7 +25,6 @@ from federation.scenario.run import (
     PlannerFactory,
     parameters_of,
     run_local,
-    twin_class,
 )
 from federation.scenario.spec import Distribution, Scenario
 from federation.twin import Vector
@@ -93,11 +92,15 @@ def cases(scenario: Scenario, measures: Sequence[str], runs: int, seed: int) -> 
     ]
 
 
+Shifted = tuple[str, str, list[Case]]
+"""An assumption, the end that it is moved to (`low` or `high`), and the runs done there."""
+
+
 def shifted(
-    scenario: Scenario, measures: Sequence[str], runs: int, seed: int
-) -> Iterator[tuple[str, str, list[Case]]]:
-    """For every assumption the scenario lists, the first runs with it at its low and high end."""
-    base = [c for c in cases(scenario, measures, max(runs, 1), seed) if c.run < runs]
+    scenario: Scenario, measures: Sequence[str], first: int, runs: int, seed: int
+) -> Iterator[Shifted]:
+    """For every assumption the scenario lists: the `first` of `runs` runs at each of its ends."""
+    base = [c for c in cases(scenario, measures, runs, seed) if c.run < first]
     for name, ends in scenario.sensitivity.items():
         member, _, parameter = name.partition(".")
         for end, value in zip(("low", "high"), ends, strict=True):
@@ -107,6 +110,50 @@ def shifted(
                 values.setdefault(member, {})[parameter] = value
                 moved.append(replace(case, parameters=values))
             yield name, end, moved
+
+
+def effects(
+    scenario: Scenario,
+    moved: Sequence[Shifted],
+    outcomes: Sequence[Outcome],
+    kpis: Mapping[tuple[int, str], Mapping[str, float]],
+    measure: str,
+) -> dict[str, Any]:
+    """How the effect of `measure` on each KPI moves with each assumption.
+
+    An effect is the mean difference from the baseline over the runs that were shifted; `base`
+    is that of the same runs as they are, taken from `kpis` by run and measure.
+    """
+    runs = sorted({case.run for _, _, cases_ in moved for case in cases_})
+    usual = _effect({key: kpis[key] for key in kpis if key[0] in runs}, measure)
+    ahead = iter(outcomes)
+    assumptions: dict[str, Any] = {}
+    for name, end, cases_ in moved:
+        done = [next(ahead) for _ in cases_]
+        found = _effect(
+            {(o.case.run, o.case.measure): o.kpis for o in done if not o.error}, measure
+        )
+        entry = assumptions.setdefault(
+            name,
+            {
+                **dict(zip(("low", "high"), scenario.sensitivity[name], strict=True)),
+                "kpis": {kpi: {"base": value} for kpi, value in usual.items()},
+            },
+        )
+        for kpi, value in found.items():
+            entry["kpis"][kpi][end] = value
+    return {"measure": measure, "runs": len(runs), "assumptions": assumptions}
+
+
+def _effect(kpis: Mapping[tuple[int, str], Mapping[str, float]], measure: str) -> dict[str, float]:
+    pairs = [
+        (mine, kpis[run, BASELINE])
+        for (run, m), mine in kpis.items()
+        if m == measure and (run, BASELINE) in kpis
+    ]
+    if not pairs:
+        return {}
+    return {k: float(np.mean([mine[k] - base[k] for mine, base in pairs])) for k in pairs[0][0]}
 
 
 @dataclass(frozen=True)
@@ -259,6 +306,28 @@ def figures(outcomes: Sequence[Outcome], measures: Sequence[str]) -> dict[str, A
     return found
 
 
+def summarise(
+    scenario: Scenario, seed: int, measures: Sequence[str], outcomes: Sequence[Outcome]
+) -> dict[str, Any]:
+    """What `summary.json` says of the runs; who did them and how long it took comes from them
+    who know."""
+    first = next((o for o in outcomes if not o.error), None)
+    return {
+        "region": scenario.region,
+        "scenario": scenario.name,
+        "seed": seed,
+        "digest": combined_digest(outcomes),
+        "runs": len({o.case.run for o in outcomes}),
+        "failed_runs": [
+            {"run": o.case.run, "measure": o.case.measure, "seed": seed, "error": o.error}
+            for o in outcomes
+            if o.error
+        ],
+        **figures(outcomes, measures),
+        "cascade": cascade_of(first.events, first.domains) if first else {},
+    }
+
+
 def cascade_of(events: Sequence[EventRecord], domains: Mapping[str, str]) -> dict[str, Any]:
     """The `cascade` of a summary from the events of one run."""
     causes = Causes(events, domains)
@@ -296,16 +365,15 @@ def timing(outcomes: Sequence[Outcome], started: float) -> dict[str, Any]:
 def local_members(scenario: Scenario, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """The `members` of a summary for runs in this process or on workers."""
     rows = []
+    described = next((o.descriptions for o in outcomes if o.descriptions), {})
     for name, member in scenario.members.items():
-        path = member.twin or ""
-        twin = twin_class(path)(**member.config).describe()
         costs = [o.costs[name] for o in outcomes if name in o.costs]
         rows.append(
             {
                 "name": name,
-                "address": f"local:{path}",
+                "address": f"local:{member.twin}",
                 "pid": os.getpid(),
-                "version": twin.version,
+                "version": described[name].version if name in described else "",
                 "wall_s": sum(c.wall_s for c in costs),
                 "cpu_s": sum(c.cpu_s for c in costs),
             }

@@ -1,0 +1,163 @@
+"""Runs a study with every member in a process of its own, under a broker in this one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from federation.broker.server import BrokerOptions, BrokerServer
+from federation.errors import FederationError, Reason, TwinError
+from federation.scenario.run import Case, Outcome, PlannerFactory
+from federation.scenario.spec import Scenario
+
+START_TIMEOUT_S = 180.0
+"""How long members may take to start; twins compile code the first time."""
+
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A broker and its member processes, started for one study."""
+
+    broker: BrokerServer
+    processes: Mapping[str, asyncio.subprocess.Process]
+    logs: Mapping[str, Path]
+    started_s: float
+
+    def members(self, scenario: Scenario) -> list[dict[str, Any]]:
+        """The `members` of a summary: who, where, and the seconds that each process took."""
+        registered = {
+            lease.member.name: lease.member
+            for lease in self.broker.registry.members(time.monotonic_ns())
+        }
+        rows = [_row("broker", self.broker.address, os.getpid(), "", self.started_s)]
+        for name, member in scenario.members.items():
+            process = self.processes.get(name)
+            known = registered.get(name)
+            address = member.address or (known.address if known else "")
+            version = known.version if known else ""
+            rows.append(
+                _row(name, address, process.pid if process else None, version, self.started_s)
+            )
+        return rows
+
+    def check(self) -> None:
+        """Fail when a member process has ended, with the last line that it wrote."""
+        for name, process in self.processes.items():
+            if process.returncode is not None:
+                lines = self.logs[name].read_text(encoding="utf-8").strip().splitlines()
+                last = lines[-1] if lines else "it said nothing"
+                raise TwinError(
+                    Reason.MEMBER_LOST,
+                    f"the process of {name} ended with code {process.returncode}: {last}",
+                    {"member": name, "log": str(self.logs[name])},
+                )
+
+
+def _row(
+    name: str, address: str, pid: int | None, version: str, started_s: float
+) -> dict[str, Any]:
+    cpu_s = 0.0
+    if pid is not None and psutil.pid_exists(pid):
+        times = psutil.Process(pid).cpu_times()
+        cpu_s = times.user + times.system
+    return {
+        "name": name,
+        "address": address,
+        "pid": pid,
+        "version": version,
+        "wall_s": time.perf_counter() - started_s,
+        "cpu_s": cpu_s,
+    }
+
+
+@asynccontextmanager
+async def fleet(scenario: Scenario, store: str | Path, logs: Path) -> AsyncIterator[Fleet]:
+    """Start a broker here and a process for each member that has a class; end them all after.
+
+    Members with an address are used where they are. What a process writes goes to
+    `logs/NAME.log`. Fails with MEMBER_LOST when one does not come up.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    started_s = time.perf_counter()
+    own = {name: member for name, member in scenario.members.items() if member.twin}
+    async with BrokerServer(BrokerOptions(store=store)) as broker:
+        processes: dict[str, asyncio.subprocess.Process] = {}
+        files = {name: logs / f"{name}.log" for name in own}
+        try:
+            for name, member in own.items():
+                config = [f"--config={key}={value}" for key, value in member.config.items()]
+                with files[name].open("wb") as log:
+                    processes[name] = await asyncio.create_subprocess_exec(
+                        *(sys.executable, "-m", "federation", "serve", str(member.twin)),
+                        *(f"--name={name}", f"--broker={broker.address}", *config),
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                    )
+            crew = Fleet(broker, processes, files, started_s)
+            await _all_ready(crew, own)
+            yield crew
+        finally:
+            await asyncio.gather(*(_end(process) for process in processes.values()))
+
+
+async def _all_ready(crew: Fleet, names: Mapping[str, object]) -> None:
+    waiting = asyncio.create_task(crew.broker.members_ready(names, START_TIMEOUT_S))
+    try:
+        while not waiting.done():
+            await asyncio.wait([waiting], timeout=0.2)
+            crew.check()
+        await waiting
+    finally:
+        waiting.cancel()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def run_cases(
+    crew: Fleet,
+    scenario: Scenario,
+    todo: Sequence[Case],
+    factory: PlannerFactory | None,
+    *,
+    keep: Callable[[Case], bool] = lambda case: False,
+    at_once: int = 1,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Outcome]:
+    """Do every case with sessions of its own; failures are collected, in the order asked for."""
+    turn = asyncio.Semaphore(at_once)
+    done = 0
+
+    async def one(case: Case) -> Outcome:
+        nonlocal done
+        async with turn:
+            try:
+                outcome = await crew.broker.run(scenario, case, factory, keep_ledger=keep(case))
+            except FederationError as error:
+                outcome = Outcome(case, error=str(error))
+        done += 1
+        if progress:
+            what = outcome.error or f"{outcome.wall_s:.1f} s"
+            progress(done, len(todo), f"run {case.run} {case.measure}: {what}")
+        return outcome
+
+    return list(await asyncio.gather(*(one(case) for case in todo)))
