@@ -449,7 +449,7 @@ class Session:
         for variable in self.description.variables:
             size = counts.get(variable.kind, 1 if variable.kind == SYSTEM else 0)
             if variable.causality is Causality.INPUT:
-                initial = np.full(size, variable.initial)
+                initial = np.full(size, variable.initial, dtype=np.float64)
                 initial.setflags(write=False)
                 self.values[variable.name] = initial
             else:

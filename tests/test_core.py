@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -249,3 +251,18 @@ def test_an_action_outside_the_envelope_is_recorded_and_goes_nowhere() -> None:
     assert refused
     assert all(e.action.value > 1.0 for e in refused)
     assert any(not e.refusal for e in actions)
+
+
+def test_a_whole_initial_value_does_not_cut_the_values_that_follow() -> None:
+    """An initial value written as 1 is a float like all values: 0.5 must arrive as 0.5."""
+    habits = {
+        "a": Habit(TimePolicy(period_ns=5), (), 1, False, 0.4),
+        "b": Habit(TimePolicy(period_ns=5), ("u",), 1, False, 0.4),
+    }
+    sessions = open_sessions(habits)
+    described = {n: s.description for n, s in sessions.items()}
+    whole = replace(described["b"].variables[0], initial=1)
+    described["b"] = replace(described["b"], variables=(whole, described["b"].variables[1]))
+    coordinator = Coordinator(wire(described, [Coupling("a", "x", "b", "u")]), 5)
+    drive(coordinator, sessions)
+    assert sessions["b"].values["u"][0] == pytest.approx(0.25)

@@ -138,7 +138,7 @@ class Slot:
     """Per target row the `(wire, column)` pairs behind it, in order of declaration."""
 
     def initial(self) -> Vector:
-        return np.full(self.size, self.variable.initial)
+        return np.full(self.size, self.variable.initial, dtype=np.float64)
 
     def combined(self, visible: Sequence[Vector | None]) -> Vector:
         """The input's value from the visible value of each wire (None before its first)."""

@@ -100,7 +100,9 @@ class CrewPlanner(Planner):
             ("tasks_open", "1", "components with work left"),
             ("crews_engaged", "1", "crews on the way or at work"),
             ("plans_made", "1", "how often the joint model was solved"),
-            ("plan_saving", "USD", "what the last plan saves over its horizon by the model"),
+            ("plan_cost", "USD", "cost of the last plan over its horizon by the model"),
+            ("plan_bound", "USD", "what no plan could go below at that time"),
+            ("plan_saving", "USD", "what the last plan saves against doing nothing"),
             ("plan_gap", "1", "what a better plan could save in addition, as a share"),
         ):
             variables.append(Variable(name, SYSTEM, unit, Causality.OUTPUT, doc=doc))
@@ -201,13 +203,15 @@ class CrewPlanner(Planner):
         self._planned_ns, self._known = step.time_ns, remaining
         self._plans += 1
         step.publish("plans_made", self._plans)
+        step.publish("plan_cost", schedule.cost_usd)
+        step.publish("plan_bound", schedule.bound_usd)
         step.publish("plan_saving", schedule.saving_usd)
         step.publish("plan_gap", schedule.gap)
         step.emit(
             "plan_made",
             SYSTEM,
             f"a plan for {len(tasks)} repairs saves {schedule.saving_usd:,.0f} of "
-            f"{schedule.idle_cost_usd:,.0f} USD (gap {schedule.gap:.1%}, {schedule.termination})",
+            f"{schedule.idle_cost_usd:,.0f} USD (gap {schedule.gap:.1%}; {schedule.termination})",
             dict.fromkeys(e for i, c in keys for e in step.cause(f"remaining_{i}", c)),
         )
 

@@ -434,7 +434,7 @@ async def serving(
         (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     try:
-        port = _bind(server, options.host, options.port)
+        port = bind(server, options.host, options.port)
         await server.start()
         for served in ("", SERVICE):
             await healthy.set(served, health_pb2.HealthCheckResponse.SERVING)
@@ -448,7 +448,7 @@ async def serving(
         await asyncio.to_thread(service.stop)
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     address = f"{host}:{port}"
     try:
         return server.add_insecure_port(address)

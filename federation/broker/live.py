@@ -1,0 +1,554 @@
+"""The shell of a live run: carries out what the coordinator decides, at twins that are services."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from federation import telemetry
+from federation.broker.registry import Lease
+from federation.broker.store import State, Store
+from federation.core.coordinator import Coordinator
+from federation.core.ledger import Entry
+from federation.core.messages import (
+    Aborted,
+    Accepted,
+    Commit,
+    Effect,
+    Failed,
+    Finished,
+    Grant,
+    Input,
+    Ordered,
+    Refused,
+    Stepped,
+)
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.scenario.run import (
+    Case,
+    Experiment,
+    MemberCost,
+    Outcome,
+    PlannerFactory,
+    Recorder,
+    bind,
+    blame,
+    plan_member,
+)
+from federation.scenario.spec import PLANNER, Scenario
+from federation.twin import Action, LinearBlock, Planner, Session, StepInput, StepResult
+from federation.wire.link import Link, LinkSession
+
+SETTLE_S = 0.2
+"""How long an entry that is settled may wait before readers get it."""
+
+CLOSE_S = 2.0
+"""How long a run waits for its members to close their sessions."""
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# Planners take turns in one thread: their solver borrows the process's output while it works.
+_planning = ThreadPoolExecutor(1, thread_name_prefix="planner")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Entries that are final and follow all before, with the Unix times of their arrival.
+
+    With them the ledger is complete up to and including `settled_ns`.
+    """
+
+    entries: tuple[Entry, ...]
+    receive_ns: tuple[int, ...]
+    settled_ns: int
+
+
+Sink = Callable[[Batch], Awaitable[None]]
+"""Keeps a batch; the run goes on when it has, and fails when it can't."""
+
+
+class Inbox:
+    """What reaches a live run: the answers of its members, and what people and the broker say."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[Input | None, asyncio.Future[Effect] | None]] = (
+            asyncio.Queue()
+        )
+        self._is_closed = False
+
+    def put(self, event: Input | None) -> None:
+        """Hand in an event; None asks only to settle what can be settled."""
+        if not self._is_closed:
+            self._queue.put_nowait((event, None))
+
+    async def order(self, ordered: Ordered) -> Accepted | Refused:
+        """Hand in an operator's order and wait for the verdict."""
+        if self._is_closed:
+            return _ENDED
+        verdict: asyncio.Future[Effect] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((ordered, verdict))
+        effect = await verdict
+        assert isinstance(effect, Accepted | Refused)
+        return effect
+
+    async def get(self) -> tuple[Input | None, asyncio.Future[Effect] | None]:
+        return await self._queue.get()
+
+    def close(self) -> None:
+        """Take nothing more; orders that nobody has looked at are refused."""
+        self._is_closed = True
+        while not self._queue.empty():
+            _, verdict = self._queue.get_nowait()
+            if verdict is not None and not verdict.done():
+                verdict.set_result(_ENDED)
+
+
+_ENDED = Refused("the run has ended")
+
+
+class _Seat(Protocol):
+    """A member's place in a run, wherever its model is."""
+
+    async def advance(self, steps: Sequence[StepInput]) -> Sequence[StepResult]: ...
+
+    async def close(self) -> None: ...
+
+
+class _PlannerSeat:
+    """The planner runs in this process, in the thread for planners."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.cpu_s = 0.0
+        self._session = Session(planner, PLANNER)
+
+    async def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        await self._work(lambda: self._session.open(seed, parameters))
+
+    async def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
+        await self._work(lambda: self.planner.prepare(blocks))
+
+    async def advance(self, steps: Sequence[StepInput]) -> Sequence[StepResult]:
+        return await self._work(lambda: [self._session.advance(step) for step in steps])
+
+    async def close(self) -> None:
+        await self._work(self.planner.close)
+
+    async def _work(self, do: Callable[[], _T]) -> _T:
+        context = contextvars.copy_context()
+
+        def work() -> _T:
+            began_s = time.thread_time()
+            try:
+                with blame(PLANNER):
+                    return context.run(do)
+            finally:
+                self.cpu_s += time.thread_time() - began_s
+
+        return await asyncio.get_running_loop().run_in_executor(_planning, work)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scenario wired to the twins that are there."""
+
+    experiment: Experiment
+    planner: Planner | None
+
+
+async def prepare(
+    scenario: Scenario, case: Case, factory: PlannerFactory | None, links: Mapping[str, Link]
+) -> Prepared:
+    """Wire a scenario to the twins at the other ends of `links`; fails as `bind` does."""
+    for name in scenario.members:
+        if name not in links:
+            raise ScenarioError(
+                Reason.UNKNOWN_MEMBER, f"there is no link to the member {name}", {"member": name}
+            )
+    descriptions = {name: await links[name].describe() for name in scenario.members}
+
+    def wire() -> Prepared:
+        planner = plan_member(scenario, descriptions, case, factory)
+        described = None if planner is None else planner.describe()
+        return Prepared(bind(scenario, descriptions, described, case), planner)
+
+    return await asyncio.to_thread(wire)
+
+
+async def run_live(
+    scenario: Scenario,
+    case: Case,
+    factory: PlannerFactory | None,
+    links: Mapping[str, Link],
+    *,
+    epoch: int,
+    keep_ledger: bool = False,
+    sink: Sink | None = None,
+    on_commit: Callable[[int], None] | None = None,
+    inbox: Inbox | None = None,
+    prepared: Prepared | None = None,
+) -> Outcome:
+    """Do one run with members that are services, and the planner in this process.
+
+    The digest is that of `run_local`, bit for bit. `links` stay open, the sessions in them are
+    closed. `inbox` brings in orders; `prepared` is what `prepare` gave for the same arguments.
+    Raises what aborts the run: MEMBER_LOST when a member goes away. A run that is cancelled
+    ends its sessions first. Of members that are services the CPU time is not known and stays 0;
+    `Outcome.cpu_s` is that of this process, whatever else it did meanwhile.
+    """
+    started, started_cpu = time.perf_counter(), time.process_time()
+    inbox = inbox or Inbox()
+    seats: dict[str, _Seat] = {}
+    with telemetry.tracer.start_as_current_span(
+        "run", attributes={"scenario": scenario.name, "measure": case.measure, "run": case.run}
+    ):
+        try:
+            prepared = prepared or await prepare(scenario, case, factory, links)
+            await _take_seats(prepared, scenario, case, links, epoch, seats)
+            shell = _Shell(
+                prepared.experiment.coordinator(),
+                seats,
+                Recorder(prepared.experiment, case, keep_ledger),
+                inbox,
+                sink,
+                on_commit,
+            )
+            outcome = await shell.drive()
+        finally:
+            inbox.close()
+            await asyncio.gather(*(_leave(seat) for seat in seats.values()))
+    outcome.wall_s = time.perf_counter() - started
+    outcome.cpu_s = time.process_time() - started_cpu
+    return outcome
+
+
+async def _take_seats(
+    prepared: Prepared,
+    scenario: Scenario,
+    case: Case,
+    links: Mapping[str, Link],
+    epoch: int,
+    seats: dict[str, _Seat],
+) -> None:
+    """Open a session for every member, all at once, and show the planner what they can do."""
+
+    async def sit(name: str) -> LinkSession:
+        parameters = case.parameters.get(name, {})
+        session = await links[name].session(name, case.member_seed(name), parameters, epoch)
+        seats[name] = session
+        return session
+
+    sessions = await _all([sit(name) for name in scenario.members])
+    planner = prepared.planner
+    if planner is None:
+        return
+    seat = _PlannerSeat(planner)
+    seats[PLANNER] = seat
+    await seat.open(case.member_seed(PLANNER), case.parameters.get(PLANNER, {}))
+    if periods := planner.periods_ns():
+        blocks = await _all([session.flexibility(periods) for session in sessions])
+        found = zip(scenario.members, blocks, strict=True)
+        await seat.prepare({name: block for name, block in found if block is not None})
+
+
+async def _all(work: Sequence[Coroutine[object, object, _T]]) -> list[_T]:
+    """The results in order, when all have ended; of several errors the first in order."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
+
+
+async def _leave(seat: _Seat) -> None:
+    with suppress(FederationError, TimeoutError):
+        async with asyncio.timeout(CLOSE_S):
+            await seat.close()
+
+
+class _Shell:
+    """One run of a coordinator, from its start to the last answer."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        seats: Mapping[str, _Seat],
+        recorder: Recorder,
+        inbox: Inbox,
+        sink: Sink | None,
+        on_commit: Callable[[int], None] | None,
+    ) -> None:
+        self._coordinator = coordinator
+        self._seats = seats
+        self._recorder = recorder
+        self._inbox = inbox
+        self._sink = sink
+        self._on_commit = on_commit
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._costs = {name: MemberCost() for name in coordinator.wiring.descriptions}
+        self._receive_ns: dict[tuple[str, int], int] = {}
+        """When the answer about a member's instant came."""
+        self._foremost_ns = 0
+        self._settled_ns = -1
+
+    async def drive(self) -> Outcome:
+        ticking = asyncio.create_task(self._tick())
+        try:
+            effects, verdict = self._coordinator.start(), None
+            while True:
+                digest = await self._carry_out(effects, verdict)
+                if digest is not None:
+                    outcome = self._recorder.finish(digest)
+                    outcome.costs = self._costs
+                    return outcome
+                event, verdict = await self._inbox.get()
+                if event is None:
+                    ready = self._coordinator.ledger.settle(self._coordinator.now_ns)
+                    effects = (Commit(ready),)
+                else:
+                    self._note(event)
+                    effects = self._coordinator.handle(event)
+        finally:
+            ticking.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(ticking, *self._tasks, return_exceptions=True)
+
+    async def _carry_out(
+        self, effects: Sequence[Effect], verdict: asyncio.Future[Effect] | None
+    ) -> str | None:
+        """Do what the effects ask for; the digest when they end the run."""
+        ready: list[Entry] = []
+        end: Finished | Aborted | None = None
+        settles = False
+        for effect in effects:
+            match effect:
+                case Grant():
+                    task = asyncio.create_task(self._grant(effect))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                case Commit():
+                    settles = True
+                    ready.extend(effect.entries)
+                case Accepted() | Refused():
+                    if verdict is not None and not verdict.done():
+                        verdict.set_result(effect)
+                case Finished() | Aborted():
+                    end = effect
+        if settles or end is not None:
+            await self._commit(tuple(ready))
+        if isinstance(end, Aborted):
+            raise end.error
+        return None if end is None else end.digest
+
+    async def _commit(self, entries: tuple[Entry, ...]) -> None:
+        settled_ns = self._coordinator.now_ns - 1
+        if not entries and settled_ns == self._settled_ns:
+            return
+        self._settled_ns = settled_ns
+        self._recorder.take(entries)
+        if self._sink is not None:
+            now_ns = time.time_ns()
+            came = tuple(self._receive_ns.get((e.owner, e.time_ns), now_ns) for e in entries)
+            self._receive_ns = {k: t for k, t in self._receive_ns.items() if k[1] > settled_ns}
+            await self._sink(Batch(entries, came, settled_ns))
+        if self._on_commit is not None:
+            self._on_commit(settled_ns + 1)
+
+    def _note(self, event: Input) -> None:
+        if not isinstance(event, Stepped) or not event.results:
+            return
+        if self._sink is not None:
+            now_ns = time.time_ns()
+            for result in event.results:
+                self._receive_ns[event.member, result.time_ns] = now_ns
+        self._foremost_ns = max(self._foremost_ns, event.results[-1].time_ns)
+        telemetry.run_lag.record((self._foremost_ns - self._coordinator.now_ns) / 1e9)
+
+    async def _grant(self, grant: Grant) -> None:
+        """One frame to one member and its answer."""
+        member, steps = grant.member, grant.steps
+        seat = self._seats[member]
+        began_s = time.perf_counter()
+        cpu_s = seat.cpu_s if isinstance(seat, _PlannerSeat) else 0.0
+        answer: Stepped | Failed
+        with telemetry.tracer.start_as_current_span(
+            "grant",
+            attributes={"member": member, "until_ns": steps[-1].time_ns, "steps": len(steps)},
+        ) as span:
+            try:
+                with blame(member):
+                    answer = Stepped(member, tuple(await seat.advance(steps)))
+            except FederationError as error:
+                span.set_attribute("error.type", error.reason.value)
+                answer = Failed(member, error)
+        wall_s = time.perf_counter() - began_s
+        telemetry.step_duration.record(wall_s, {"member": member})
+        if isinstance(seat, _PlannerSeat):
+            cpu_s = seat.cpu_s - cpu_s
+        self._costs[member] = self._costs[member].plus(len(steps), wall_s, cpu_s)
+        self._inbox.put(answer)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(SETTLE_S)
+            self._inbox.put(None)
+
+
+@dataclass(eq=False)
+class LiveRun:
+    """A run as the broker hosts it: pending, running, then succeeded, failed or cancelled.
+
+    What readers are told is in the store first. `changed` is set and replaced at every change:
+    take it, read, and wait for it when there was nothing new. `leases` are those of the members
+    that were found by their names.
+    """
+
+    name: str
+    scenario: Scenario
+    case: Case
+    prepared: Prepared
+    links: Mapping[str, Link]
+    leases: Mapping[str, Lease]
+    store: Store
+    epoch: int
+    keep_ledger: bool = False
+    on_commit: Callable[[int], None] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    unkept: FederationError | None = None
+    """Why the run failed, if not even that could be stored."""
+    _inbox: Inbox = field(default_factory=Inbox)
+    _task: asyncio.Task[Outcome] | None = None
+    _ended_by: str = ""
+    _ended_because: str = ""
+
+    async def start(self, turn: asyncio.Semaphore) -> asyncio.Task[Outcome]:
+        """Begin when it is this run's turn; the task gives the outcome or raises why not."""
+        self._task = asyncio.create_task(self._go(turn))
+        self._task.add_done_callback(_seen)
+        await asyncio.sleep(0)  # a task that is cancelled before its first step ends unrecorded
+        return self._task
+
+    async def _go(self, turn: asyncio.Semaphore) -> Outcome:
+        try:
+            async with turn:
+                await self._change(State.RUNNING)
+                outcome = await run_live(
+                    self.scenario,
+                    self.case,
+                    None,
+                    self.links,
+                    epoch=self.epoch,
+                    keep_ledger=self.keep_ledger,
+                    sink=self._keep,
+                    on_commit=self.on_commit,
+                    inbox=self._inbox,
+                    prepared=self.prepared,
+                )
+            await self._change(State.SUCCEEDED, digest=outcome.digest)
+            return outcome
+        except asyncio.CancelledError:
+            await self._change(State.CANCELLED)
+            raise
+        except FederationError as error:
+            await self._change(State.FAILED, error=error)
+            raise
+        except Exception as error:
+            text = f"the broker failed: {type(error).__name__}: {error}"
+            await self._change(State.FAILED, error=TwinError(Reason.TWIN_FAILED, text))
+            raise
+        finally:
+            self._inbox.close()
+            await asyncio.gather(*(link.close() for link in self.links.values()))
+
+    async def submit(self, operator: str, action: Action) -> Accepted:
+        """Let a person set an actuator. Fails with UNKNOWN_MEMBER, UNKNOWN_VARIABLE,
+        UNKNOWN_ENTITY or OUTSIDE_ENVELOPE."""
+        where = {"member": action.member, "actuator": action.actuator, "entity": action.entity}
+        description = self.prepared.experiment.descriptions.get(action.member)
+        if description is None:
+            known = ", ".join(self.prepared.experiment.descriptions)
+            raise ScenarioError(
+                Reason.UNKNOWN_MEMBER,
+                f"the run has no member {action.member!r}; it has {known}",
+                where,
+            )
+        actuators = {actuator.name: actuator for actuator in description.actuators}
+        if action.actuator not in actuators:
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE,
+                f"{action.member} has no actuator {action.actuator!r}; it has "
+                f"{', '.join(actuators) or 'none'}",
+                where,
+            )
+        if action.entity not in description.ids(actuators[action.actuator].kind):
+            raise ScenarioError(
+                Reason.UNKNOWN_ENTITY,
+                f"{action.member}.{action.actuator} has no entity {action.entity!r}",
+                where,
+            )
+        verdict = await self._inbox.order(Ordered(operator, action))
+        if isinstance(verdict, Refused):
+            raise ScenarioError(Reason.OUTSIDE_ENVELOPE, verdict.refusal, where)
+        return verdict
+
+    def lose(self, member: str, why: str) -> None:
+        """End the run because a member may not be heard any more."""
+        error = TwinError(Reason.MEMBER_LOST, f"{member} was lost: {why}", {"member": member})
+        self._inbox.put(Failed(member, error))
+
+    async def cancel(self, by: str = "", because: str = "") -> None:
+        """End the run, and wait until it has ended. One that has ended already stays as it is."""
+        if self._task is None or self._task.done():
+            return
+        if not self._task.cancelling():
+            self._ended_by, self._ended_because = by, because
+            self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _keep(self, batch: Batch) -> None:
+        await asyncio.to_thread(
+            self.store.append, self.name, batch.entries, batch.receive_ns, batch.settled_ns
+        )
+        self._announce()
+
+    async def _change(
+        self, state: State, *, digest: str = "", error: FederationError | None = None
+    ) -> None:
+        end_ns = time.time_ns() if state.is_over else None
+        by, because = self._ended_by, self._ended_because
+        try:
+            await asyncio.to_thread(
+                self.store.change,
+                self.name,
+                state,
+                digest=digest,
+                error=error,
+                end_ns=end_ns,
+                ended_by=by,
+                ended_because=because,
+            )
+        except FederationError as failure:
+            if state in (State.RUNNING, State.SUCCEEDED):
+                raise
+            self.unkept = error or failure
+            _log.error("the end of %s could not be stored: %s", self.name, failure)
+        self._announce()
+
+    def _announce(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+def _seen(task: asyncio.Task[Outcome]) -> None:
+    """A failed run is on record; nobody has to ask its task."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,777 @@
+"""The broker as a process: registration, runs on request, and everyone who watches them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from federation.broker.live import LiveRun, prepare
+from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
+from federation.broker.service import BrokerService
+from federation.broker.store import Run, State, Store, Stored
+from federation.core.ledger import ActionRecord, EventRecord
+from federation.errors import Reason, ScenarioError, TwinError
+from federation.scenario.run import Case, Outcome, PlannerFactory
+from federation.scenario.spec import Scenario, parse
+from federation.scenario.study import cases
+from federation.v1 import (
+    broker_pb2,
+    broker_pb2_grpc,
+    control_pb2,
+    control_pb2_grpc,
+    plan_pb2,
+    plan_pb2_grpc,
+    scenario_pb2,
+    scenario_pb2_grpc,
+)
+from federation.wire import codec, status
+from federation.wire.link import MEBIBYTE, Link, LinkOptions
+from federation.wire.serve import bind
+from federation.wire.status import refusing
+
+SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (broker_pb2, "Broker"),
+        (scenario_pb2, "Scenarios"),
+        (plan_pb2, "Plans"),
+        (control_pb2, "Control"),
+    )
+)
+
+PAGE_SIZE = 100
+CHUNK_BYTES = 2 * MEBIBYTE
+"""About how much one answer of `Watch` carries; less than any client's default limit."""
+
+LOOK_S = 0.5
+"""How often the broker looks after leases."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerOptions:
+    """How a broker is run.
+
+    `scenario_folder` is where the maps of documents that come over the wire are looked for; no
+    file outside it is read. `planner` builds the planner of a scenario that has repairs. Of the
+    runs that were asked for, `parallel_runs` go on at a time. `link` says how patient the broker
+    is with twins.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    store: str | Path = ":memory:"
+    scenario_folder: Path | None = None
+    planner: PlannerFactory | None = None
+    parallel_runs: int = 4
+    lease_ttl_s: float = DEFAULT_TTL_NS / 1e9
+    max_message_bytes: int = 64 * MEBIBYTE
+    grace_s: float = 2.0
+    link: LinkOptions = field(default_factory=LinkOptions)
+
+
+class BrokerServer:
+    """A broker that serves as long as the context lasts, at `address`.
+
+    Runs that go on when it ends are cancelled. Fails with PORT_IN_USE, and with what the store
+    fails with.
+    """
+
+    def __init__(self, options: BrokerOptions | None = None) -> None:
+        self.options = options or BrokerOptions()
+        self.address = ""
+        self.epoch = 0
+        self.given_up = 0
+        """How many runs an earlier life of the broker left unfinished."""
+        self.store: Store
+        self.registry: Registry
+        self._live: dict[str, LiveRun] = {}
+        self._stack = AsyncExitStack()
+        self._turn = asyncio.Semaphore(self.options.parallel_runs)
+        self._arrived = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            self.store = await asyncio.to_thread(Store, self.options.store)
+            stack.push_async_callback(asyncio.to_thread, self.store.close)
+            self.epoch = self.store.next_epoch()
+            self.given_up = self.store.give_up_unfinished(
+                TwinError(
+                    Reason.MEMBER_LOST,
+                    "the broker was restarted while the run was going on; runs are not continued: "
+                    "start it again",
+                    {"member": "broker"},
+                ),
+                time.time_ns(),
+            )
+            self.registry = Registry(
+                f"{self.store.id[:8]}-{self.epoch}",
+                round(self.options.lease_ttl_s * 1e9),
+                self.store.lease_epoch,
+            )
+            await self._listen(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _listen(self, stack: AsyncExitStack) -> None:
+        options = self.options
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_send_message_length", options.max_message_bytes),
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
+        )
+        service = _Broker(self)
+        healthy = health.aio.HealthServicer()
+        broker_pb2_grpc.add_BrokerServicer_to_server(service, server)
+        scenario_pb2_grpc.add_ScenariosServicer_to_server(_Scenarios(self), server)
+        plan_pb2_grpc.add_PlansServicer_to_server(_Plans(self), server)
+        control_pb2_grpc.add_ControlServicer_to_server(_Control(self), server)
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        reflection.enable_server_reflection(
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        self.address = f"{options.host}:{bind(server, options.host, options.port)}"
+        await server.start()
+        stack.push_async_callback(server.stop, options.grace_s)
+        stack.push_async_callback(healthy.enter_graceful_shutdown)
+        stack.push_async_callback(self._end_runs)
+        for served in ("", *SERVICES):
+            await healthy.set(served, health_pb2.HealthCheckResponse.SERVING)
+        looking = asyncio.create_task(self._look_after_leases(service))
+        stack.push_async_callback(_ended, looking)
+
+    async def _end_runs(self) -> None:
+        await asyncio.gather(
+            *(live.cancel("broker", "the broker was stopped") for live in self._live.values())
+        )
+
+    # -- members -----------------------------------------------------------------------
+
+    async def members_ready(self, names: Iterable[str], timeout_s: float) -> None:
+        """Wait until a twin is registered under every name. Fails with UNKNOWN_MEMBER."""
+        wanted = tuple(names)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    arrived = self._arrived
+                    if all(self._lease(name) for name in wanted):
+                        return
+                    await arrived.wait()
+        except TimeoutError:
+            missing = [name for name in wanted if not self._lease(name)]
+            raise self._unknown(missing[0] if missing else wanted[0]) from None
+
+    def note_arrival(self) -> None:
+        self._arrived.set()
+        self._arrived = asyncio.Event()
+
+    def _lease(self, name: str) -> Lease | None:
+        leases = self.registry.members(time.monotonic_ns())
+        return next((lease for lease in leases if lease.member.name == name), None)
+
+    def _unknown(self, name: str) -> ScenarioError:
+        here = [lease.member.name for lease in self.registry.members(time.monotonic_ns())]
+        return ScenarioError(
+            Reason.UNKNOWN_MEMBER,
+            f"no twin is registered as {name}; registered: {', '.join(here) or 'none'}",
+            {"member": name},
+        )
+
+    async def _look_after_leases(self, service: BrokerService) -> None:
+        """End leases whose time is over, and runs whose members may not be heard any more.
+
+        A member that lost its lease has as long again to come back, in the same life of its
+        process: a broker that was too busy to hear it renew must not end its own runs.
+        """
+        away_s: dict[tuple[str, str], float] = {}
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            service.expire()
+            for live in list(self._live.values()):
+                for name, lease in live.leases.items():
+                    key = (live.name, name)
+                    holder = self._lease(name)
+                    if holder is None:
+                        gone_s = loop.time() - away_s.setdefault(key, loop.time())
+                        if gone_s > self.options.lease_ttl_s:
+                            live.lose(name, "its lease has ended")
+                    elif holder.member.incarnation != lease.member.incarnation:
+                        live.lose(name, "another process has its name")
+                    else:
+                        away_s.pop(key, None)
+            away_s = {key: since for key, since in away_s.items() if key[0] in self._live}
+
+    # -- runs --------------------------------------------------------------------------
+
+    async def run(
+        self,
+        scenario: Scenario,
+        case: Case,
+        factory: PlannerFactory | None = None,
+        *,
+        keep_ledger: bool = False,
+        on_commit: Callable[[int], None] | None = None,
+    ) -> Outcome:
+        """Do one run with the registered twins and wait for it; raises what ends it early."""
+        _, task = await self.begin(
+            scenario, case, factory, keep_ledger=keep_ledger, on_commit=on_commit
+        )
+        return await task
+
+    async def begin(
+        self,
+        scenario: Scenario,
+        case: Case,
+        factory: PlannerFactory | None,
+        *,
+        document: str = "",
+        keep_ledger: bool = False,
+        on_commit: Callable[[int], None] | None = None,
+    ) -> tuple[LiveRun, asyncio.Task[Outcome]]:
+        """Find the members, wire them, and let the run begin when it is its turn.
+
+        Fails with UNKNOWN_MEMBER when a member has no address and no twin is registered under
+        its name, with UNREACHABLE when it does not answer, and as wiring does.
+        """
+        if not 0 <= case.seed < 1 << 63:
+            raise ScenarioError(Reason.SCENARIO_INVALID, f"{case.seed} is no seed: 0..2^63 - 1")
+        leases: dict[str, Lease] = {}
+        addresses: dict[str, str] = {}
+        for name, member in scenario.members.items():
+            if member.address is None:
+                lease = self._lease(name)
+                if lease is None:
+                    raise self._unknown(name)
+                leases[name] = lease
+            addresses[name] = member.address or leases[name].member.address
+        links = await self._connect(addresses)
+        try:
+            prepared = await prepare(scenario, case, factory, links)
+            experiment = prepared.experiment
+            units = {
+                (name, v.name): v.unit
+                for name, description in experiment.descriptions.items()
+                for v in description.outputs()
+            }
+            figures = [(kpi.partition(".")[0], kpi.partition(".")[2]) for kpi in experiment.kpis]
+            run = await asyncio.to_thread(
+                self.store.create,
+                Run(
+                    scenario.name,
+                    scenario.name,
+                    case.measure,
+                    document or scenario.model_dump_json(by_alias=True, exclude_none=True),
+                    case.seed,
+                    scenario.horizon_ns,
+                    time.time_ns(),
+                    tuple((*figure, units[figure]) for figure in figures),
+                    tuple((a.source, a.target, a.delay_ns) for a in experiment.wiring.actuations),
+                ),
+            )
+        except BaseException:
+            await asyncio.gather(*(link.close() for link in links.values()))
+            raise
+        live = LiveRun(
+            run.name,
+            scenario,
+            case,
+            prepared,
+            links,
+            leases,
+            self.store,
+            self.epoch,
+            keep_ledger,
+            on_commit,
+        )
+        self._live[run.name] = live
+        task = await live.start(self._turn)
+        task.add_done_callback(lambda _: self._forget(live))
+        return live, task
+
+    def _forget(self, live: LiveRun) -> None:
+        if live.unkept is None:
+            self._live.pop(live.name, None)
+
+    async def _connect(self, addresses: Mapping[str, str]) -> dict[str, Link]:
+        """A link to every member, all at once; of several failures the first in order."""
+        options = replace(self.options.link, max_message_bytes=self.options.max_message_bytes)
+        results = await asyncio.gather(
+            *(Link.connect(address, name, options) for name, address in addresses.items()),
+            return_exceptions=True,
+        )
+        links = [found for found in results if isinstance(found, Link)]
+        for result in results:
+            if isinstance(result, BaseException):
+                await asyncio.gather(*(link.close() for link in links))
+                raise result
+        return dict(zip(addresses, links, strict=True))
+
+    async def create(self, document: str, seed: int | None) -> str:
+        """Begin a run of a document, under its first measure; the name of the run."""
+        scenario = await asyncio.to_thread(
+            parse, document, "scenario", self.options.scenario_folder
+        )
+        _check_files(scenario, self.options.scenario_folder)
+        measure = next(iter(scenario.measures))
+        (case,) = cases(scenario, [measure], 1, scenario.seed if seed is None else seed)
+        live, _ = await self.begin(scenario, case, self.options.planner, document=document)
+        return live.name
+
+    async def find(self, name: str) -> Run:
+        """What is known about a run. Fails with RUN_NOT_FOUND."""
+        return self._as_it_is(await asyncio.to_thread(self.store.run, name))
+
+    def _as_it_is(self, run: Run) -> Run:
+        """A run whose end could not be stored has ended all the same."""
+        live = self._live.get(run.name)
+        if live is None or live.unkept is None:
+            return run
+        return replace(run, state=State.FAILED, error=live.unkept)
+
+    async def report(self, run: Run) -> scenario_pb2.Run:
+        """A run as the wire carries it, with its figures so far."""
+        return await asyncio.to_thread(_report, self.store, run)
+
+    async def live(self, name: str) -> LiveRun | None:
+        """A run that has not ended, or None when it has. Fails with RUN_NOT_FOUND."""
+        if (await self.find(name)).state.is_over:
+            return None
+        return self._live.get(name)
+
+    async def follow(
+        self, name: str, cursor: str, members: Sequence[str], variables: Sequence[str]
+    ) -> AsyncIterator[broker_pb2.WatchResponse]:
+        """The state of a run and then its changes, until it ends; all of it from the store."""
+        run = await self.find(name)
+        prefix = f"{self.store.id}:{name}:"
+        number = cursor.removeprefix(prefix)
+        told_ns = run.settled_ns
+        if cursor.startswith(prefix) and number.isdecimal() and int(number) <= run.entries:
+            after = int(number)
+            told_ns = -1
+        else:
+            found, after, run = await asyncio.to_thread(
+                self.store.snapshot, name, members=members, variables=variables
+            )
+            told_ns = run.settled_ns
+            yield self._checked(
+                broker_pb2.WatchResponse(
+                    cursor=f"{prefix}{after}",
+                    snapshot=True,
+                    time_ns=run.settled_ns,
+                    entries=map(_encode, found),
+                )
+            )
+        while True:
+            live = self._live.get(name)
+            changed = None if live is None else live.changed
+            found, end, run = await asyncio.to_thread(
+                self.store.entries, name, after, members=members, variables=variables
+            )
+            response = broker_pb2.WatchResponse()
+            size = 0
+            for stored in found:
+                message = _encode(stored)
+                if size and size + message.ByteSize() > CHUNK_BYTES:
+                    yield response
+                    response, size = broker_pb2.WatchResponse(), 0
+                size += message.ByteSize()
+                response.entries.append(message)
+                response.cursor = f"{prefix}{stored.number}"
+                # of its own instant more may follow
+                response.time_ns = stored.entry.time_ns - 1
+            after = end
+            if end == run.entries:
+                response.time_ns = run.settled_ns
+            if response.entries or (end == run.entries and run.settled_ns > told_ns):
+                response.cursor = f"{prefix}{end}"
+                told_ns = response.time_ns
+                yield self._checked(response)
+            if end < run.entries:
+                continue
+            if changed is None or self._as_it_is(run).state.is_over:
+                return
+            await changed.wait()
+
+    def _checked(self, response: broker_pb2.WatchResponse) -> broker_pb2.WatchResponse:
+        size, limit = response.ByteSize(), self.options.max_message_bytes
+        if size > limit:
+            raise ScenarioError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"the state of the run has {size} bytes; the limit is {limit}: name fewer "
+                "members or variables, or raise the limit",
+                {"bytes": str(size)},
+            )
+        return response
+
+    async def follow_run(self, name: str) -> AsyncIterator[Run]:
+        """A run as it is, and again at every change, until it has ended."""
+        while True:
+            live = self._live.get(name)
+            changed = None if live is None else live.changed
+            run = await self.find(name)
+            yield run
+            if changed is None or run.state.is_over:
+                return
+            await changed.wait()
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def _check_files(scenario: Scenario, folder: Path | None) -> None:
+    """Refuse a document that would have the broker read what it may not."""
+    for coupling in scenario.couplings:
+        if coupling.map is None:
+            continue
+        where = {"file": coupling.map.file}
+        if folder is None:
+            raise ScenarioError(
+                Reason.MISSING_FILE,
+                f"{coupling.source} to {coupling.target} reads {coupling.map.file}, and this "
+                "broker was given no folder for the files of scenarios",
+                where,
+            )
+        root = folder.resolve()
+        if not (root / coupling.map.file).resolve().is_relative_to(root):
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                f"{coupling.map.file} is outside the folder for the files of scenarios",
+                where,
+            )
+
+
+# -- what is known, in the words of the wire ---------------------------------------------
+
+_STATES = {
+    State.PENDING: scenario_pb2.Run.STATE_PENDING,
+    State.RUNNING: scenario_pb2.Run.STATE_RUNNING,
+    State.SUCCEEDED: scenario_pb2.Run.STATE_SUCCEEDED,
+    State.FAILED: scenario_pb2.Run.STATE_FAILED,
+    State.CANCELLED: scenario_pb2.Run.STATE_CANCELLED,
+}
+
+_TERMINATIONS = {
+    "convergenceCriteriaSatisfied": plan_pb2.Plan.TERMINATION_OPTIMAL,
+    "maxTimeLimit": plan_pb2.Plan.TERMINATION_TIME_LIMIT,
+    "iterationLimit": plan_pb2.Plan.TERMINATION_WORK_LIMIT,
+}
+
+
+def _instant(unix_ns: int) -> Timestamp:
+    found = Timestamp()
+    found.FromNanoseconds(unix_ns)
+    return found
+
+
+def _encode(stored: Stored) -> broker_pb2.LedgerEntry:
+    message = codec.encode_entry(stored.entry)
+    message.receive_time.FromNanoseconds(stored.receive_ns)
+    return message
+
+
+def _report(store: Store, run: Run) -> scenario_pb2.Run:
+    kpis = [
+        scenario_pb2.Kpi(member=member, name=variable, unit=unit, value=value)
+        for member, variable, unit in run.figures
+        if (value := store.present(run.name, member, variable)) is not None
+    ]
+    return scenario_pb2.Run(
+        name=run.name,
+        scenario=run.scenario,
+        state=_STATES[run.state],
+        seed=run.seed,
+        time_ns=max(run.settled_ns, 0),
+        horizon_ns=run.horizon_ns,
+        digest=run.digest,
+        error=None if run.error is None else status.encode_error(run.error),
+        kpis=kpis,
+        create_time=_instant(run.create_ns),
+        end_time=None if run.end_ns is None else _instant(run.end_ns),
+    )
+
+
+def _plans(store: Store, run: Run) -> list[plan_pb2.Plan]:
+    """The plans of a run, newest first, as far as its ledger tells.
+
+    A plan's assignments are the crews that its planner sent until it made the next plan; their
+    end is 0 while the component has not been reported as repaired. Intentions that were not
+    carried out are not in the ledger and so are left out.
+    """
+    made = store.events(run.name, "plan_made")
+    delays = {(source, target): delay_ns for source, target, delay_ns in run.delays}
+    plans = []
+    for index, stored in enumerate(made):
+        assert isinstance(stored.entry, EventRecord)
+        owner, event = stored.entry.owner, stored.entry.event
+        until = made[index + 1].number if index + 1 < len(made) else run.entries + 1
+        # why the solver stopped stands nowhere else: ledger values are numbers
+        why = re.search(r"(\w+)\)$", event.text)
+        cost, bound = (
+            store.present(run.name, owner, f"plan_{name}", stored.number)
+            for name in ("cost", "bound")
+        )
+        plans.append(
+            plan_pb2.Plan(
+                name=f"{run.name}/plans/{index + 1}",
+                create_time=_instant(stored.receive_ns),
+                time_ns=event.time_ns,
+                objective=cost,
+                bound=bound,
+                gap=(cost - bound) / abs(cost) if cost and bound is not None else None,
+                termination=_TERMINATIONS.get(
+                    why.group(1) if why else "", plan_pb2.Plan.TERMINATION_UNSPECIFIED
+                ),
+                assignments=[
+                    _assignment(store, run.name, sent.entry, delays)
+                    for sent in store.actions(run.name, owner)
+                    if stored.number < sent.number < until
+                    and isinstance(sent.entry, ActionRecord)
+                    and sent.entry.action.value > 0
+                ],
+            )
+        )
+    return plans[::-1]
+
+
+def _assignment(
+    store: Store, run: str, sent: ActionRecord, delays: Mapping[tuple[str, str], int]
+) -> plan_pb2.Assignment:
+    action = sent.action
+    start_ns = sent.time_ns + delays.get((sent.owner, action.member), 0)
+    repaired = [
+        stored.entry.time_ns
+        for stored in store.events(run, "component_repaired", action.entity)
+        if stored.entry.owner == action.member and stored.entry.time_ns >= start_ns
+    ]
+    return plan_pb2.Assignment(
+        member=action.member,
+        component=action.entity,
+        crews=round(action.value),
+        start_ns=start_ns,
+        end_ns=min(repaired, default=0),
+    )
+
+
+def _page(size: int, token: str) -> tuple[int, int | None]:
+    """How many, and what the token says. Fails with SCENARIO_INVALID."""
+    if size < 0 or (token and not token.isdecimal()):
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID, f"there is no page of size {size} at token {token!r}"
+        )
+    return min(size or PAGE_SIZE, PAGE_SIZE), int(token) if token else None
+
+
+# -- the services ------------------------------------------------------------------------
+
+
+class _Broker(BrokerService):
+    """Registration, with every lease on record, and the state of runs for those who watch."""
+
+    def __init__(self, broker: BrokerServer) -> None:
+        super().__init__(broker.registry)
+        self._broker = broker
+
+    async def Register(  # noqa: N802
+        self,
+        request: broker_pb2.RegisterRequest,
+        context: grpc.aio.ServicerContext[broker_pb2.RegisterRequest, broker_pb2.RegisterResponse],
+    ) -> broker_pb2.RegisterResponse:
+        response = await super().Register(request, context)
+        async with refusing(context):
+            store = self._broker.store
+            await asyncio.to_thread(store.keep_lease_epoch, response.lease.epoch)
+        self._broker.note_arrival()
+        return response
+
+    async def Watch(  # noqa: N802
+        self,
+        request: broker_pb2.WatchRequest,
+        context: grpc.aio.ServicerContext[broker_pb2.WatchRequest, broker_pb2.WatchResponse],
+    ) -> AsyncIterator[broker_pb2.WatchResponse]:
+        async with refusing(context):
+            async for response in self._broker.follow(
+                request.run, request.cursor, request.members, request.variables
+            ):
+                yield response
+
+
+class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
+    def __init__(self, broker: BrokerServer) -> None:
+        self._broker = broker
+
+    async def CreateRun(  # noqa: N802
+        self,
+        request: scenario_pb2.CreateRunRequest,
+        context: grpc.aio.ServicerContext[
+            scenario_pb2.CreateRunRequest, scenario_pb2.CreateRunResponse
+        ],
+    ) -> scenario_pb2.CreateRunResponse:
+        async with refusing(context):
+            seed = request.seed if request.HasField("seed") else None
+            name = await self._broker.create(request.document, seed)
+            return scenario_pb2.CreateRunResponse(run=await self._report(name))
+        raise AssertionError("abort raises")
+
+    async def GetRun(  # noqa: N802
+        self,
+        request: scenario_pb2.GetRunRequest,
+        context: grpc.aio.ServicerContext[scenario_pb2.GetRunRequest, scenario_pb2.GetRunResponse],
+    ) -> scenario_pb2.GetRunResponse:
+        async with refusing(context):
+            return scenario_pb2.GetRunResponse(run=await self._report(request.name))
+        raise AssertionError("abort raises")
+
+    async def ListRuns(  # noqa: N802
+        self,
+        request: scenario_pb2.ListRunsRequest,
+        context: grpc.aio.ServicerContext[
+            scenario_pb2.ListRunsRequest, scenario_pb2.ListRunsResponse
+        ],
+    ) -> scenario_pb2.ListRunsResponse:
+        async with refusing(context):
+            size, before = _page(request.page_size, request.page_token)
+            runs, more = await asyncio.to_thread(self._broker.store.runs, size, before)
+            return scenario_pb2.ListRunsResponse(
+                runs=[await self._report(run.name) for run in runs],
+                next_page_token="" if more is None else str(more),
+            )
+        raise AssertionError("abort raises")
+
+    async def WatchRun(  # noqa: N802
+        self,
+        request: scenario_pb2.WatchRunRequest,
+        context: grpc.aio.ServicerContext[
+            scenario_pb2.WatchRunRequest, scenario_pb2.WatchRunResponse
+        ],
+    ) -> AsyncIterator[scenario_pb2.WatchRunResponse]:
+        async with refusing(context):
+            async for run in self._broker.follow_run(request.name):
+                yield scenario_pb2.WatchRunResponse(run=await self._broker.report(run))
+
+    async def CancelRun(  # noqa: N802
+        self,
+        request: scenario_pb2.CancelRunRequest,
+        context: grpc.aio.ServicerContext[
+            scenario_pb2.CancelRunRequest, scenario_pb2.CancelRunResponse
+        ],
+    ) -> scenario_pb2.CancelRunResponse:
+        async with refusing(context):
+            live = await self._broker.live(request.name)
+            if live is not None:
+                await live.cancel()
+            return scenario_pb2.CancelRunResponse(run=await self._report(request.name))
+        raise AssertionError("abort raises")
+
+    async def _report(self, name: str) -> scenario_pb2.Run:
+        return await self._broker.report(await self._broker.find(name))
+
+
+class _Plans(plan_pb2_grpc.PlansServicer):
+    def __init__(self, broker: BrokerServer) -> None:
+        self._broker = broker
+
+    async def ListPlans(  # noqa: N802
+        self,
+        request: plan_pb2.ListPlansRequest,
+        context: grpc.aio.ServicerContext[plan_pb2.ListPlansRequest, plan_pb2.ListPlansResponse],
+    ) -> plan_pb2.ListPlansResponse:
+        async with refusing(context):
+            size, start = _page(request.page_size, request.page_token)
+            run = await self._broker.find(request.run)
+            plans = await asyncio.to_thread(_plans, self._broker.store, run)
+            older = plans if start is None else plans[max(len(plans) - start, 0) :]
+            left = len(older) - size
+            return plan_pb2.ListPlansResponse(
+                plans=older[:size], next_page_token=str(left) if left > 0 else ""
+            )
+        raise AssertionError("abort raises")
+
+
+class _Control(control_pb2_grpc.ControlServicer):
+    def __init__(self, broker: BrokerServer) -> None:
+        self._broker = broker
+
+    async def SubmitAction(  # noqa: N802
+        self,
+        request: control_pb2.SubmitActionRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.SubmitActionRequest, control_pb2.SubmitActionResponse
+        ],
+    ) -> control_pb2.SubmitActionResponse:
+        async with refusing(context):
+            _named(request.operator)
+            live = await self._broker.live(request.run)
+            if live is None:
+                raise ScenarioError(
+                    Reason.OUTSIDE_ENVELOPE, f"{request.run} has ended", {"run": request.run}
+                )
+            taken = await live.submit(request.operator, codec.decode_action(request.action))
+            return control_pb2.SubmitActionResponse(event=taken.event, time_ns=taken.time_ns)
+        raise AssertionError("abort raises")
+
+    async def StopRun(  # noqa: N802
+        self,
+        request: control_pb2.StopRunRequest,
+        context: grpc.aio.ServicerContext[control_pb2.StopRunRequest, control_pb2.StopRunResponse],
+    ) -> control_pb2.StopRunResponse:
+        async with refusing(context):
+            _named(request.operator)
+            live = await self._broker.live(request.run)
+            if live is not None:
+                await live.cancel(request.operator, request.reason)
+            run = await self._broker.find(request.run)
+            return control_pb2.StopRunResponse(run=await self._broker.report(run))
+        raise AssertionError("abort raises")
+
+
+def _named(operator: str) -> None:
+    if not operator.strip():
+        raise ScenarioError(Reason.SCENARIO_INVALID, "say who asks: the operator is empty")
+
+
+async def serve_broker(options: BrokerOptions | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. Says on stderr where; fails with PORT_IN_USE."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    async with BrokerServer(options) as broker:
+        _say(f"broker at {broker.address} (pid {os.getpid()})")
+        if broker.given_up:
+            _say(f"{broker.given_up} unfinished runs of the broker before were marked as failed")
+        await stopped.wait()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
