@@ -26,10 +26,11 @@ from federation.twin import (
     Vector,
 )
 from twins.medical.beds import BedPool
-from twins.medical.calendar import Calendar
-from twins.medical.care import Care, Kind
+from twins.medical.calendar import Calendar, Kind
+from twins.medical.care import Care
 from twins.medical.layout import HospitalSite, Layout, region_layout
-from twins.medical.patients import State
+from twins.medical.notices import death_notice
+from twins.medical.patients import Patients, State
 from twins.medical.survival import CHANCE, arrest_chance, chance, rescue_limit_min
 from twins.medical.twin import MedicalTwin
 from twins.regions import hospital_routes, region_rows, scene_routes
@@ -284,8 +285,8 @@ def test_a_fleet_at_the_scene_of_all_calls_is_an_m_m_c_queue() -> None:
     care.set_scene_times(np.zeros(1))
     care.advance(90 * 1440.0, Silence())
     wait_min = erlang_c(10, per_min * service_min) / (10 / service_min - per_min)
-    assert care.responses > 100_000
-    assert care.response_sum_min / care.responses == pytest.approx(wait_min, rel=0.08)
+    assert care.dispatch.responses > 100_000
+    assert care.dispatch.mean_response_min == pytest.approx(wait_min, rel=0.08)
 
 
 # -- ordinary days ---------------------------------------------------------------------
@@ -329,7 +330,9 @@ def test_each_severity_has_its_own_way_through_the_system() -> None:
     idle_beds = story.now["beds_occupied"].sum() + story.now["icu_occupied"].sum()
     story.go(60, {60: casualties(severity1=400, severity4=7)})
     assert story.value("deaths") == 7.0
-    assert [e.causes for e in story.of("patient_died")] == [("disaster/1",)] * 7
+    killed = story.of("patient_died")
+    assert [e.causes for e in killed] == [("disaster/1",)] * 7
+    assert all(e.text == f"a person was killed at once in zone {e.entity}" for e in killed)
     story.go(600)
     assert story.value("deaths") == 7.0
     assert story.value("treated") == 0.0
@@ -365,6 +368,7 @@ def test_who_cannot_be_reached_dies_of_the_closed_road() -> None:
     assert story.value("untreated_after_6h") == 100.0
     found_before = [e for e in story.of("patient_died") if "city/9" in e.causes]
     assert len(found_before) > 20
+    assert all(f"waiting for an ambulance in zone {e.entity}" in e.text for e in found_before)
     scene, hospital = free_flow()
     story.go(720, {601: Change({"scene_time": scene, "hospital_time": hospital})})
     assert story.value("treated") > 0.0
@@ -376,7 +380,7 @@ def test_a_faster_road_saves_lives_of_the_same_people() -> None:
     shock = casualties(severity2=800, severity3=150, severity4=20)
     slow = all_at_once(shock, Change({"scene_time": 4.0 * scene, "hospital_time": 4.0 * hospital}))
     quick, late = begin().go(720, {60: shock}), begin().go(720, {60: slow})
-    mine, theirs = quick.care.patients, late.care.patients
+    mine, theirs = quick.care.records.patients, late.care.records.patients
     for column in ("zone", "severity", "luck", "child", "scene_draw", "first_stay_min"):
         assert getattr(mine, column) == getattr(theirs, column)
     assert quick.value("deaths") < late.value("deaths")
@@ -390,7 +394,7 @@ def test_more_casualties_in_one_zone_change_nobody_elses_luck() -> None:
     many.inputs["injured_severity3"][[3, 20]] = (50.0, 10.0)
 
     def luck_in_zone_40(change: Change) -> list[float]:
-        patients = begin(parameters=QUIET).go(10, {5: change}).care.patients
+        patients = begin(parameters=QUIET).go(10, {5: change}).care.records.patients
         return [u for u, z in zip(patients.luck, patients.zone, strict=True) if z == 40]
 
     assert len(luck_in_zone_40(few)) == 6
@@ -469,6 +473,45 @@ def test_intensive_care_patients_of_a_dark_hospital_are_taken_elsewhere_or_die_o
     assert others.sum() > 0.0
     assert others.sum() + len(died) >= 0.5 * before[UNIVERSITY]
     assert all("energy/4" in story.origins(e) for e in died)
+    waited = f"waiting for a bed at {LAYOUT.hospitals[UNIVERSITY].name}"
+    assert f"an inpatient died: turned out of intensive care, {waited}" in {e.text for e in died}
+
+
+def test_the_notice_of_a_death_says_who_died_and_where() -> None:
+    """Every place of a patient has its words, and none names a place of another."""
+    rest = {"hopeless": False, "severity": 3, "zone": 5, "batch": 0, "hospital": -1}
+    told = {
+        (State.HIDDEN, -1): f"not found or freed in time in zone {LAYOUT.zones[5]}",
+        (State.CALLING, -1): f"waiting for an ambulance in zone {LAYOUT.zones[5]}",
+        (State.CALLING, 2): f"an ambulance had been sent to zone {LAYOUT.zones[5]}",
+        (State.ABOARD, 2): "in the ambulance to",
+        (State.DRIVEN, -1): "in a car to",
+        (State.QUEUED, -1): "waiting for a bed at",
+        (State.IN_ICU, -1): "in care at",
+        (State.IN_WARD, -1): "in care at",
+    }
+    for (state, ambulance), place in told.items():
+        in_zone = state in (State.HIDDEN, State.CALLING)
+        patients = one_patient(
+            **{**rest, "hospital": -1 if in_zone else UNIVERSITY}, state=state, ambulance=ambulance
+        )
+        end = place if in_zone else f"{place} {LAYOUT.hospitals[UNIVERSITY].name}"
+        notice = death_notice(LAYOUT, patients, 0)
+        assert notice == f"a patient with severity-3 injuries died: {end}"
+    patients = one_patient(**rest, state=State.CALLING, ambulance=-1)
+    patients.hopeless[0] = True
+    assert death_notice(LAYOUT, patients, 0).startswith("a patient with unsurvivable severity-3")
+    patients.batch[0] = -1
+    assert death_notice(LAYOUT, patients, 0, "cardiac arrest") == (
+        f"an emergency patient died: cardiac arrest, {told[State.CALLING, -1]}"
+    )
+
+
+def one_patient(**values: int) -> Patients:
+    patients = Patients()
+    for name, value in values.items():
+        getattr(patients, name).append(value)
+    return patients
 
 
 def test_fuel_comes_only_while_roads_are_open() -> None:
@@ -550,7 +593,7 @@ def test_a_hospital_asks_less_of_a_short_grid_and_more_when_it_fills() -> None:
 
 def test_only_children_go_to_the_childrens_hospital() -> None:
     story = begin().go(720, {60: casualties(severity2=800, severity3=100)})
-    patients = story.care.patients
+    patients = story.care.records.patients
     there = [
         child
         for child, hospital in zip(patients.child, patients.hospital, strict=True)
@@ -565,7 +608,7 @@ def test_only_children_go_to_the_childrens_hospital() -> None:
 
 def check_books(story: Story) -> None:
     """Patients are conserved, and every count agrees with the patients themselves."""
-    care, patients = story.care, story.care.patients
+    care, patients = story.care, story.care.records.patients
     balance = {
         k: story.value(f"patients_{k}") for k in ("arisen", "in_system", "discharged", "dead")
     }
@@ -576,7 +619,7 @@ def check_books(story: Story) -> None:
     if story.minute % 60:
         return
     states = Counter(patients.state)
-    assert care.counts[1:] == [states[s] for s in State][1:]
+    assert care.records.counts[1:] == [states[s] for s in State][1:]
     for index, hospital in enumerate(care.hospitals):
         here = Counter(
             s for s, h in zip(patients.state, patients.hospital, strict=True) if h == index
@@ -586,11 +629,11 @@ def check_books(story: Story) -> None:
         assert hospital.queue == here[State.QUEUED]
         coming = sum(
             kind == Kind.ARRIVE and patients.hospital[a] == index
-            for _, _, kind, a, _ in care.calendar.heap
+            for _, _, kind, a, _ in care.records.calendar.heap
         )
         assert hospital.inbound_icu + hospital.inbound_ward == coming
         assert min(hospital.inbound_icu, hospital.inbound_ward) >= 0
-        assert 0.0 <= hospital.fuel_at(care.now) <= hospital.tank_h
+        assert 0.0 <= hospital.fuel_at(care.records.now) <= hospital.tank_h
         if hospital.queue and not hospital.icu.free <= 0:
             waiting = [
                 i
@@ -605,13 +648,13 @@ def check_books(story: Story) -> None:
         for z, s in zip(patients.zone, patients.state, strict=True)
         if s in (State.HIDDEN, State.CALLING)
     )
-    assert care.waiting.tolist() == [at_zone[z] for z in range(ZONES)]
+    assert care.records.waiting.tolist() == [at_zone[z] for z in range(ZONES)]
     unassigned = sum(
         s == State.CALLING and a < 0
         for s, a in zip(patients.state, patients.ambulance, strict=True)
     )
-    assert care.open_calls == unassigned
-    assert care.idle == sum(care.amb_idle)
+    assert care.dispatch.open_calls == unassigned
+    assert care.dispatch.idle == sum(care.dispatch.is_idle)
 
 
 shares = st.sampled_from([0.0, 0.3, 0.7, 1.0])

@@ -151,7 +151,7 @@ class Grid(Twin):
             self.dark.pop(int(town), None)
         step.publish("supplied", fed, dict(self.dark))
         step.publish("remaining_work", self.repairs.remaining_h, dict(self.event))
-        step.publish("crew_busy", self.repairs.busy)
+        step.publish("crew_busy", self.repairs.crews)
         step.publish("travel", np.full(len(WIRES), 30.0))
         step.publish("people_without_power", 1000.0 * (1 - fed).sum())
         step.publish("unserved_energy_mwh", self.lost)

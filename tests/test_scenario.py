@@ -98,13 +98,41 @@ def test_a_bad_request_ends_with_2_one_line_and_nothing_written(
     assert "SCENARIO_NOT_FOUND" in capsys.readouterr().err
 
 
-def test_a_twin_that_publishes_nan_ends_the_run_with_3(
+@pytest.mark.parametrize(
+    ("twin", "said"),
+    [
+        ("BrokenPlant", "NOT_FINITE: plant.power[0] is nan"),
+        ("InfinitePlant", "NOT_FINITE: plant.power[0] is inf"),
+        ("TwofoldPlant", "WRONG_SHAPE: plant.power has 1 entities and 2 values were published"),
+        ("FailingPlant", "TWIN_FAILED: plant failed: ZeroDivisionError: the turbine"),
+    ],
+)
+def test_a_twin_that_breaks_its_contract_ends_the_run_with_3(
+    twin: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "town.yaml"
+    file.write_text(TOWN.replace("town:Plant", f"town:{twin}"), encoding="utf-8")
+    assert main(["run", str(file), "--out", str(tmp_path / "out")]) == 3
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_region_without_a_data_file_is_said_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "town.yaml"
-    file.write_text(TOWN.replace("town:Plant", "town:BrokenPlant"), encoding="utf-8")
-    assert main(["run", str(file), "--out", str(tmp_path / "out")]) == 3
-    assert "NOT_FINITE: plant.power[0] is nan" in capsys.readouterr().err
+    text = TOWN.replace(
+        'plant: {class: "tests.town:Plant"}',
+        'plant: {class: "twins.disaster.twin:DisasterTwin", config: {region: atlantis}}',
+    )
+    file.write_text(text, encoding="utf-8")
+    assert main(["run", str(file), "--out", str(tmp_path / "out")]) in (2, 3)
+    told = capsys.readouterr().err
+    assert "MISSING_FILE" in told
+    assert "atlantis" in told
+    assert "Traceback" not in told
 
 
 def test_a_study_writes_its_summary_and_can_be_explained(

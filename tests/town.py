@@ -59,6 +59,29 @@ class BrokenPlant(Plant):
             step.publish("power", float("nan"))
 
 
+class InfinitePlant(Plant):
+    """Answers infinity after its first step."""
+
+    def advance(self, step: Step) -> None:
+        super().advance(step)
+        if step.time_ns > 0:
+            step.publish("power", float("inf"))
+
+
+class TwofoldPlant(Plant):
+    """Publishes two values where there is one entity."""
+
+    def advance(self, step: Step) -> None:
+        step.publish("power", [0.01, 0.02])
+
+
+class FailingPlant(Plant):
+    """Raises an error of its own."""
+
+    def advance(self, step: Step) -> None:
+        raise ZeroDivisionError("the turbine")
+
+
 class Tower(Twin):
     """A water tower that a pump fills and a district empties."""
 
