@@ -9,3 +9,6 @@ DISTRIBUTION = "multitwin"
 # bits, and a run must give the same ones wherever it is done.
 for _library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
+# Errors reach people in our own words, without the transport's log lines before them.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

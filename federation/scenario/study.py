@@ -202,6 +202,7 @@ class Engine:
             raise ScenarioError(
                 Reason.MISSING_EXTRA, "several workers need Ray: install multitwin[study]"
             ) from None
+        waiting: dict[Any, int] = {}
         mine = not ray.is_initialized()
         if mine:
             start_ray(self.workers, self.address)
@@ -209,7 +210,6 @@ class Engine:
             remote = ray.remote(num_cpus=1, max_retries=2)(attempt)
             scenario = ray.put(self.scenario)
             found: dict[int, Outcome] = {}
-            waiting: dict[Any, int] = {}
             ahead = iter(enumerate(todo))
             while len(found) < len(todo):
                 while len(waiting) < 2 * self.workers and (item := next(ahead, None)):
@@ -227,6 +227,8 @@ class Engine:
                         progress(len(found), len(todo), _remark(found[index]))
             return [found[index] for index in range(len(todo))]
         finally:
+            for reference in waiting:  # only after an interruption
+                ray.cancel(reference, force=True)
             if mine:
                 ray.shutdown()
 

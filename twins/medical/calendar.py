@@ -10,7 +10,52 @@ itself, is checked against Erlang's formulas in the tests.
 from __future__ import annotations
 
 import heapq
+from enum import IntEnum
 from math import inf
+
+
+class Kind(IntEnum):
+    """What can be due, with the meaning of the two numbers that go with it."""
+
+    DAY = 0
+    """a: day. Draws the calls of that day."""
+    CALL = 1
+    """a: patient"""
+    FOUND = 2
+    """a: patient"""
+    AT_SCENE = 3
+    """a: patient, b: ambulance"""
+    DEPART = 4
+    """a: patient, b: ambulance"""
+    ARRIVE = 5
+    """a: patient, b: ambulance or -1 for a private car"""
+    HANDED_OVER = 6
+    """a: ambulance, b: hospital"""
+    HOME = 7
+    """a: ambulance, b: its stamp"""
+    LIMIT = 8
+    """a: patient: care comes too late from now on"""
+    INTERRUPTED = 9
+    """a: patient, b: visit: turned out of intensive care for too long"""
+    LEAVE_ICU = 10
+    """a: patient, b: visit"""
+    LEAVE_WARD = 11
+    """a: patient, b: visit"""
+    SIX_HOURS = 12
+    """a, b: first patient and the one after the last of a batch"""
+    TICK = 13
+    """a: running number"""
+    FUEL_OUT = 14
+    """a: hospital, b: outage"""
+    REFUEL = 15
+    """a: hospital, b: outage"""
+    DRY = 16
+    """a: hospital, b: drought"""
+    WALK_INS = 17
+    """a: hospital, b: how many"""
+    SURGE = 18
+    GIVE_UP = 19
+    """a: patient: waits no longer for an ambulance if there is another way"""
 
 
 class Calendar:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from twins.medical.beds import BedPool
 from twins.medical.layout import HospitalSite, Layout, distance_km
+from twins.medical.patients import HOSPITALS_STREAM
 
 STANDBY_SHARE = 0.1
 """Load and water need that an evacuated building keeps (assumption)."""
@@ -158,6 +161,16 @@ class Hospital:
         return self.ward.capacity + self.icu.capacity
 
     @property
+    def unclaimed_ward_beds(self) -> int:
+        """Free ward beds beyond those of the patients under way to them."""
+        return self.ward.free - self.inbound_ward
+
+    @property
+    def unclaimed_icu_beds(self) -> int:
+        """Free intensive-care places beyond those of the patients under way to them."""
+        return self.icu.free - self.inbound_icu
+
+    @property
     def inpatients(self) -> int:
         return self.ward_inpatients + self.icu_inpatients
 
@@ -169,6 +182,16 @@ class Hospital:
         """How full the emergency department is, 0 to 1: those who wait over two hours' work."""
         work = 2.0 * max(1.0, p["minor_per_bed_h"] * self.functional_beds)
         return min(1.0, (self.walk_ins + self.queue) / work)
+
+    def see_walk_ins(self, span_min: float, p: Mapping[str, float]) -> int:
+        """Treat slightly injured walk-ins for a while; how many of them go home."""
+        self.walk_in_carry += p["minor_per_bed_h"] * self.functional_beds * span_min / 60.0
+        seen = min(self.walk_ins, int(self.walk_in_carry))
+        self.walk_in_carry -= int(self.walk_in_carry)
+        if self.evacuated:
+            seen = self.walk_ins  # turned away to look after themselves
+        self.walk_ins -= seen
+        return seen
 
     def fuel_at(self, now_min: float) -> float:
         """Hours of fuel left."""
@@ -244,3 +267,20 @@ class Hospital:
         self.icu_inpatients += to_icu
         self.icu.occupied += to_icu
         return Hour(to_ward + to_icu, discharged)
+
+
+def open_hospitals(layout: Layout, p: Mapping[str, float], seed: int) -> list[Hospital]:
+    """The hospitals of a region, each with its luck: fuel in the tank, a generator that starts."""
+    luck = np.random.default_rng([seed, HOSPITALS_STREAM]).random((len(layout.hospitals), 2))
+    return [
+        Hospital(
+            site,
+            fuel_h=p["fuel_h"] * (1.0 + p["fuel_spread"] * (2.0 * float(spread) - 1.0)),
+            starts=bool(start >= p["generator_failure"]),
+            by_ambulance=expected,
+            p=p,
+        )
+        for site, (start, spread), expected in zip(
+            layout.hospitals, luck, expected_by_ambulance(layout, p), strict=True
+        )
+    ]

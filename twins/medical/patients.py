@@ -8,7 +8,7 @@ measures meet the same people with the same luck, so their difference is the mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from math import inf
@@ -109,6 +109,21 @@ class Patients:
 
     def __len__(self) -> int:
         return len(self.state)
+
+    def needs_icu(self, patient: int) -> bool:
+        """Whether the bed that a patient needs now is one in intensive care."""
+        return self.severity[patient] >= CRITICAL and not self.stepped_down[patient]
+
+    def first_in(self, state: State, hospital: int) -> int:
+        """The first entry with a patient in a state at a hospital, -1 if there is none."""
+        return next(self._in(state, hospital, range(len(self))), -1)
+
+    def last_in(self, state: State, hospital: int) -> int:
+        """The last entry with a patient in a state at a hospital, -1 if there is none."""
+        return next(self._in(state, hospital, reversed(range(len(self)))), -1)
+
+    def _in(self, state: State, hospital: int, patients: Iterable[int]) -> Iterator[int]:
+        return (i for i in patients if self.state[i] == state and self.hospital[i] == hospital)
 
     def add(self, people: People, batch: Sequence[int]) -> int:
         """Append those of a draw in state `FUTURE`; the index of the first."""

@@ -180,9 +180,9 @@ class MedicalTwin(Twin):
             care.set_hospital_times(step["hospital_time"], usual=not self.usual_hospital)
             self.usual_hospital = True
         for name, tell in (
-            ("hospital_damage_state", care.set_damage),
-            ("hospital_power", care.set_power),
-            ("hospital_water", care.set_water),
+            ("hospital_damage_state", care.lifelines.set_damage),
+            ("hospital_power", care.lifelines.set_power),
+            ("hospital_water", care.lifelines.set_water),
         ):
             if name in changed:
                 values = step[name]
@@ -197,7 +197,7 @@ class MedicalTwin(Twin):
                 zones = np.flatnonzero(new).tolist()
                 self.known[name] = values
                 if zones:
-                    care.injure(severity, [(zone, int(new[zone])) for zone in zones])
+                    care.arrivals.injure(severity, [(zone, int(new[zone])) for zone in zones])
 
     def _publish_hospitals(self, care: Care, step: Step) -> bool:
         """Publish what changed at hospitals; whether their power or beds did."""
@@ -218,7 +218,7 @@ class MedicalTwin(Twin):
         sites, hospitals = self.layout.hospitals, care.hospitals
         pairs = list(zip(sites, hospitals, strict=True))
         least = 0.0 if states_changed else LOAD_STEP
-        self._show(step, "fuel_left", [h.fuel_at(care.now) for h in hospitals])
+        self._show(step, "fuel_left", [h.fuel_at(care.records.now) for h in hospitals])
         self._show(step, "hospital_load", [s.load_mw * h.load_factor(p) for s, h in pairs], least)
         self._show(
             step,
@@ -250,12 +250,12 @@ class MedicalTwin(Twin):
 
     def _publish_patients(self, care: Care, step: Step) -> None:
         for name, value in (
-            ("ambulances_busy", len(care.amb_idle) - care.idle),
-            ("ambulance_response_min", care.response_sum_min / max(1, care.responses)),
+            ("ambulances_busy", care.dispatch.busy),
+            ("ambulance_response_min", care.dispatch.mean_response_min),
             ("deaths", care.dead),
-            ("untreated_after_6h", care.untreated_after_6h),
-            ("treated", care.treated),
-            ("patients_arisen", care.arisen),
+            ("untreated_after_6h", care.arrivals.untreated_after_6h),
+            ("treated", care.wards.treated),
+            ("patients_arisen", care.records.arisen),
             ("patients_in_system", care.in_system),
             ("patients_discharged", care.discharged),
             ("patients_dead", care.dead),
@@ -263,14 +263,15 @@ class MedicalTwin(Twin):
             if self.published.get(name) != value:
                 self.published[name] = value
                 step.publish(name, value)
-        if not np.array_equal(care.waiting, self.waiting_shown):
-            self.waiting_shown = care.waiting.copy()
-            step.publish("patients_waiting", care.waiting)
+        waiting = care.records.waiting
+        if not np.array_equal(waiting, self.waiting_shown):
+            self.waiting_shown = waiting.copy()
+            step.publish("patients_waiting", waiting)
 
     def snapshot(self) -> bytes:
         own = (
             self.parameters,
-            self._care.seed,
+            self._care.records.seed,
             self.published,
             self.shown,
             self.told,
