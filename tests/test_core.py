@@ -34,7 +34,7 @@ def worlds(draw: st.DrawFn) -> tuple[dict[str, Habit], Wiring]:
         is_forward = names.index(source) < names.index(target)
         may_be_instant = is_forward or (has_loops and source != target)
         delay_ns = draw(st.integers(0 if may_be_instant else 1, 6))
-        shared = inputs[target] and draw(st.booleans())
+        shared = bool(inputs[target]) and draw(st.booleans())
         name = inputs[target][0] if shared else f"u{index}"
         if not shared:
             inputs[target].append(name)

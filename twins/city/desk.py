@@ -171,7 +171,7 @@ class Desk:
         self.publish(f"{kind}_intact", repairs.intact, noted)
         self.publish(f"{kind}_remaining_work", repairs.remaining_h, noted)
         busy = self.noted(np.where(crew > 0, crew, note))
-        self.publish(f"{kind}_crew_busy", repairs.crews, busy)
+        self.publish(f"{kind}_crew_busy", repairs.crews.astype(np.float64), busy)
 
     def noted(self, codes: Codes) -> dict[int, str]:
         return {int(i): self.state.events[codes[i]] for i in np.flatnonzero(codes)}
