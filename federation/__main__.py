@@ -12,20 +12,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from federation import telemetry
-from federation.broker.fleet import fleet, run_cases
-from federation.broker.server import BrokerOptions, serve_broker
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
-from federation.plan.crews import CrewPlanner, Family
-from federation.scenario import results, study
-from federation.scenario.explain import Causes
-from federation.scenario.report import write_report
-from federation.scenario.run import Case, Outcome, build_twin
-from federation.scenario.spec import Policy, Scenario, load
-from federation.twin import HOUR_NS, MINUTE_NS, Description, Planner
-from federation.wire.serve import ServeOptions, serve
+
+# Each command imports its own rooms: a twin that is served needs neither solver nor plots.
+if TYPE_CHECKING:
+    from federation.scenario.run import Case, Outcome
+    from federation.scenario.spec import Policy, Scenario
+    from federation.twin import Description, Planner
 
 DEMO = "regions/shelby/earthquake.yaml"
 PLANNER_FACTORY = "federation.__main__:planner"
@@ -33,6 +29,9 @@ PLANNER_FACTORY = "federation.__main__:planner"
 
 def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy) -> Planner:
     """The crew planner of a scenario; here, because scenario and plan are strangers."""
+    from federation.plan.crews import CrewPlanner, Family
+    from federation.twin import HOUR_NS, MINUTE_NS
+
     repairs = scenario.repairs
     if repairs is None:
         raise ScenarioError(Reason.SCENARIO_INVALID, "the scenario has no repairs to plan")
@@ -63,6 +62,8 @@ def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy:
 
 
 def command_run(options: argparse.Namespace) -> int:
+    from federation.scenario.spec import load
+
     scenario = load(options.scenario)
     summary = execute(scenario, options, Path(options.out or f"runs/{scenario.name}"))
     if options.json:
@@ -72,6 +73,9 @@ def command_run(options: argparse.Namespace) -> int:
 
 def command_demo(options: argparse.Namespace) -> int:
     """Run 0 in five processes, the other runs on workers, then sensitivity and the report."""
+    from federation.scenario.report import write_report
+    from federation.scenario.spec import load
+
     spec = importlib.util.find_spec("twins")
     if spec is None or spec.origin is None:
         raise ScenarioError(
@@ -89,6 +93,8 @@ def command_demo(options: argparse.Namespace) -> int:
 
 def execute(scenario: Scenario, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Run a study as asked, write its folder, and return the summary."""
+    from federation.scenario import results, study
+
     started_s = time.perf_counter()
     seed = scenario.seed if options.seed is None else options.seed
     measures = options.measures.split(",") if options.measures else list(scenario.measures)
@@ -130,6 +136,8 @@ def _is_first(case: Case, members: str) -> bool:
 async def _on_fleet(
     scenario: Scenario, todo: list[Case], options: argparse.Namespace, out: Path
 ) -> tuple[list[Outcome], list[dict[str, Any]]]:
+    from federation.broker.fleet import fleet, run_cases
+
     say("starting the members, each in a process of its own")
     out.mkdir(parents=True, exist_ok=True)
     telemetry.configure("broker")
@@ -143,6 +151,8 @@ async def _on_fleet(
 
 def sensitivity(scenario: Scenario, options: argparse.Namespace, out: Path) -> None:
     """Move one assumption at a time and see how the effect of the best measure moves."""
+    from federation.scenario import results, study
+
     measures = [study.BASELINE, options.sensitivity_measure]
     seed = scenario.seed if options.seed is None else options.seed
     moved = list(study.shifted(scenario, measures, options.sensitivity_runs, options.runs, seed))
@@ -156,6 +166,9 @@ def sensitivity(scenario: Scenario, options: argparse.Namespace, out: Path) -> N
 
 
 def command_explain(options: argparse.Namespace) -> int:
+    from federation.scenario import results
+    from federation.scenario.explain import Causes
+
     folder = Path(options.run)
     summary = results.read_summary(folder)
     measure = options.measure or next(iter(summary["measures"]))
@@ -173,11 +186,16 @@ def command_explain(options: argparse.Namespace) -> int:
 
 
 def command_report(options: argparse.Namespace) -> int:
+    from federation.scenario.report import write_report
+
     print(write_report(Path(options.run)))
     return 0
 
 
 def command_serve(options: argparse.Namespace) -> int:
+    from federation.scenario.run import build_twin
+    from federation.wire.serve import ServeOptions, serve
+
     config = dict(_setting(text) for text in options.config)
     sys.path.insert(0, os.getcwd())
     name = options.name or options.twin.rpartition(":")[2].lower()
@@ -199,6 +217,8 @@ def command_serve(options: argparse.Namespace) -> int:
 
 
 def command_broker(options: argparse.Namespace) -> int:
+    from federation.broker.server import BrokerOptions, serve_broker
+
     telemetry.configure("broker")
     asyncio.run(
         serve_broker(

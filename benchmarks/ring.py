@@ -1,0 +1,104 @@
+"""The ring in multitwin: members in one process, or in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks import WARM_STEPS, check, print_seconds
+from federation.broker.fleet import fleet, run_cases
+from federation.scenario.run import Case, Outcome, run_local
+from federation.scenario.spec import Scenario
+from federation.twin import (
+    MINUTE_NS,
+    Causality,
+    Description,
+    Entity,
+    Step,
+    TimePolicy,
+    Twin,
+    Variable,
+)
+
+
+class RingTwin(Twin):
+    """One place in the ring; a step is a minute."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def describe(self) -> Description:
+        return Description(
+            model="ring",
+            version="1",
+            domain="benchmark",
+            entities=tuple(Entity(f"e{i}", "cell") for i in range(self.size)),
+            variables=(
+                Variable("before", "cell", "1", Causality.INPUT),
+                Variable("after", "cell", "1", Causality.OUTPUT),
+            ),
+            time=TimePolicy(period_ns=MINUTE_NS),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        return None
+
+    def advance(self, step: Step) -> None:
+        value = step["before"]
+        check(value[0], step.time_ns // MINUTE_NS)
+        step.publish("after", value + 1.0)
+
+
+def ring(n: int, m: int, t: int) -> Scenario:
+    """The ring as a scenario of `t` > 1 steps, the first at time 0."""
+    return Scenario.model_validate(
+        {
+            "name": "ring",
+            "region": "nowhere",
+            "horizon_h": (t - 1) / 60,
+            "members": {
+                f"m{i}": {"class": "benchmarks.ring:RingTwin", "config": {"size": m}}
+                for i in range(n)
+            },
+            "couplings": [
+                {"from": f"m{i}.after", "to": f"m{(i + 1) % n}.before", "delay_min": 1}
+                for i in range(n)
+            ],
+        }
+    )
+
+
+CASE = Case(0, 1, "none")
+
+
+def local(n: int, m: int, t: int) -> float:
+    run_local(ring(n, m, WARM_STEPS), CASE, None)
+    return _seconds(run_local(ring(n, m, t), CASE, None), n * t)
+
+
+def sockets(n: int, m: int, t: int) -> float:
+    return asyncio.run(_sockets(n, m, t))
+
+
+async def _sockets(n: int, m: int, t: int) -> float:
+    """As the command does it: a broker here with its store in a file, members beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with fleet(ring(n, m, t), Path(folder) / "broker.sqlite", Path(folder)) as crew:
+            await run_cases(crew, ring(n, m, WARM_STEPS), [CASE], None)
+            return _seconds((await run_cases(crew, ring(n, m, t), [CASE], None))[0], n * t)
+
+
+def _seconds(outcome: Outcome, steps: int) -> float:
+    """The wall time of the whole run, from the opening of sessions to the digest."""
+    if outcome.error:
+        raise RuntimeError(outcome.error)
+    done = sum(cost.steps for cost in outcome.costs.values())
+    if done != steps:
+        raise RuntimeError(f"{done} steps instead of {steps}")
+    return outcome.wall_s
+
+
+if __name__ == "__main__":
+    print_seconds({"local": local, "grpc": sockets})
