@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federation import telemetry
-from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.errors import FederationError, Reason, ScenarioError
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
@@ -112,9 +112,9 @@ def execute(scenario: Scenario, options: argparse.Namespace, out: Path) -> dict[
         outcomes += engine.run(by_worker, keep=_is_reference, progress=Progress())
         members = members or study.local_members(scenario, outcomes)
     outcomes.sort(key=lambda o: todo.index(o.case))
-    failed = [o for o in outcomes if o.error]
-    if len(failed) == len(outcomes):
-        raise TwinError(Reason.TWIN_FAILED, f"every run failed; the first: {failed[0].error}")
+    failures = [o.failure for o in outcomes if o.failure is not None]
+    if len(failures) == len(outcomes):
+        raise failures[0]
     summary = {
         **study.summarise(scenario, seed, measures, outcomes),
         "members": members,

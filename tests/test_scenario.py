@@ -98,6 +98,26 @@ def test_a_bad_request_ends_with_2_one_line_and_nothing_written(
     assert "SCENARIO_NOT_FOUND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("members", ["local", "grpc"])
+def test_a_coupling_to_nothing_ends_with_2_wherever_the_members_run(
+    members: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "town.yaml"
+    file.write_text(TOWN.replace("plant.power,", "plant.powr,"), encoding="utf-8")
+    command = ["run", str(file), "--members", members, "--runs", "3", "--out", str(tmp_path / "o")]
+    assert main(command) == 2
+    assert "did you mean 'power'" in capsys.readouterr().err
+
+
+def test_a_request_without_an_acceptable_plan_ends_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "town.yaml"
+    file.write_text(TOWN.replace("town:Plant", "town:HopelessPlant"), encoding="utf-8")
+    assert main(["run", str(file), "--out", str(tmp_path / "out")]) == 4
+    assert "PLAN_INFEASIBLE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("twin", "said"),
     [
@@ -128,7 +148,7 @@ def test_a_region_without_a_data_file_is_said_before_anything_runs(
         'plant: {class: "twins.disaster.twin:DisasterTwin", config: {region: atlantis}}',
     )
     file.write_text(text, encoding="utf-8")
-    assert main(["run", str(file), "--out", str(tmp_path / "out")]) in (2, 3)
+    assert main(["run", str(file), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "MISSING_FILE" in told
     assert "atlantis" in told
@@ -208,7 +228,8 @@ def test_an_interval_is_students() -> None:
     assert (high - low) / 2 == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
 
 
-def test_the_twin_of_the_readme_has_at_most_thirty_lines_and_runs(tmp_path: Path) -> None:
+def test_the_twin_of_the_readme_has_at_most_thirty_lines_and_serves(tmp_path: Path) -> None:
+    """It runs in a process of its own, by `multitwin serve tower:Tower --broker ...`."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
@@ -230,6 +251,7 @@ def test_the_twin_of_the_readme_has_at_most_thirty_lines_and_runs(tmp_path: Path
         [
             *(sys.executable, "-m", "federation", "run"),
             *(str(tmp_path / "scenario.yaml"), "--out", str(tmp_path / "out")),
+            *("--members", "grpc"),
         ],
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from federation.errors import PlanError, Reason
 from federation.twin import (
     HOUR_NS,
     MINUTE_NS,
@@ -73,6 +74,13 @@ class TwofoldPlant(Plant):
 
     def advance(self, step: Step) -> None:
         step.publish("power", [0.01, 0.02])
+
+
+class HopelessPlant(Plant):
+    """Stands for a member whose plan can't be met."""
+
+    def advance(self, step: Step) -> None:
+        raise PlanError(Reason.PLAN_INFEASIBLE, "30 kW can't be had from nothing")
 
 
 class FailingPlant(Plant):

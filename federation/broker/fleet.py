@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from federation.broker.server import BrokerOptions, BrokerServer
-from federation.errors import FederationError, Reason, TwinError
+from federation.errors import PlanError, Reason, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
 from federation.scenario.spec import Scenario
 
@@ -143,7 +143,10 @@ async def run_cases(
     at_once: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Outcome]:
-    """Do every case with sessions of its own; failures are collected, in the order asked for."""
+    """Do every case with sessions of its own, in the order asked for.
+
+    Failures of members and plans are collected; a wrong request is raised.
+    """
     turn = asyncio.Semaphore(at_once)
     done = 0
 
@@ -152,8 +155,8 @@ async def run_cases(
         async with turn:
             try:
                 outcome = await crew.broker.run(scenario, case, factory, keep_ledger=keep(case))
-            except FederationError as error:
-                outcome = Outcome(case, error=str(error))
+            except (TwinError, PlanError) as failure:
+                outcome = Outcome(case, failure=failure)
         done += 1
         if progress:
             what = outcome.error or f"{outcome.wall_s:.1f} s"

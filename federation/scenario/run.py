@@ -68,7 +68,12 @@ class Outcome:
     costs: dict[str, MemberCost] = field(default_factory=dict)
     wall_s: float = 0.0
     cpu_s: float = 0.0
-    error: str = ""
+    failure: FederationError | None = None
+
+    @property
+    def error(self) -> str:
+        """Why the run failed, with its reason; empty when it did not."""
+        return "" if self.failure is None else str(self.failure)
 
 
 PlannerFactory = Callable[[Scenario, Mapping[str, Description], Policy], Planner]

@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.stats import qmc
 
 from federation.core.ledger import EventRecord
-from federation.errors import FederationError, Reason, ScenarioError
+from federation.errors import PlanError, Reason, ScenarioError, TwinError
 from federation.scenario.explain import Causes
 from federation.scenario.run import (
     Case,
@@ -221,8 +221,12 @@ class Engine:
                     try:
                         found[index] = ray.get(reference)
                     except ray.exceptions.RayError as error:
-                        lost = f"{Reason.MEMBER_LOST}: the worker was lost: {error}"
-                        found[index] = Outcome(todo[index], error=lost.splitlines()[0])
+                        cause = getattr(error, "cause", None)
+                        if isinstance(cause, ScenarioError):
+                            raise cause from None
+                        lost = f"the worker was lost: {error}".splitlines()[0]
+                        failure = TwinError(Reason.MEMBER_LOST, lost)
+                        found[index] = Outcome(todo[index], failure=failure)
                     if progress:
                         progress(len(found), len(todo), _remark(found[index]))
             return [found[index] for index in range(len(todo))]
@@ -252,12 +256,15 @@ def start_ray(workers: int, address: str | None) -> None:
 
 
 def attempt(scenario: Scenario, case: Case, planner: str, keep_ledger: bool) -> Outcome:
-    """Do one run; an error becomes part of the outcome, so that the study goes on."""
+    """Do one run; a failure becomes part of the outcome, so that the study goes on.
+
+    A wrong request is no failure of a run: every other would meet it too, so it is raised.
+    """
     factory = planner_factory(planner)
     try:
         return run_local(scenario, case, factory, keep_ledger=keep_ledger)
-    except FederationError as error:
-        return Outcome(case, error=str(error))
+    except (TwinError, PlanError) as failure:
+        return Outcome(case, failure=failure)
 
 
 def planner_factory(path: str) -> PlannerFactory:
