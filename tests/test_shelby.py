@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,19 +139,41 @@ def test_a_run_does_not_depend_on_what_its_process_did_before(outcome: Outcome) 
 
 
 def test_services_and_workers_give_the_digest_of_one_process(tmp_path: Path) -> None:
-    """Four twins in their own processes, and two Ray workers, against this process."""
+    """Four twins in their own processes, and two Ray workers, against this process.
 
-    def study(*options: str) -> dict[str, Any]:
+    The run of the services is traced, and one trace goes through broker, twins and solver.
+    """
+    spans = tmp_path / "spans.jsonl"
+
+    def study(*options: str, **environment: str) -> dict[str, Any]:
         out = tmp_path / "-".join(options).replace("--", "")
         command = [sys.executable, "-m", "federation", "run", str(SCENARIO), "--json"]
         command += ["--measures", "none,plan", "--out", str(out), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+            env={**os.environ, **environment},
+        )
         assert done.returncode == 0, done.stderr
         summary: dict[str, Any] = json.loads(done.stdout)
         assert summary["failed_runs"] == []
         return summary
 
-    services = study("--members", "grpc")
+    services = study("--members", "grpc", MULTITWIN_TRACE_FILE=str(spans))
+    traces: dict[str, set[tuple[str, str]]] = {}
+    for line in spans.read_text(encoding="utf-8").splitlines():
+        span = json.loads(line)
+        service = span["resource"]["attributes"]["service.name"]
+        traces.setdefault(span["context"]["trace_id"], set()).add((service, span["name"]))
+    assert any(
+        {("broker", "run"), ("broker", "grant"), ("broker", "plan.solve")}
+        | {(domain, "twin.advance") for domain in DOMAINS}
+        <= trace
+        for trace in traces.values()
+    )
     workers = study("--workers", "2")
     assert services["digest"] == workers["digest"]
     assert len({m["pid"] for m in services["members"]}) == 5
