@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -137,6 +138,8 @@ class PowerNet:
     hospitals: tuple[str, ...]
     hospital_load_point: Index
     hospital_base_mw: Vector
+    line_ends: tuple[tuple[str, float, float], ...]
+    """Name, longitude and latitude (degrees) of every bus at which a line ends: for maps."""
 
 
 @lru_cache(maxsize=4)
@@ -204,4 +207,8 @@ def power_net(region: str) -> PowerNet:
             [load_of.get(row["load_point"], -1) for row in hospitals], dtype=np.int64
         ),
         hospital_base_mw=np.array([float(row["load_mw"]) for row in hospitals]),
+        line_ends=tuple(
+            (str(net.bus.name[bus]), *json.loads(net.bus.geo[bus])["coordinates"])
+            for bus in sorted({*net.line.from_bus, *net.line.to_bus})
+        ),
     )

@@ -621,6 +621,7 @@ def _describe(region: str) -> Description:
         for row in region_rows(region, file):
             place = (float(row["lon_deg"]), float(row["lat_deg"]))
             entities.append(Entity(row[key], kind, row[label], *place))
+    entities += [Entity(name, "bus", name, lon, lat) for name, lon, lat in net.line_ends]
     return Description(
         model="energy",
         version="1",
