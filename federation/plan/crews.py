@@ -12,7 +12,8 @@ import numpy as np
 from federation import telemetry
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
-from federation.plan.joint import JointModel, Schedule, Task, joint_model
+from federation.plan.joint import JointModel, joint_model
+from federation.plan.visits import Task
 from federation.twin import (
     HOUR_NS,
     SYSTEM,
@@ -30,9 +31,12 @@ from federation.twin import (
 
 Policy = Literal["none", "nearest", "plan"]
 
-PERIODS_H = (6, 12, 18, 36)
-"""The periods of a plan: fine where crews act next, coarse where much will change. Eight
-periods cost ten times the solver's time and changed what crews saved by less than a tenth."""
+PERIODS_H = (36, 36)
+"""The periods of a plan. Repairs count from the hour when they are done, so that few periods
+are enough: 24 + 48 h saved less in six coupled runs, 12 + 24 + 36 h took a third more time."""
+
+STARTS_H = (0, 6, 18, 36)
+"""When crews may set out in a plan. What they do then follows its order, not these hours."""
 
 REPLAN_H = 24.0
 """A plan is made anew this long after the last one."""
@@ -59,7 +63,8 @@ class CrewPlanner(Planner):
 
     It sees, per family, the work left, the crews engaged and the travel time. Crews return to
     the pool when the work at their component is done. `nearest` sends one crew to each
-    component, the nearest first; `plan` sends as many as the joint model wants there.
+    component, the nearest first. `plan` sends crews in the order of the joint model's visits,
+    as many together as it wants there; crews that its visits leave free go to the nearest.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class CrewPlanner(Planner):
         self._period_ns = period_ns
         self._couplings = couplings
         self._periods_ns = _fit(horizon_ns)
+        self._starts_ns = tuple(h * HOUR_NS for h in STARTS_H if h * HOUR_NS < horizon_ns)
         self._model: JointModel | None = None
         self._order: list[tuple[tuple[int, int], int]] = []
         self._plans = 0
@@ -127,7 +133,9 @@ class CrewPlanner(Planner):
         return self._periods_ns if self.policy == "plan" else ()
 
     def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
-        self._model = joint_model(blocks, self._couplings, self._periods_ns, self.crews)
+        self._model = joint_model(
+            blocks, self._couplings, self._periods_ns, self._starts_ns, self.crews
+        )
 
     def advance(self, step: Step) -> None:
         remaining = [step[f"remaining_{i}"] for i in range(len(self.families))]
@@ -188,7 +196,7 @@ class CrewPlanner(Planner):
                 self.families[i].member,
                 self.families[i].components[c],
                 float(remaining[i][c]),
-                0.0 if busy[i][c] else float(travel[i][c]) / 60.0,
+                float(travel[i][c]) / 60.0,
                 float(busy[i][c]),
                 self.families[i].most_crews,
             )
@@ -198,8 +206,7 @@ class CrewPlanner(Planner):
             began_s = time.perf_counter()
             schedule = self._model.solve(tasks)
             telemetry.solve_duration.record(time.perf_counter() - began_s)
-        dispatch = dispatch_order(schedule, tasks, self._model.lengths_h)
-        self._order = [(keys[task], crews) for task, crews in dispatch]
+        self._order = [(keys[v.task], round(v.crews)) for v in schedule.visits if v.sent]
         self._planned_ns, self._known = step.time_ns, remaining
         self._plans += 1
         step.publish("plans_made", self._plans)
@@ -225,25 +232,3 @@ def _fit(horizon_ns: int) -> tuple[int, ...]:
             break
         periods.append(min(hours * HOUR_NS, left_ns))
     return tuple(periods)
-
-
-def dispatch_order(
-    schedule: Schedule, tasks: Sequence[Task], lengths_h: Vector
-) -> list[tuple[int, int]]:
-    """The tasks that the plan works on, by the time when it begins and ends them, with crews.
-
-    Within a period the model leaves the order open; a task that is finished sooner comes
-    first, then the one with less work. The crews are those of the task's first busy period.
-    """
-    starts = np.concatenate([[0.0], np.cumsum(lengths_h)[:-1]])
-    keys = []
-    for index, task in enumerate(tasks):
-        hours = schedule.crew_hours[index]
-        worked = np.flatnonzero(hours > 1e-6)
-        if worked.size:
-            first, last = int(worked[0]), int(worked[-1])
-            crews = int(np.ceil((hours[worked] / lengths_h[worked]).max() - 1e-6))
-            crews = int(np.clip(crews, 1, task.most_crews))
-            end_h = float(starts[last] + hours[last] / crews)
-            keys.append((float(starts[first]), end_h, task.work_h, index, crews))
-    return [(index, crews) for *_, index, crews in sorted(keys)]

@@ -1,20 +1,17 @@
-r"""Linear blocks of several members, and the couplings between their ports, as one model.
+r"""Chooses the visits of repair crews that cost the region least, as one exact model.
 
-Each block m contributes its own min c_m'x_m with its rows and bounds. A coupling from a supply
-port s of one block to a need port n of another adds, for every entity h and period p,
+The blocks of the members are joined (see `Joined`). Over the visits v that are possible,
+with y = 1 when it is chosen, sigma[v, p] the share of period p that is left when its work is
+done, and w[v, q] the crews that it engages on the mean of slot q, for every component c with
+work left, period p and slot q:
 
-    n[h, p] <= sum over links (e -> h) of weight * s[e, p]
+    a[c, p] <= sum over v of c of sigma[v, p] y[v]      sum over v of c of y[v] <= 1
+    sum over v of w[v, q] y[v] <= crews                 y whole
 
-so that nothing is received that is not delivered. Repair crews join the blocks' `available`
-ports: for every component c with work W_c left, crew-hours w and availability z,
-
-    W_c z[c, p] <= sum_{q < p} w[c, q] + w[c, p] / 2
-    sum_c w[c, p] <= crews * length_p            0 <= w[c, p] <= K_c length_p
-
-A component is thus available in a period when its work is done by the middle of it; at most
-K_c crews work on it at a time. The gap at which the solver may stop is a share of what crews
-can save, not of the whole cost, most of which no crew can change: the cost of doing nothing is
-found first and taken off the objective.
+A component is thus available for exactly the part of a period that follows its repair,
+however long the periods. Crews that are at a component stay: one of its visits is chosen, the
+one that lets them go on alone or one where others join them. Only the most promising repairs
+(see `relax`) are given to the solver; the bound holds for all.
 """
 
 from __future__ import annotations
@@ -25,38 +22,35 @@ from functools import lru_cache
 
 import numpy as np
 import pyomo.environ as pyo
-from numpy.typing import NDArray
 from pyomo.contrib.solver.common.results import Results, SolutionStatus, TerminationCondition
 from pyomo.contrib.solver.solvers.highs import Highs
 from pyomo.core.expr.numeric_expr import LinearExpression
 
-from federation.core.coupling import Coupling, conversion
+from federation.core.coupling import Coupling
 from federation.errors import PlanError, Reason
-from federation.twin import HOUR_NS, LinearBlock, Port, Vector
+from federation.plan.joining import Joined, join
+from federation.plan.relaxation import UNIT_USD, relax
+from federation.plan.visits import Task, Visit, crews_engaged, possible_visits, share_available
+from federation.twin import HOUR_NS, LinearBlock, Vector
 
+MOST_REPAIRS = 48
+"""Repairs that the solver chooses from, besides those under way. With 60 it took a fifth more
+time, and what was lost in six coupled runs fell by less than a hundredth."""
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One component to repair: crew-hours left, and how it stands at the decision.
+GAP = 0.05
+"""The solver stops when no plan with the repairs that it was given can save more than this share
+of what could be saved at all. `Schedule.gap` is wider: its bound allows for all repairs, and for
+repairs in parts; 3 to 50 % in the earthquake of Shelby County."""
 
-    `crews` > 0 when crews are already at it or on their way, and stay until it is done; more
-    may join them, up to `most_crews`.
-    """
-
-    member: str
-    component: str
-    work_h: float
-    travel_h: float
-    crews: float = 0.0
-    most_crews: float = 1.0
+LEAST_PROMISE = 1e-4
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The answer: why the solver stopped (`termination`), and what it found.
+    """The answer: why the solver stopped (`termination`), and what it found (`status`).
 
-    Costs are in US dollars over the horizon: of doing nothing, of the plan, and a bound that
-    no plan can go below. `crew_hours[task, period]` is the work planned.
+    Costs are in US dollars over the horizon: of no crew setting out, of the plan, and a
+    bound that no plan can go below. `visits` are those chosen, by start, end and task.
     """
 
     termination: str
@@ -64,7 +58,7 @@ class Schedule:
     idle_cost_usd: float
     cost_usd: float
     bound_usd: float
-    crew_hours: Vector
+    visits: tuple[Visit, ...]
 
     @property
     def saving_usd(self) -> float:
@@ -78,278 +72,207 @@ class Schedule:
 
 
 class JointModel:
-    """The joint model of a run, re-solved as tasks come and go.
+    """The joint model of a run: the members' rows stay, the visits come and go.
 
-    Its rows stay as they are. Data of a solve are the work per component, the bounds of
-    availability and crew-hours, and which availabilities must be whole; data of a run are
-    also all bounds and costs of the blocks, so that one model serves many runs (`load`).
+    The bounds and costs of the members' blocks are data of a run, so that one model serves
+    many runs (`load`). Every solve starts from nothing but its own data.
     """
 
     def __init__(
-        self,
-        blocks: Mapping[str, LinearBlock],
-        couplings: Sequence[Coupling],
-        periods_ns: Sequence[int],
-        crews: float,
-        *,
-        gap: float = 0.05,
-        nodes: int = 1,
+        self, joined: Joined, periods_ns: Sequence[int], starts_ns: Sequence[int], crews: float
     ) -> None:
-        self.key = (tuple(couplings), tuple(periods_ns), crews)
+        self.crews = crews
         self.lengths_h = np.array(periods_ns, dtype=float) / HOUR_NS
-        self._blocks = dict(sorted(blocks.items()))
-        self.model = pyo.ConcreteModel()
-        self._columns: dict[str, list[pyo.Var]] = {}
-        self.model.rows = pyo.ConstraintList()
-        paid: list[pyo.Var] = []
-        for member, block in self._blocks.items():
-            self._add_block(member, block)
-            paid.extend(self._columns[member])
-        for coupling in couplings:
-            self._join(coupling)
-        self._components = self._repairable()
-        self._add_crews(crews)
-        model = self.model
-        model.price = pyo.Param(range(len(paid)), mutable=True, initialize=0.0)
-        model.idle_cost = pyo.Param(mutable=True, initialize=0.0)
-        model.cost = pyo.Objective(
-            expr=LinearExpression(
-                constant=-model.idle_cost,
-                linear_coefs=[model.price[i] for i in range(len(paid))],
-                linear_vars=paid,
-            )
-        )
+        self.starts_h = [start / HOUR_NS for start in starts_ns]
+        self._joined = joined
+        self.model = model = pyo.ConcreteModel()
+        count = len(joined.low)
+        model.x = pyo.Var(range(count))
+        self._columns = [model.x[i] for i in range(count)]
+        for index in np.flatnonzero(joined.integer).tolist():
+            self._columns[index].domain = pyo.Integers
+        model.row_low = pyo.Param(_finite(joined.row_low), mutable=True, initialize=0.0)
+        model.row_high = pyo.Param(_finite(joined.row_high), mutable=True, initialize=0.0)
+        model.price = pyo.Param(range(count), mutable=True, initialize=0.0)
+        model.rows = pyo.ConstraintList()
+        self._add_rows()
+        prices = [model.price[i] for i in range(count)]
+        model.cost = pyo.Objective(expr=_sum(prices, self._columns))
         self._solver = Highs()
         config = self._solver.config
         config.load_solutions = False
         config.raise_exception_on_nonoptimal_result = False
-        config.rel_gap = gap
+        config.rel_gap = 0.0
         config.threads = 1
-        config.solver_options["mip_max_nodes"] = nodes
-        config.solver_options["random_seed"] = 0
-        updates = config.auto_updates
-        updates.check_for_new_or_removed_constraints = False
-        updates.check_for_new_or_removed_params = False
-        updates.check_for_new_objective = False
-        updates.update_constraints = False
-        updates.update_named_expressions = False
-        updates.update_objective = False
-        self.load(blocks)
-
-    def fits(self, blocks: Mapping[str, LinearBlock]) -> bool:
-        """Whether these blocks differ from the model's own in bounds and costs only."""
-        if list(self._blocks) != sorted(blocks):
-            return False
-        return all(
-            np.array_equal(mine.row_index, blocks[name].row_index)
-            and np.array_equal(mine.column_index, blocks[name].column_index)
-            and np.array_equal(mine.coefficient, blocks[name].coefficient)
-            and np.array_equal(mine.integer, blocks[name].integer)
-            and np.array_equal(np.isfinite(mine.row_low), np.isfinite(blocks[name].row_low))
-            and np.array_equal(np.isfinite(mine.row_high), np.isfinite(blocks[name].row_high))
-            for name, mine in self._blocks.items()
+        config.solver_options.update(
+            mip_max_nodes=1,
+            random_seed=0,
+            mip_allow_restart=False,
+            mip_heuristic_run_rens=False,
+            mip_heuristic_run_rins=False,
         )
+        for name in config.auto_updates:
+            config.auto_updates[name] = False
+        self._load(joined)
+        self._solver.set_instance(model)
 
-    def load(self, blocks: Mapping[str, LinearBlock]) -> None:
-        """Take the bounds and costs of another run's blocks, and forget what was solved.
+    def load(self, joined: Joined) -> None:
+        """Take the bounds and costs of another run, of blocks that are alike."""
+        self._load(joined)
+        self._solver.update_parameters()
+        self._solver.update_variables(self._columns)
 
-        A solver that remembers its last solution may choose another of equal plans, so a
-        run starts without any memory: its plans depend on nothing that was done before.
-        """
-        self._blocks = dict(sorted(blocks.items()))
-        price = 0
-        for member, block in self._blocks.items():
-            for column, low, high in zip(
-                self._columns[member], block.low.tolist(), block.high.tolist(), strict=True
-            ):
-                _bound(column, low, high)
-            low_of = getattr(self.model, f"row_low_{member}")
-            high_of = getattr(self.model, f"row_high_{member}")
-            for row, low in enumerate(block.row_low.tolist()):
-                if np.isfinite(low):
-                    low_of[row].set_value(low)
-            for row, high in enumerate(block.row_high.tolist()):
-                if np.isfinite(high):
-                    high_of[row].set_value(high)
-            for cost in block.cost.tolist():
-                self.model.price[price].set_value(cost)
-                price += 1
-        engine = self._solver._solver_model
-        if engine is not None:
-            engine.clearSolver()
+    def _load(self, joined: Joined) -> None:
+        self._joined, model = joined, self.model
+        for column, low, high in zip(
+            self._columns, joined.low.tolist(), joined.high.tolist(), strict=True
+        ):
+            column.setlb(low if np.isfinite(low) else None)
+            column.setub(high if np.isfinite(high) else None)
+        for param, values in (
+            (model.row_low, joined.row_low),
+            (model.row_high, joined.row_high),
+            (model.price, joined.cost / UNIT_USD),
+        ):
+            for index in _finite(values):
+                param[index].set_value(float(values[index]))
 
-    # -- building ----------------------------------------------------------------------
-
-    def _add_block(self, member: str, block: LinearBlock) -> None:
-        model, count = self.model, len(block.columns)
-        variable = pyo.Var(range(count))
-        setattr(model, f"x_{member}", variable)
-        columns = [variable[i] for i in range(count)]
-        for column, whole in zip(columns, block.integer.tolist(), strict=True):
-            if whole:
-                column.domain = pyo.Integers
-        self._columns[member] = columns
-        low: list[pyo.Param | None] = [None] * len(block.rows)
-        high: list[pyo.Param | None] = [None] * len(block.rows)
-        for side, kept, values in (("low", low, block.row_low), ("high", high, block.row_high)):
-            finite = np.flatnonzero(np.isfinite(values)).tolist()
-            param = pyo.Param(finite, mutable=True, initialize=0.0)
-            setattr(model, f"row_{side}_{member}", param)
-            for row in finite:
-                kept[row] = param[row]
-        order = np.argsort(block.row_index, kind="stable")
-        index, column_index = block.row_index[order], block.column_index[order].tolist()
-        coefficient = block.coefficient[order].tolist()
-        starts = np.searchsorted(index, np.arange(len(block.rows) + 1)).tolist()
-        for row in range(len(block.rows)):
+    def _add_rows(self) -> None:
+        joined, model = self._joined, self.model
+        order = np.argsort(joined.row_index, kind="stable")
+        columns = joined.column_index[order].tolist()
+        coefficients = joined.coefficient[order].tolist()
+        count = len(joined.row_low)
+        low, high = dict(model.row_low.items()), dict(model.row_high.items())
+        starts = np.searchsorted(joined.row_index[order], np.arange(count + 1)).tolist()
+        for row in range(count):
             part = slice(starts[row], starts[row + 1])
-            if not column_index[part]:
-                continue
-            body = _sum(coefficient[part], [columns[j] for j in column_index[part]])
-            model.rows.add((low[row], body, high[row]))
-
-    def _port(self, member: str, name: str, role: str) -> Port | None:
-        block = self._blocks.get(member)
-        if block is None:
-            return None
-        return next((p for p in block.ports if p.name == name and p.role == role), None)
-
-    def _join(self, coupling: Coupling) -> None:
-        supply = self._port(coupling.source, coupling.output, "supply")
-        need = self._port(coupling.target, coupling.input, "need")
-        if supply is None or need is None:
-            return
-        factor, offset = conversion(supply.unit, need.unit)
-        links = coupling.links or tuple((e, e, 1.0) for e in need.entities)
-        sources: dict[str, list[tuple[str, float]]] = {}
-        for source, target, weight in links:
-            sources.setdefault(target, []).append((source, weight * factor))
-        row_of = {e: i for i, e in enumerate(supply.entities)}
-        for h, entity in enumerate(need.entities):
-            feeding = [(row_of[s], w) for s, w in sources.get(entity, ()) if s in row_of]
-            if not feeding:
-                continue
-            for p in range(self.lengths_h.size):
-                received = self._columns[coupling.target][need.columns[h, p]]
-                delivered = [
-                    self._columns[coupling.source][supply.columns[row, p]] for row, _ in feeding
-                ]
-                body = _sum([1.0, *(-w for _, w in feeding)], [received, *delivered])
-                self.model.rows.add((None, body, offset))
-
-    def _repairable(self) -> dict[tuple[str, str], list[pyo.Var]]:
-        found = {}
-        for member, block in self._blocks.items():
-            for port in block.ports:
-                if port.role == "available":
-                    for row, entity in enumerate(port.entities):
-                        columns = [self._columns[member][j] for j in port.columns[row]]
-                        found[member, entity] = columns
-        return found
-
-    def _add_crews(self, crews: float) -> None:
-        count, periods = len(self._components), self.lengths_h.size
-        model = self.model
-        model.work = pyo.Param(range(count), mutable=True, initialize=0.0)
-        model.hours = pyo.Var(range(count), range(periods), bounds=(0.0, 0.0))
-        self._hours = [[model.hours[c, p] for p in range(periods)] for c in range(count)]
-        for c, available in enumerate(self._components.values()):
-            for p in range(periods):
-                coefficients = [model.work[c], *([-1.0] * p), -0.5]
-                columns = [available[p], *self._hours[c][:p], self._hours[c][p]]
-                model.rows.add((None, _sum(coefficients, columns), 0.0))
-        for p, length_h in enumerate(self.lengths_h.tolist()):
-            shared = [self._hours[c][p] for c in range(count)]
-            model.rows.add((None, _sum([1.0] * count, shared), crews * length_h))
-
-    # -- solving -----------------------------------------------------------------------
+            if columns[part]:
+                body = _sum(coefficients[part], [self._columns[j] for j in columns[part]])
+                model.rows.add((low.get(row), body, high.get(row)))
 
     def solve(self, tasks: Sequence[Task]) -> Schedule:
         """Plan for these tasks from now on; raises NO_PLAN or PLAN_INFEASIBLE."""
-        wanted = {(task.member, task.component): task for task in tasks}
-        missing = [key for key in wanted if key not in self._components]
-        if missing:
-            raise PlanError(
-                Reason.NO_PLAN,
-                f"no block of {missing[0][0]} knows the component {missing[0][1]!r}",
-                {"member": missing[0][0], "component": missing[0][1]},
-            )
-        idle = self._solve(wanted, act=False)
-        self.model.idle_cost.set_value(idle.incumbent_objective)
-        results = self._solve(wanted, act=True)
-        self.model.idle_cost.set_value(0.0)
-        row_of = {key: c for c, key in enumerate(self._components)}
-        asked = [h for t in tasks for h in self._hours[row_of[t.member, t.component]]]
-        found = results.solution_loader.get_vars(asked) if asked else {}
-        crew_hours: NDArray[np.float64] = np.array([found[hours] for hours in asked])
+        for task in tasks:
+            if (task.member, task.component) not in self._joined.available:
+                raise PlanError(
+                    Reason.NO_PLAN,
+                    f"no block of {task.member} knows the component {task.component!r}",
+                    {"member": task.member, "component": task.component},
+                )
+        horizon_h = float(self.lengths_h.sum())
+        visits = possible_visits(tasks, self.crews, self.starts_h, horizon_h)
+        share = share_available(visits, self.lengths_h)
+        engaged = crews_engaged(visits, tasks, self.starts_h, horizon_h)
+        relaxed = relax(self._joined, tasks, visits, share, engaged, self.crews)
+        ranked = np.argsort(-relaxed.promise, kind="stable")[:MOST_REPAIRS]
+        promising = relaxed.promise > LEAST_PROMISE
+        promising[np.setdiff1d(np.arange(len(tasks)), ranked)] = False
+        under_way = np.array([task.crews > 0 for task in tasks], dtype=bool)
+        kept = [
+            k for k, visit in enumerate(visits) if promising[visit.task] or under_way[visit.task]
+        ]
+        self._solver.config.abs_gap = GAP * (relaxed.idle_cost_usd - relaxed.bound_usd) / UNIT_USD
+        results, chosen = self._choose(tasks, [visits[k] for k in kept], share[kept], engaged[kept])
+        cost_usd = float(results.incumbent_objective) * UNIT_USD
+        bound_usd = relaxed.bound_usd
+        if len(kept) == len(visits):
+            bound_usd = max(bound_usd, float(results.objective_bound) * UNIT_USD)
         return Schedule(
             results.termination_condition.name,
             results.solution_status.name,
-            float(idle.incumbent_objective),
-            float(idle.incumbent_objective + results.incumbent_objective),
-            float(idle.incumbent_objective + results.objective_bound),
-            crew_hours.reshape(len(tasks), self.lengths_h.size),
+            relaxed.idle_cost_usd,
+            cost_usd,
+            min(bound_usd, cost_usd),
+            tuple(sorted(chosen, key=lambda v: (v.start_h, v.end_h, v.task))),
         )
 
-    def _solve(self, wanted: Mapping[tuple[str, str], Task], *, act: bool) -> Results:
-        """Solve with crews that act, or that do nothing but end what they are at."""
-        for c, (key, available) in enumerate(self._components.items()):
-            task = wanted.get(key)
-            self.model.work[c].set_value(0.0 if task is None else task.work_h + task.travel_h)
-            domain = pyo.Reals if task is None else pyo.Binary
-            for p, length_h in enumerate(self.lengths_h.tolist()):
-                if available[p].domain is not domain:
-                    available[p].domain = domain
-                hours, most_h, least_h = self._hours[c][p], 0.0, 0.0
-                if task is not None and task.crews:
-                    begun_h = float(self.lengths_h[:p].sum())
-                    left_h = max(task.work_h - task.crews * begun_h, 0.0)
-                    least_h = most_h = min(task.crews * length_h, left_h)
-                if task is not None and act:
-                    most_h = length_h * task.most_crews
-                _bound(hours, least_h, most_h)
-        results = self._solver.solve(self.model)
-        termination = results.termination_condition
-        if results.solution_status not in (SolutionStatus.optimal, SolutionStatus.feasible):
-            reason = Reason.NO_PLAN
-            if termination is TerminationCondition.provenInfeasible:
-                reason = Reason.PLAN_INFEASIBLE
-            raise PlanError(reason, f"the solver stopped with {termination.name} and no plan")
-        return results
+    def _choose(
+        self, tasks: Sequence[Task], visits: Sequence[Visit], share: Vector, engaged: Vector
+    ) -> tuple[Results, list[Visit]]:
+        """Solve with these visits, whose columns and rows are then taken away again."""
+        model, solver = self.model, self._solver
+        model.chosen = pyo.Var(range(len(visits)), domain=pyo.Binary)
+        model.crew_rows = pyo.ConstraintList()
+        chosen = [model.chosen[k] for k in range(len(visits))]
+        of_task: dict[int, list[int]] = {}
+        for k, visit in enumerate(visits):
+            of_task.setdefault(visit.task, []).append(k)
+        closed = []
+        for index, task in enumerate(tasks):
+            own = of_task.get(index, [])
+            for p, column in enumerate(self._joined.available[task.member, task.component]):
+                available = self._columns[column]
+                leaving = [k for k in own if share[k, p] > 0.0]
+                if leaving:
+                    parts = [1.0, *(-share[leaving, p]).tolist()]
+                    body = _sum(parts, [available, *(chosen[k] for k in leaving)])
+                    model.crew_rows.add((None, body, 0.0))
+                else:
+                    closed.append(available)
+            if own:
+                body = _sum([1.0] * len(own), [chosen[k] for k in own])
+                model.crew_rows.add((1.0 if task.crews else None, body, 1.0))
+        for crews in engaged.T:
+            busy = np.flatnonzero(crews).tolist()
+            if busy:
+                body = _sum(crews[busy].tolist(), [chosen[k] for k in busy])
+                model.crew_rows.add((None, body, self.crews))
+        usual = [column.ub for column in closed]
+        for column in closed:
+            column.setub(0.0)
+        rows = list(model.crew_rows.values())
+        solver.update_variables(closed)
+        solver.add_constraints(rows)
+        solver._solver_model.clearSolver()
+        results = solver.solve(model)
+        try:
+            termination = results.termination_condition
+            if results.solution_status not in (SolutionStatus.optimal, SolutionStatus.feasible):
+                reason = Reason.NO_PLAN
+                if termination is TerminationCondition.provenInfeasible:
+                    reason = Reason.PLAN_INFEASIBLE
+                raise PlanError(reason, f"the solver stopped with {termination.name} and no plan")
+            value = results.solution_loader.get_vars(chosen) if chosen else {}
+            return results, [v for v, y in zip(visits, chosen, strict=True) if value[y] > 0.5]
+        finally:
+            for column, high in zip(closed, usual, strict=True):
+                column.setub(high)
+            solver.update_variables(closed)
+            solver.remove_constraints(rows)
+            model.del_component(model.chosen)
+            model.del_component(model.crew_rows)
 
 
-def _sum(coefficients: list[float], columns: list[pyo.Var]) -> LinearExpression:
+def _finite(values: Vector) -> list[int]:
+    return [int(i) for i in np.flatnonzero(np.isfinite(values))]
+
+
+def _sum(coefficients: Sequence[float], columns: Sequence[pyo.Var]) -> LinearExpression:
     return LinearExpression(constant=0.0, linear_coefs=coefficients, linear_vars=columns)
 
 
-def _bound(column: pyo.Var, low: float, high: float) -> None:
-    """Set bounds that differ; the solver's interface takes every set as a change."""
-    floor = low if np.isfinite(low) else None
-    ceiling = high if np.isfinite(high) else None
-    if column.lb != floor:
-        column.setlb(floor)
-    if column.ub != ceiling:
-        column.setub(ceiling)
-
-
 @lru_cache(maxsize=1)
-def _models() -> list[JointModel]:
+def _models() -> dict[tuple[object, ...], JointModel]:
     """The model that was built last in this process, if any."""
-    return []
+    return {}
 
 
 def joint_model(
     blocks: Mapping[str, LinearBlock],
     couplings: Sequence[Coupling],
     periods_ns: Sequence[int],
+    starts_ns: Sequence[int],
     crews: float,
 ) -> JointModel:
     """A model of these blocks; the last one of this process when only its data differ."""
-    key = (tuple(couplings), tuple(periods_ns), crews)
-    for model in _models():
-        if model.key == key and model.fits(blocks):
-            model.load(blocks)
-            return model
-    model = JointModel(blocks, couplings, periods_ns, crews)
-    _models()[:] = [model]
-    return model
+    joined = join(blocks, couplings)
+    key = (tuple(periods_ns), tuple(starts_ns))
+    model = _models().get(key)
+    if model is not None and model._joined.like(joined):
+        model.crews = crews
+        model.load(joined)
+        return model
+    _models().clear()
+    _models()[key] = JointModel(joined, periods_ns, starts_ns, crews)
+    return _models()[key]

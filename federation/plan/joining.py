@@ -1,0 +1,111 @@
+"""Joins the linear blocks of several members into one, along the couplings of a scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from federation.core.coupling import Coupling, conversion
+from federation.twin import LinearBlock, Port, Vector
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Joined:
+    r"""min c'x subject to row_low <= A x <= row_high, low <= x <= high, of all members.
+
+    A coupling from a supply port s of one block to a need port n of another adds, for every
+    entity h and period p,
+
+    .. math::
+        n_{hp} \le \sum_{e \to h} weight_{eh} \, s_{ep} + offset
+
+    so that nothing is received that is not delivered. `available[member, component]` are
+    the columns of one component, period by period.
+    """
+
+    low: Vector
+    high: Vector
+    cost: Vector
+    integer: NDArray[np.bool_]
+    row_low: Vector
+    row_high: Vector
+    row_index: Indices
+    column_index: Indices
+    coefficient: Vector
+    available: Mapping[tuple[str, str], Indices]
+
+    def like(self, other: Joined) -> bool:
+        """Whether the two differ in bounds and costs only."""
+        return (
+            list(self.available) == list(other.available)
+            and np.array_equal(self.integer, other.integer)
+            and np.array_equal(self.row_index, other.row_index)
+            and np.array_equal(self.column_index, other.column_index)
+            and np.array_equal(self.coefficient, other.coefficient)
+            and np.array_equal(np.isfinite(self.row_low), np.isfinite(other.row_low))
+            and np.array_equal(np.isfinite(self.row_high), np.isfinite(other.row_high))
+        )
+
+
+def join(blocks: Mapping[str, LinearBlock], couplings: Sequence[Coupling]) -> Joined:
+    """One problem from the blocks, in the order of their members' names."""
+    names = sorted(blocks)
+    sizes = [(len(blocks[n].columns), len(blocks[n].rows)) for n in names]
+    ends = np.cumsum([(0, 0), *sizes], axis=0)
+    first = {name: int(ends[i, 0]) for i, name in enumerate(names)}
+    rows = [blocks[n].row_index + ends[i, 1] for i, n in enumerate(names)]
+    columns = [blocks[n].column_index + first[n] for n in names]
+    coefficients = [blocks[n].coefficient for n in names]
+    offsets: list[float] = []
+    for coupling in couplings:
+        supply = _port(blocks, coupling.source, coupling.output, "supply")
+        need = _port(blocks, coupling.target, coupling.input, "need")
+        if supply is None or need is None:
+            continue
+        factor, offset = conversion(supply.unit, need.unit)
+        row_of = {entity: i for i, entity in enumerate(supply.entities)}
+        feeding: dict[str, list[tuple[int, float]]] = {}
+        for source, target, weight in coupling.links or [(e, e, 1.0) for e in need.entities]:
+            if source in row_of:
+                feeding.setdefault(target, []).append((row_of[source], -weight * factor))
+        for h, entity in enumerate(need.entities):
+            if entity not in feeding:
+                continue
+            delivered = supply.columns[[i for i, _ in feeding[entity]]] + first[coupling.source]
+            terms = np.vstack([need.columns[h] + first[coupling.target], delivered])
+            place = ends[-1, 1] + len(offsets) + np.arange(terms.shape[1])
+            weights = np.array([1.0, *(w for _, w in feeding[entity])])
+            rows.append(np.broadcast_to(place, terms.shape).ravel())
+            columns.append(terms.ravel())
+            coefficients.append(np.repeat(weights, terms.shape[1]))
+            offsets += [offset] * terms.shape[1]
+    return Joined(
+        low=np.concatenate([blocks[n].low for n in names]),
+        high=np.concatenate([blocks[n].high for n in names]),
+        cost=np.concatenate([blocks[n].cost for n in names]),
+        integer=np.concatenate([blocks[n].integer for n in names]),
+        row_low=np.concatenate(
+            [*(blocks[n].row_low for n in names), np.full(len(offsets), -np.inf)]
+        ),
+        row_high=np.concatenate([*(blocks[n].row_high for n in names), np.array(offsets)]),
+        row_index=np.concatenate(rows),
+        column_index=np.concatenate(columns),
+        coefficient=np.concatenate(coefficients),
+        available={
+            (name, entity): port.columns[row] + first[name]
+            for name in names
+            for port in blocks[name].ports
+            if port.role == "available"
+            for row, entity in enumerate(port.entities)
+        },
+    )
+
+
+def _port(blocks: Mapping[str, LinearBlock], member: str, name: str, role: str) -> Port | None:
+    ports = blocks[member].ports if member in blocks else ()
+    return next((p for p in ports if p.name == name and p.role == role), None)
