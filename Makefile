@@ -30,7 +30,7 @@ bench: $(INSTALLED)  ## ratios with peers on the same work in one run
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 
 proto: $(INSTALLED)  ## generate federation/v1 from the protos
-	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. \
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. \
 		--mypy_out=. --mypy_grpc_out=. $(PROTOS)
 
 lock:  ## resolve the dependencies anew and lock them with hashes

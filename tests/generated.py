@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ def differences() -> list[str]:
             check=True,
             cwd=ROOT,
             stderr=subprocess.DEVNULL,
+            # protoc finds its mypy plugins on the path
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         )
         fresh = {p.name: p.read_bytes() for p in (Path(folder) / PACKAGE).iterdir()}
     kept = {
