@@ -72,9 +72,15 @@ def test_a_cascade_crosses_all_four_domains_and_every_link_is_a_real_coupling(
     cascade = causes.cascade()
     assert set(cascade.domains) >= DOMAINS
     assert cascade.depth >= 5
+
+
+def test_without_repairs_one_chain_leads_from_the_shock_through_all_domains_to_a_death() -> None:
+    unrepaired = run_local(load(SCENARIO), Case(0, 1, "none"), planner)
+    causes = Causes(unrepaired.events, unrepaired.domains)
     chain = causes.chain(causes.pick("patient_died"))
     assert {causes.domain(i) for i in chain} == DOMAINS
     assert causes.events[chain[0]].event.kind == "mainshock"
+    assert len(chain) >= 5
 
 
 def test_the_domains_are_closed_into_loops_of_three() -> None:
