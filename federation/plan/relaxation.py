@@ -2,7 +2,7 @@ r"""Finds what no plan can beat and which repairs deserve a place in the exact m
 
 Without whole numbers the model is solved in milliseconds, but it cheats: a hundredth of a
 main carries all that the houses behind it need. What it gains by that is taken away step by
-step (dynamic slope scaling, Kim and Pardalos 1999, doi:10.1016/S0167-6377(99)00047-0): with
+step (dynamic slope scaling: Kim and Pardalos, Operations Research Letters 24, 1999): with
 pi the worth of a crew in each slot of time, w the crews of a visit and y how much of the task
 was done, the visit is charged
 
@@ -19,15 +19,11 @@ from dataclasses import dataclass
 
 import highspy
 import numpy as np
-from numpy.typing import NDArray
-from scipy import sparse
 
 from federation.errors import PlanError, Reason
 from federation.plan.joining import Indices, Joined
 from federation.plan.visits import Task, Visit
 from federation.twin import Vector
-
-Index = NDArray[np.int64]
 
 ROUNDS = 4
 """Solutions that the promise of a repair is the mean of; eight found no better plans."""
@@ -66,8 +62,8 @@ def relax(
     available = np.array([joined.available[t.member, t.component] for t in tasks], dtype=np.int64)
     available = available.reshape(len(tasks), periods)
     column = np.arange(size, size + count, dtype=np.int64)
-    rows: list[Index] = [joined.row_index]
-    columns: list[Index] = [joined.column_index]
+    rows: list[Indices] = [joined.row_index]
+    columns: list[Indices] = [joined.column_index]
     values: list[Vector] = [joined.coefficient]
     first = len(joined.row_low)
 
@@ -98,10 +94,9 @@ def relax(
         np.concatenate([joined.cost / UNIT_USD, np.zeros(count)]),
         np.concatenate([joined.row_low, floor]),
         np.concatenate([joined.row_high, limit]),
-        sparse.csc_matrix(
-            (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))),
-            shape=(len(joined.row_low) + limit.size, size + count),
-        ),
+        np.concatenate(rows),
+        np.concatenate(columns),
+        np.concatenate(values),
     )
     places = column.astype(np.int32)
     engine.changeColsBounds(count, places, np.zeros(count), np.where(sent, 0.0, 1.0))
@@ -109,12 +104,14 @@ def relax(
     engine.changeColsBounds(count, places, np.zeros(count), np.ones(count))
     bound_usd = _solve(engine)
     promise, charge = np.zeros(len(tasks)), np.zeros(count)
-    for _ in range(ROUNDS):
+    for left in reversed(range(ROUNDS)):
         solution = engine.getSolution()
         chosen = np.maximum(np.array(solution.col_value)[size:], 0.0)
         worth = np.maximum(-np.array(solution.row_dual)[-slots.size :], 0.0)
         part = np.bincount(of_task, np.where(sent, chosen, 0.0), len(tasks))
         promise += np.sqrt(np.minimum(part, 1.0)) / ROUNDS
+        if not left:
+            break
         begun = sent & (part[of_task] > 1e-6)
         scale = 1.0 / np.maximum(part[of_task], LEAST_PART) - 1.0
         charge = np.where(begun, engaged @ worth * np.maximum(scale, 0.0), charge)
@@ -129,16 +126,21 @@ def _engine(
     cost: Vector,
     row_low: Vector,
     row_high: Vector,
-    matrix: sparse.csc_matrix,
+    row: Indices,
+    column: Indices,
+    value: Vector,
 ) -> highspy.Highs:
     problem = highspy.HighsLp()
     problem.num_col_, problem.num_row_ = len(low), len(row_low)
     problem.col_lower_, problem.col_upper_, problem.col_cost_ = low, high, cost
     problem.row_lower_, problem.row_upper_ = row_low, row_high
+    # column by column, with what stands twice in one place added up
+    place, entry = np.unique(column * len(row_low) + row, return_inverse=True)
+    start = np.searchsorted(place, np.arange(len(low) + 1) * len(row_low))
     problem.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    problem.a_matrix_.start_ = matrix.indptr
-    problem.a_matrix_.index_ = matrix.indices
-    problem.a_matrix_.value_ = matrix.data
+    problem.a_matrix_.start_ = start
+    problem.a_matrix_.index_ = place % max(len(row_low), 1)
+    problem.a_matrix_.value_ = np.asarray(np.bincount(entry, value, len(place)), np.float64)
     engine = highspy.Highs()  # type: ignore[no-untyped-call]
     engine.setOptionValue("output_flag", False)
     engine.setOptionValue("threads", 1)
@@ -161,8 +163,8 @@ def _idle(engine: highspy.Highs, joined: Joined) -> float:
 def _solve(engine: highspy.Highs) -> float:
     engine.run()
     status = engine.getModelStatus()
-    if status == highspy.HighsModelStatus.kNotset:
-        # the last solution was a bad start; a new one is found without it
+    if status != highspy.HighsModelStatus.kOptimal:
+        # the last solution may have been a bad start
         engine.clearSolver()
         engine.run()
         status = engine.getModelStatus()
