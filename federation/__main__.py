@@ -100,8 +100,8 @@ def execute(scenario: Scenario, options: argparse.Namespace, out: Path) -> dict[
     measures = options.measures.split(",") if options.measures else list(scenario.measures)
     todo = study.cases(scenario, measures, options.runs, seed)
     say(f"{scenario.name}: {len(todo)} runs of {scenario.horizon_h:g} h")
-    by_grpc = [c for c in todo if options.members == "grpc" or _is_first(c, options.members)]
-    by_worker = [c for c in todo if c not in by_grpc]
+    by_grpc = [c for c in todo if _is_served(c, options.members)]
+    by_worker = [c for c in todo if not _is_served(c, options.members)]
     members: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     if by_grpc:
@@ -111,7 +111,8 @@ def execute(scenario: Scenario, options: argparse.Namespace, out: Path) -> dict[
         engine = study.Engine(scenario, PLANNER_FACTORY, options.workers, options.ray)
         outcomes += engine.run(by_worker, keep=_is_reference, progress=Progress())
         members = members or study.local_members(scenario, outcomes)
-    outcomes.sort(key=lambda o: todo.index(o.case))
+    place = {(case.run, case.measure): i for i, case in enumerate(todo)}
+    outcomes.sort(key=lambda o: place[o.case.run, o.case.measure])
     failures = [o.failure for o in outcomes if o.failure is not None]
     if len(failures) == len(outcomes):
         raise failures[0]
@@ -129,8 +130,9 @@ def _is_reference(case: Case) -> bool:
     return case.run == 0
 
 
-def _is_first(case: Case, members: str) -> bool:
-    return members == "both" and case.run == 0
+def _is_served(case: Case, members: str) -> bool:
+    """Whether a run is done by members that are services of their own."""
+    return members == "grpc" or (members == "both" and _is_reference(case))
 
 
 async def _on_fleet(

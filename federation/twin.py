@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -126,7 +127,7 @@ class TimePolicy:
     can_redo: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Description:
     """Everything that the federation may know about a twin.
 
@@ -145,9 +146,23 @@ class Description:
     doc: str = ""
     data_hash: str = ""
 
+    @cached_property
+    def _ids(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, list[str]] = {}
+        for entity in self.entities:
+            found.setdefault(entity.kind, []).append(entity.id)
+        return {SYSTEM: (SYSTEM,)} | {kind: tuple(ids) for kind, ids in found.items()}
+
     def ids(self, kind: str) -> tuple[str, ...]:
-        """The ids of all entities of one kind, in the order of every vector over them."""
-        return tuple(e.id for e in self.entities if e.kind == kind)
+        """The ids of all entities of one kind, in the order of every vector over them.
+
+        The kind `system` has its one entity whether it is listed or not.
+        """
+        return self._ids.get(kind, ())
+
+    def output_sizes(self) -> dict[str, int]:
+        """How many values each output has, by name."""
+        return {v.name: len(self.ids(v.kind)) for v in self.outputs()}
 
     def inputs(self) -> tuple[Variable, ...]:
         return tuple(v for v in self.variables if v.causality is Causality.INPUT)
@@ -441,19 +456,13 @@ class Session:
         """Per foreign event the input that last told of it."""
         self.serial = 0
         self.last_ns = 0
-        self._sizes: dict[str, int] = {}
+        self._sizes = self.description.output_sizes()
         self._before: tuple[bytes, int, int] | None = None
-        counts: dict[str, int] = {}
-        for entity in self.description.entities:
-            counts[entity.kind] = counts.get(entity.kind, 0) + 1
-        for variable in self.description.variables:
-            size = counts.get(variable.kind, 1 if variable.kind == SYSTEM else 0)
-            if variable.causality is Causality.INPUT:
-                initial = np.full(size, variable.initial, dtype=np.float64)
-                initial.setflags(write=False)
-                self.values[variable.name] = initial
-            else:
-                self._sizes[variable.name] = size
+        for variable in self.description.inputs():
+            size = len(self.description.ids(variable.kind))
+            initial = np.full(size, variable.initial, dtype=np.float64)
+            initial.setflags(write=False)
+            self.values[variable.name] = initial
 
     def open(self, seed: int, parameters: Mapping[str, float]) -> None:
         known = {p.name: p.default for p in self.description.parameters}

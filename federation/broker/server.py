@@ -17,8 +17,6 @@ from typing import Self
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from federation.broker.live import LiveRun, prepare
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
@@ -41,7 +39,7 @@ from federation.v1 import (
 )
 from federation.wire import codec, status
 from federation.wire.link import MEBIBYTE, Link, LinkOptions
-from federation.wire.serve import bind
+from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
 
 SERVICES = tuple(
@@ -137,32 +135,16 @@ class BrokerServer:
 
     async def _listen(self, stack: AsyncExitStack) -> None:
         options = self.options
-        server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_send_message_length", options.max_message_bytes),
-                ("grpc.max_receive_message_length", options.max_message_bytes),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ]
-        )
+        server = new_server(options.max_message_bytes)
         service = _Broker(self)
-        healthy = health.aio.HealthServicer()
         broker_pb2_grpc.add_BrokerServicer_to_server(service, server)
         scenario_pb2_grpc.add_ScenariosServicer_to_server(_Scenarios(self), server)
         plan_pb2_grpc.add_PlansServicer_to_server(_Plans(self), server)
         control_pb2_grpc.add_ControlServicer_to_server(_Control(self), server)
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
-        self.address = f"{options.host}:{bind(server, options.host, options.port)}"
-        await server.start()
+        self.address, healthy = await start_server(server, SERVICES, options.host, options.port)
         stack.push_async_callback(server.stop, options.grace_s)
         stack.push_async_callback(healthy.enter_graceful_shutdown)
         stack.push_async_callback(self._end_runs)
-        for served in ("", *SERVICES):
-            await healthy.set(served, health_pb2.HealthCheckResponse.SERVING)
         looking = asyncio.create_task(self._look_after_leases(service))
         stack.push_async_callback(_ended, looking)
 

@@ -203,17 +203,13 @@ class Coordinator:
                 _Input(slot, [_Feed(w) for w in slot.wires], slot.initial())
                 for slot in self.wiring.slots[name]
             ]
-            sizes = {
-                v.name: max(len(description.ids(v.kind)), 1 if v.kind == "system" else 0)
-                for v in description.outputs()
-            }
             policy = description.time
             members[name] = _Member(
                 name,
                 self.wiring.rank[name],
                 policy.period_ns,
                 policy.wakes_on_input,
-                sizes,
+                description.output_sizes(),
                 inputs,
                 policy.offset_ns,
                 {},

@@ -270,7 +270,7 @@ def _slot(
 ) -> Slot:
     wires = tuple(by_input.get((name, variable.name), ()))
     rule = combine.get((name, variable.name), Combine.ERROR)
-    ids = _ids(description, variable.kind)
+    ids = description.ids(variable.kind)
     sources: dict[int, list[tuple[int, int]]] = {}
     for index, wire_ in enumerate(wires):
         for row, column in zip(wire_.rows.tolist(), wire_.columns.tolist(), strict=True):
@@ -287,10 +287,6 @@ def _slot(
     return Slot(
         name, variable, len(ids), rule, wires, {row: tuple(pairs) for row, pairs in sources.items()}
     )
-
-
-def _ids(description: Description, kind: str) -> tuple[str, ...]:
-    return description.ids(kind) or ((SYSTEM,) if kind == SYSTEM else ())
 
 
 def _description(descriptions: Mapping[str, Description], member: str, what: str) -> Description:
@@ -338,8 +334,8 @@ def _resolve(descriptions: Mapping[str, Description], coupling: Coupling) -> Wir
         raise ScenarioError(
             error.reason, f"{what}: {error.message}", {**error.metadata, "coupling": coupling.name}
         ) from None
-    source_ids = {id_: i for i, id_ in enumerate(_ids(source, output.kind))}
-    target_ids = {id_: i for i, id_ in enumerate(_ids(target, input_.kind))}
+    source_ids = {id_: i for i, id_ in enumerate(source.ids(output.kind))}
+    target_ids = {id_: i for i, id_ in enumerate(target.ids(input_.kind))}
     links = coupling.links
     if links is None:
         if output.kind == SYSTEM:

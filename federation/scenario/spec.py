@@ -207,9 +207,9 @@ class Document:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             line = mark.line + 1 if mark else 1
-            raise self._error(Reason.SCENARIO_INVALID, line, f"{error.problem}") from None
+            raise self.error_at(Reason.SCENARIO_INVALID, line, f"{error.problem}") from None
         if not isinstance(tree, yaml.MappingNode):
-            raise self._error(Reason.SCENARIO_INVALID, 1, "a scenario is a mapping of keys")
+            raise self.error_at(Reason.SCENARIO_INVALID, 1, "a scenario is a mapping of keys")
         return tree
 
     def line(self, path: tuple[int | str, ...]) -> int:
@@ -228,7 +228,7 @@ class Document:
                 line = node.start_mark.line + 1
         return line
 
-    def _error(self, reason: Reason, line: int, message: str) -> ScenarioError:
+    def error_at(self, reason: Reason, line: int, message: str) -> ScenarioError:
         where = {"file": self.path, "line": str(line)}
         return ScenarioError(reason, f"{self.path}, line {line}: {message}", where)
 
@@ -243,9 +243,9 @@ class Document:
             known = _keys(path[:-1])
             close = difflib.get_close_matches(str(path[-1]), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            return self._error(Reason.UNKNOWN_KEY, line, f"unknown key {path[-1]!r}{hint}")
+            return self.error_at(Reason.UNKNOWN_KEY, line, f"unknown key {path[-1]!r}{hint}")
         message = first["msg"].removeprefix("Value error, ")
-        return self._error(Reason.SCENARIO_INVALID, line, f"{dotted or 'scenario'}: {message}")
+        return self.error_at(Reason.SCENARIO_INVALID, line, f"{dotted or 'scenario'}: {message}")
 
 
 def _keys(path: tuple[int | str, ...]) -> list[str]:
@@ -283,7 +283,7 @@ def parse(text: str, path: str = "scenario", folder: Path | None = None) -> Scen
             if member not in known:
                 close = difflib.get_close_matches(member, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise document._error(
+                raise document.error_at(
                     Reason.UNKNOWN_MEMBER,
                     _line_of(text, name) or document.line((section,)),
                     f"{name!r} names no member of this scenario{hint}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.twin import (
-    SYSTEM,
     Description,
     LinearBlock,
     StepInput,
@@ -157,11 +155,7 @@ class Link:
                     twin_pb2.DescribeRequest(), timeout=self.options.answer_timeout_s
                 )
             description = codec.decode_description(answer.description)
-            counts = Counter(entity.kind for entity in description.entities)
-            self._sizes = {
-                variable.name: counts[variable.kind] or int(variable.kind == SYSTEM)
-                for variable in description.outputs()
-            }
+            self._sizes = description.output_sizes()
             self._description = description
         return self._description
 

@@ -402,6 +402,40 @@ def _blaming(name: str) -> Iterator[None]:
         ) from error
 
 
+def new_server(max_message_bytes: int) -> grpc.aio.Server:
+    """A server with the limits that all of ours have, and no services yet."""
+    return grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            # a caller may ask for a sign of life while a long step is computed
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    )
+
+
+async def start_server(
+    server: grpc.aio.Server, services: tuple[str, ...], host: str, port: int
+) -> tuple[str, health.aio.HealthServicer]:
+    """Add health and reflection for its `services`, listen, and say that it serves.
+
+    Returns the address with the port that was chosen, and the health service for its end.
+    Fails with PORT_IN_USE.
+    """
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection(
+        (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    chosen = _bind(server, host, port)
+    await server.start()
+    for served in ("", *services):
+        await healthy.set(served, health_pb2.HealthCheckResponse.SERVING)
+    return f"{host}:{chosen}", healthy
+
+
 @contextlib.asynccontextmanager
 async def serving(
     factory: Callable[[], Twin], name: str, options: ServeOptions | None = None
@@ -417,29 +451,12 @@ async def serving(
             return TwinService(factory, name, options)
 
     service = await asyncio.to_thread(build)
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_send_message_length", options.max_message_bytes),
-            ("grpc.max_receive_message_length", options.max_message_bytes),
-            # a caller may ask for a sign of life while a long step is computed
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ]
-    )
-    healthy = health.aio.HealthServicer()
+    server = new_server(options.max_message_bytes)
     twin_pb2_grpc.add_TwinServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection(
-        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
     try:
-        port = bind(server, options.host, options.port)
-        await server.start()
-        for served in ("", SERVICE):
-            await healthy.set(served, health_pb2.HealthCheckResponse.SERVING)
+        address, healthy = await start_server(server, (SERVICE,), options.host, options.port)
         try:
-            yield f"{options.host}:{port}", service.description
+            yield address, service.description
         finally:
             await healthy.enter_graceful_shutdown()
             service.drain()
@@ -448,7 +465,7 @@ async def serving(
         await asyncio.to_thread(service.stop)
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     address = f"{host}:{port}"
     try:
         return server.add_insecure_port(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def region_rows(region: str, name: str) -> tuple[dict[str, str], ...]:
 @lru_cache(maxsize=8)
 def assumptions(region: str) -> dict[str, Parameter]:
     """Every declared assumption of a region by name, as a parameter with its plausible range."""
+    return declared(region_rows(region, "assumptions.csv"))
+
+
+def declared(rows: Iterable[Mapping[str, str]]) -> dict[str, Parameter]:
+    """The parameters that the rows of an `assumptions.csv` declare, by name, in their order."""
     return {
         row["name"]: Parameter(
             name=row["name"],
@@ -45,7 +51,7 @@ def assumptions(region: str) -> dict[str, Parameter]:
             doc=row["reason"],
             source=row["source"],
         )
-        for row in region_rows(region, "assumptions.csv")
+        for row in rows
     }
 
 
