@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -187,6 +188,20 @@ def test_workers_do_not_change_the_digest(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         digests.append(json.loads(done.stdout)["digest"])
     assert digests[0] == digests[1]
+
+
+def test_a_ray_cluster_that_is_not_there_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "town.yaml"
+    file.write_text(TOWN, encoding="utf-8")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody can answer there
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = ["run", str(file), "--runs", "4", "--workers", "2", "--ray", address]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"multitwin: UNREACHABLE: there is no Ray cluster at {address}")
 
 
 @given(st.integers(2, 50), st.integers(0, 2**32))

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ from federation.twin import Vector
 
 DRAW_STREAM = 7_001
 """The random stream of the draws, apart from those of the members."""
+
+RAY_TIMEOUT_S = 5.0
+"""How long a cluster's address may take to answer."""
 
 BASELINE = "none"
 """The measure that the others are compared with, when the scenario has it."""
@@ -238,13 +242,24 @@ class Engine:
 
 
 def start_ray(workers: int, address: str | None) -> None:
-    """Start a local Ray for this process only, or join the cluster at `address`."""
+    """Start a local Ray for this process only, or join the cluster at `address`.
+
+    Fails with UNREACHABLE when no cluster is there; Ray itself would go on asking for minutes.
+    """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        where = {"address": address}
+        host, _, port = address.rpartition(":")
+        try:
+            if port.isdigit() and "/" not in host:
+                socket.create_connection((host, int(port)), RAY_TIMEOUT_S).close()
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
+            text = f"there is no Ray cluster at {address}: {error}".splitlines()[0]
+            raise ScenarioError(Reason.UNREACHABLE, text, where) from None
     else:
         ray.init(
             num_cpus=workers,

@@ -57,6 +57,35 @@ def closure_usd_per_h(region: str, prices: Prices, trips_factor: float) -> Vecto
     return np.asarray((hours[:, None] / 24.0 * lost_h).sum(axis=0) * prices.vehicle_usd_per_h)
 
 
+@lru_cache(maxsize=4)
+def beyond(region: str) -> tuple[Vector, Vector]:
+    """For [main, junction] 1 where the junction is reached through the main, there and back.
+
+    Water that has come along a main from its tail does not return to the tail: it goes where
+    the head is still joined to when the tail is taken away.
+    """
+    water = read_layout(region).water
+    at = {name: index for index, name in enumerate(water.junctions)}
+    mains = [(at[a], at[b]) for a, b in water.pipe_ends if a in at and b in at]
+    near: list[set[int]] = [set() for _ in at]
+    for tail, head in mains:
+        near[tail].add(head)
+        near[head].add(tail)
+
+    def reached(start: int, without: int) -> Vector:
+        seen, ahead = {start}, [start]
+        while ahead:
+            new = near[ahead.pop()] - seen - {without}
+            seen |= new
+            ahead += new
+        return np.isin(np.arange(len(at)), list(seen)).astype(np.float64)
+
+    return (
+        np.array([reached(head, tail) for tail, head in mains]),
+        np.array([reached(tail, head) for tail, head in mains]),
+    )
+
+
 class _Draft:
     """Collects families of columns and rows, each over entities and periods."""
 
@@ -150,13 +179,25 @@ def build_block(
     main_names = tuple(water.pipes[p] for p in mains)
     tank_most = np.array([most[pipe_at[pipe]] for pipe in water.tank_pipe])[:, None]
     volume = ((water.tank_high - water.tank_low) * water.tank_area_m2)[:, None]
+    tank_most = np.minimum(tank_most, volume / period_h)
     first = (level_m - water.tank_low) * water.tank_area_m2
     closure = closure_usd_per_h(region, prices, trips_factor)[:, None]
+    pump_to, tank_to = ([at[name] for name in names] for names in (water.pump_to, water.tank_to))
+    takes = np.repeat(demand, period_h.size, axis=1)
+    gives = np.zeros_like(takes)
+    np.add.at(takes, tank_to, tank_most)
+    np.add.at(gives, tank_to, tank_most)
+    np.add.at(gives, pump_to, water.pump_design[:, None])
+    ahead, behind = beyond(region)
+    forth, back = (
+        np.minimum(most[mains][:, None], np.minimum(to @ takes, since @ gives))
+        for to, since in ((ahead, behind), (behind, ahead))
+    )
 
     part = draft.add("water_intact", layout.components, 0.0, 1.0)
     road = draft.add("road_intact", layout.roads, 0.0, 1.0)
     power = draft.add("pump_power", layout.pumps, 0.0, 1.0)
-    flow = draft.add("main_flow", main_names, -most[mains][:, None], most[mains][:, None])
+    flow = draft.add("main_flow", main_names, -back, forth)
     pumped = draft.add("pump_flow", layout.pumps, 0.0, water.pump_design[:, None])
     out = draft.add("tank_out", water.tanks, -tank_most, tank_most)
     store = draft.add("tank_store", water.tanks, 0.0, volume)
@@ -172,17 +213,16 @@ def build_block(
     head = np.array([at[water.pipe_ends[p][1]] for p in mains])
     draft.extend(balance[head], flow, 1.0)
     draft.extend(balance[tail], flow, -1.0)
-    draft.extend(balance[[at[name] for name in water.pump_to]], pumped, 1.0)
-    draft.extend(balance[[at[name] for name in water.tank_to]], out, 1.0)
+    draft.extend(balance[pump_to], pumped, 1.0)
+    draft.extend(balance[tank_to], out, 1.0)
     draft.require("demand", water.junctions, [(served, 1.0), (unserved, 1.0)], demand, demand)
 
     column_of = {int(p): column for column, p in enumerate(mains)}
     damageable = np.flatnonzero(layout.component_main >= 0)
     of_main = np.array([column_of[int(layout.component_main[c])] for c in damageable])
     names = tuple(layout.components[c] for c in damageable)
-    limit = most[mains][of_main][:, None]
-    up: list[Term] = [(flow[of_main], 1.0), (part[damageable], -limit)]
-    down: list[Term] = [(flow[of_main], 1.0), (part[damageable], limit)]
+    up: list[Term] = [(flow[of_main], 1.0), (part[damageable], -forth[of_main])]
+    down: list[Term] = [(flow[of_main], 1.0), (part[damageable], back[of_main])]
     draft.require("main_forth", names, up, -np.inf, 0.0)
     draft.require("main_back", names, down, 0.0, np.inf)
 
