@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -46,7 +46,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Member(Part):
+class Service(Part):
     """A twin: a class to run in this process or to serve, or the address of a service."""
 
     twin: str | None = Field(None, alias="class", description="module:Class")
@@ -54,10 +54,51 @@ class Member(Part):
     config: dict[str, str | int | float | bool] = {}
 
     @model_validator(mode="after")
-    def _one_of(self) -> Member:
+    def _one_of(self) -> Self:
         if (self.twin is None) == (self.address is None):
             raise ValueError("a member has either a class or an address")
         return self
+
+
+class OnFailure(Part):
+    """What happens when a member gives no good answer: it is lost, late, or breaks its contract.
+
+    `fail` ends the run with the reason. `hold` goes on with the last values, marked as held.
+    `substitute` goes on with another twin that has the same variables, its values marked. To
+    `recover` is exact: a fresh session, from the last saved state or the start, does every step
+    since again.
+    """
+
+    do: Literal["fail", "hold", "substitute", "recover"] = "fail"
+    answer_within_s: PositiveFloat = Field(default=120.0, description="of wall time, for one frame")
+    back_within_s: PositiveFloat = Field(
+        default=60.0, description="wall time for a service to be there"
+    )
+    save_every_min: float = Field(
+        default=0.0, ge=0, description="of the run, between snapshots; 0: none"
+    )
+    substitute: Service | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_a_word(cls, value: object) -> object:
+        return {"do": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.do == "substitute") != (self.substitute is not None):
+            raise ValueError("say who stands in with `substitute`, and only with do: substitute")
+        return self
+
+    @property
+    def save_every_ns(self) -> int:
+        return round(self.save_every_min * MINUTE_NS)
+
+
+class Member(Service):
+    """A twin with a place in the run, and what happens when it is lost."""
+
+    on_failure: OnFailure = OnFailure()
 
 
 class Map(Part):

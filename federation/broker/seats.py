@@ -1,0 +1,459 @@
+"""A member's place in a live run: who does its steps, and what happens when they are lost.
+
+The policies are those of the scenario (`OnFailure`). To `recover` is exact: a fresh session is
+opened, put into the last state that was saved, and given again every step since, whose answers
+must be those that are known; then it goes on where the lost one stopped. A run that another life
+of the broker continues is the same thing with a longer past: what a member answered then is on
+record, and is only carried out again after the last state that was saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from federation.core.ledger import Quality
+from federation.errors import FederationError, Reason, TwinError
+from federation.scenario.spec import OnFailure
+from federation.twin import StepInput, StepResult, Vector, check_outputs
+from federation.wire import codec
+
+REPLAY_STEPS = 64
+"""How many steps a frame carries when they are done again."""
+
+ATTEMPTS = 3
+"""How often a step is tried in fresh sessions before its error is believed."""
+
+Answer = tuple[StepResult, ...] | FederationError
+Done = Callable[[Answer], None]
+
+
+class Session(Protocol):
+    """A session of a twin, as `federation.wire.link` calls it."""
+
+    def begin(self, steps: Sequence[StepInput], done: Done) -> None: ...
+
+    async def advance(self, steps: Sequence[StepInput]) -> Sequence[StepResult]: ...
+
+    async def snapshot(self) -> bytes: ...
+
+    async def restore(self, state: bytes) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A member's state after its first `steps` steps, the last of them at `time_ns`."""
+
+    steps: int
+    time_ns: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """From its step at `time_ns` on, a member's values are of another quality."""
+
+    time_ns: int
+    quality: Quality
+    error: FederationError
+
+
+class Home(Protocol):
+    """Opens a session where a member's service now is, or the one that stands in for it.
+
+    Both wait for the service for as long as they think fit, and fail with a `FederationError`.
+    """
+
+    async def open(self, member: str) -> Session: ...
+
+    async def open_substitute(self, member: str) -> Session: ...
+
+
+class Witness(Protocol):
+    """Hears what another life of the broker would have to know to continue the run."""
+
+    def answered(self, member: str, results: tuple[StepResult, ...]) -> None: ...
+
+    def saved(self, member: str, state: Saved) -> None: ...
+
+    def degraded(self, member: str, change: Degradation) -> None: ...
+
+    def recovered(self, member: str, error: FederationError, wall_s: float) -> None: ...
+
+
+@dataclass(slots=True)
+class Past:
+    """What is on record of a member: its answers with changes of quality, and a saved state."""
+
+    items: deque[StepResult | Degradation] = field(default_factory=deque)
+    saved: Saved | None = None
+
+
+class MemberSeat:
+    """One member of one run. It is given one frame at a time, as the coordinator grants them."""
+
+    def __init__(
+        self,
+        member: str,
+        sizes: Mapping[str, int],
+        policy: OnFailure,
+        home: Home,
+        witness: Witness,
+        past: Past | None = None,
+    ) -> None:
+        self.member = member
+        self._sizes = sizes
+        self._policy = policy
+        self._home = home
+        self._witness = witness
+        self._past = past or Past()
+        self._session: Session | None = None
+        self._track = _Track(self._past, policy)
+        self._quality = Quality.GOOD
+        self._known: tuple[StepResult, ...] = ()
+        """Answers to the first steps of the frame, from the record."""
+        self._rest: tuple[StepInput, ...] = ()
+        """The other steps of the frame."""
+        self._done: Done | None = None
+        self._asked_s = math.inf
+        """When the session was given the frame that it owes an answer to."""
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Open the member's session, unless there is a past to go through first."""
+        if not self._past.items:
+            self._session = await self._home.open(self.member)
+
+    def begin(self, steps: Sequence[StepInput], done: Done) -> None:
+        """Do these steps; `done` hears the answers, or the error that ends the run."""
+        known: list[StepResult] = []
+        items = self._past.items
+        while items and len(known) < len(steps):
+            item = items.popleft()
+            if isinstance(item, Degradation):
+                self._witness.degraded(self.member, item)
+                self._degrade(item.quality)
+            else:
+                self._track.add(steps[len(known)], item)
+                known.append(item)
+        self._known, self._rest, self._done = tuple(known), tuple(steps[len(known) :]), done
+        if self._quality is Quality.HELD or not self._rest:
+            asyncio.get_running_loop().call_soon(self._answer, _unchanged(self._rest))
+        elif self._session is None:
+            self._work(self._resume(None))
+        elif self._is_time_to_save():
+            self._work(self._save())
+        else:
+            self._ask(self._session)
+
+    def look(self, now_s: float) -> None:
+        """Give the member up when its answer is overdue at `now_s` of the monotonic clock."""
+        limit_s = self._policy.answer_within_s
+        if self._asked_s + limit_s < now_s:
+            self.lose(
+                TwinError(
+                    Reason.MEMBER_LOST,
+                    f"{self.member} did not answer within {limit_s:g} s for its step at "
+                    f"{self._rest[0].time_ns} ns",
+                    {"member": self.member},
+                )
+            )
+
+    def lose(self, error: FederationError) -> None:
+        """The member may not be heard any more, whatever its session says later."""
+        session, self._session = self._session, None
+        if session is not None:
+            self._leave(session)
+        if self._done is not None and self._rest and self._task is None:
+            self._fail(error)
+
+    async def close(self) -> None:
+        """End what goes on, and the session."""
+        self._done = None
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    # -- a frame and its answer ----------------------------------------------------------
+
+    def _ask(self, session: Session) -> None:
+        self._asked_s = time.monotonic()
+        session.begin(self._rest, lambda answer: self._hear(session, answer))
+
+    def _hear(self, session: Session, answer: Answer) -> None:
+        """What a session says to the frame that it was given."""
+        if self._done is None or self._session is not session:
+            return  # it was given up meanwhile
+        if isinstance(answer, FederationError):
+            self._fail(answer)
+            return
+        try:
+            results = self._checked(answer)
+        except FederationError as error:
+            self._fail(error)
+        else:
+            self._witness.answered(self.member, results)
+            self._answer(results)
+
+    def _checked(self, answer: Sequence[StepResult]) -> tuple[StepResult, ...]:
+        """The answers with their events numbered on, held to the member's description."""
+        for result in answer:
+            check_outputs(self.member, self._sizes, result)
+        return tuple(self._track.renumbered(self.member, result) for result in answer)
+
+    def _answer(self, results: tuple[StepResult, ...]) -> None:
+        done, self._done, self._asked_s = self._done, None, math.inf
+        if done is not None:
+            if self._quality is not Quality.HELD:
+                for step, result in zip(self._rest, results, strict=True):
+                    self._track.add(step, result)
+            done(self._known + results)
+
+    def _fail(self, error: FederationError) -> None:
+        """Do as the policy says about a frame that has no good answer."""
+        session, self._session, self._asked_s = self._session, None, math.inf
+        if session is not None:
+            self._leave(session)
+        match self._policy.do:
+            case "recover":
+                self._work(self._resume(error))
+            case "hold" | "substitute" if self._quality is Quality.GOOD:
+                held = self._policy.do == "hold"
+                quality = Quality.HELD if held else Quality.SUBSTITUTED
+                change = Degradation(self._rest[0].time_ns, quality, error)
+                self._witness.degraded(self.member, change)
+                self._degrade(quality)
+                if held:
+                    self._answer(_unchanged(self._rest))
+                else:
+                    self._work(self._resume(None))
+            case _:
+                self._end(error)
+
+    def _end(self, error: FederationError) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(error)
+
+    def _degrade(self, quality: Quality) -> None:
+        self._quality = quality
+        self._track.begin_anew()
+
+    def _leave(self, session: Session) -> None:
+        leaving = asyncio.ensure_future(session.close())
+        leaving.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _work(self, work: Coroutine[object, object, None]) -> None:
+        self._task = asyncio.ensure_future(work)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if self._task is task:
+                self._task = None
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                text = f"{self.member} can't be recovered: {type(error).__name__}: {error}"
+                self._end(TwinError(Reason.TWIN_FAILED, text, {"member": self.member}))
+
+        self._task.add_done_callback(ended)
+
+    # -- saving and coming back ------------------------------------------------------------
+
+    def _is_time_to_save(self) -> bool:
+        every_ns = self._policy.save_every_ns
+        return (
+            every_ns > 0
+            and self._rest[0].micro == 0
+            and self._rest[0].time_ns >= self._track.saved_ns + every_ns
+        )
+
+    async def _save(self) -> None:
+        assert self._session is not None
+        try:
+            state = await self._session.snapshot()
+        except FederationError as error:
+            self._fail(error)
+            return
+        saved = self._track.save(state)
+        self._witness.saved(self.member, saved)
+        if self._session is not None:
+            self._ask(self._session)
+
+    async def _resume(self, error: FederationError | None) -> None:
+        """Bring a fresh session to where the member is, and let it do what is due.
+
+        A step that fails the same way in every fresh session is the twin's own fault, and its
+        error is the answer.
+        """
+        began_s = time.perf_counter()
+        for _ in range(ATTEMPTS):
+            try:
+                session = await self._open()
+                try:
+                    await self._redo(session)
+                    results = self._checked(await session.advance(self._track.filled(self._rest)))
+                except BaseException:
+                    self._leave(session)
+                    raise
+            except FederationError as failure:
+                is_same = error is not None and str(failure) == str(error)
+                error = failure
+                if is_same or failure.reason in _FINAL:
+                    break
+            else:
+                self._session = session
+                self._track.arrived()
+                if error is not None:
+                    self._witness.recovered(self.member, error, time.perf_counter() - began_s)
+                self._witness.answered(self.member, results)
+                self._answer(results)
+                return
+        assert error is not None
+        self._end(error)
+
+    async def _open(self) -> Session:
+        if self._quality is Quality.SUBSTITUTED:
+            return await self._home.open_substitute(self.member)
+        return await self._home.open(self.member)
+
+    async def _redo(self, session: Session) -> None:
+        """Do again what is not in the saved state; the answers must be the known ones."""
+        if self._track.saved is not None:
+            await session.restore(self._track.saved.state)
+        for steps, marks in self._track.frames():
+            for result, mark in zip(await session.advance(steps), marks, strict=True):
+                if _mark(self._track.renumbered(self.member, result)) != mark:
+                    raise TwinError(
+                        Reason.REPLAY_DIFFERS,
+                        f"{self.member} did its step at {result.time_ns} ns again and answered "
+                        "otherwise than before: it keeps state outside its snapshots, or draws "
+                        "on something else than its seed",
+                        {"member": self.member},
+                    )
+
+
+class _Track:
+    """Where a member is: its last saved state, and what it was given since."""
+
+    def __init__(self, past: Past, policy: OnFailure) -> None:
+        self.saved = past.saved
+        self._redoes = policy.do in ("recover", "substitute")
+        """Whether a fresh session may have to do again what was done."""
+        self._is_past = bool(past.items)
+        self._fills = policy.do == "substitute"
+        self._count = 0
+        self._last_ns = 0
+        self._steps: list[StepInput] = []
+        self._marks: list[bytes] = []
+        self._inputs: dict[str, Vector] = {}
+        self._causes: dict[str, dict[int, tuple[str, ...]]] = {}
+        self._is_new = False
+        """Another model goes on, which has seen no input yet."""
+        self._serial = self._shift = 0
+
+    @property
+    def saved_ns(self) -> int:
+        return 0 if self.saved is None else self.saved.time_ns
+
+    def add(self, step: StepInput, result: StepResult) -> None:
+        """Take note of a step that is done."""
+        self._count += 1
+        self._last_ns = step.time_ns
+        if self._fills:
+            (step,) = self.filled((step,))
+            self._is_new = False
+            self._inputs.update(step.inputs)
+            for name, causes in step.causes.items():
+                self._causes.setdefault(name, {}).update(causes)
+            for event in result.events:
+                self._serial = max(self._serial, int(event.id.rpartition("/")[2]))
+        is_after = self.saved is None or self._count > self.saved.steps
+        if is_after and (self._redoes or self._is_past):
+            self._steps.append(step)
+            self._marks.append(_mark(result))
+
+    def arrived(self) -> None:
+        """A session is where the member is."""
+        self._is_past = False
+        if not self._redoes:
+            self._steps.clear()
+            self._marks.clear()
+
+    def save(self, state: bytes) -> Saved:
+        """Begin from `state` from now on."""
+        self.saved = Saved(self._count, self._last_ns, state)
+        self._steps.clear()
+        self._marks.clear()
+        return self.saved
+
+    def begin_anew(self) -> None:
+        """Another session takes over, without the memory of the one before."""
+        self.saved = None
+        self._steps.clear()
+        self._marks.clear()
+        self._shift, self._is_new = self._serial, True
+
+    def filled(self, steps: Sequence[StepInput]) -> tuple[StepInput, ...]:
+        """The steps; the first that a new session ever sees brings every input."""
+        if not self._is_new or not steps:
+            return tuple(steps)
+        first = steps[0]
+        causes = {name: dict(known) for name, known in self._causes.items()}
+        for name, news in first.causes.items():
+            causes.setdefault(name, {}).update(news)
+        inputs = {**self._inputs, **first.inputs}
+        return (replace(first, inputs=inputs, causes=causes), *steps[1:])
+
+    def renumbered(self, member: str, result: StepResult) -> StepResult:
+        """An answer with the serials of its events after those of the session before."""
+        if not self._shift or not (result.events or result.causes or result.actions):
+            return result
+        prefix = f"{member}/"
+
+        def new(event: str) -> str:
+            if not event.startswith(prefix):
+                return event
+            return f"{prefix}{int(event.removeprefix(prefix)) + self._shift}"
+
+        return replace(
+            result,
+            causes={
+                name: {index: new(event) for index, event in entries.items()}
+                for name, entries in result.causes.items()
+            },
+            events=tuple(
+                replace(event, id=new(event.id), causes=tuple(map(new, event.causes)))
+                for event in result.events
+            ),
+            actions=tuple(replace(a, cause=new(a.cause)) for a in result.actions),
+        )
+
+    def frames(self) -> Iterator[tuple[list[StepInput], list[bytes]]]:
+        """The steps since the saved state with the marks of their answers, in frames."""
+        for start in range(0, len(self._steps), REPLAY_STEPS):
+            end = start + REPLAY_STEPS
+            yield self._steps[start:end], self._marks[start:end]
+
+
+_FINAL = (Reason.REPLAY_DIFFERS, Reason.UNREACHABLE, Reason.UNSUPPORTED)
+"""Errors that another attempt would only meet again."""
+
+
+def _unchanged(steps: Sequence[StepInput]) -> tuple[StepResult, ...]:
+    """The answers of a member that publishes nothing any more, so that its values hold."""
+    return tuple(StepResult(step.time_ns, step.micro) for step in steps)
+
+
+def _mark(result: StepResult) -> bytes:
+    """Tells an answer from every other one."""
+    message = codec.encode_step_result(result).SerializeToString(deterministic=True)
+    return hashlib.blake2b(message, digest_size=16).digest()
