@@ -30,12 +30,11 @@ def frames(m: int) -> tuple[bytes, bytes]:
     vector = np.full(m, 1000.0)
     step = codec.encode_step_input(StepInput(1000 * MINUTE_NS, inputs={"before": vector}))
     result = codec.encode_step_result(StepResult(1000 * MINUTE_NS, outputs={"after": vector}))
-    name = {"session": f"{'0' * 32}-1", "frame": 1001}
-    advance = twin_pb2.SessionRequest.Advance(steps=[step])
-    request = twin_pb2.SessionRequest(**name, epoch=1, advance=advance)
-    response = twin_pb2.SessionResponse(
-        **name, advanced=twin_pb2.SessionResponse.Advanced(results=[result])
-    )
+    session, frame = f"{'0' * 32}-1", 1001
+    request = twin_pb2.SessionRequest(session=session, frame=frame, epoch=1)
+    request.advance.steps.append(step)
+    response = twin_pb2.SessionResponse(session=session, frame=frame)
+    response.advanced.results.append(result)
     return request.SerializeToString(), response.SerializeToString()
 
 
@@ -59,7 +58,9 @@ async def _drive(addresses: list[str], m: int, t: int) -> float:
     request, response = frames(m)
     # a channel each, or gRPC would not know that the places are on hosts of their own
     channels = [grpc.aio.insecure_channel(address) for address in addresses]
-    calls = [channel.stream_stream(METHOD)() for channel in channels]
+    calls: list[grpc.aio.StreamStreamCall[bytes, bytes]] = [
+        channel.stream_stream(METHOD)() for channel in channels
+    ]
 
     async def turns(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         await call.write(request)
@@ -90,7 +91,7 @@ async def _place(m: int) -> None:
             await context.write(response)
 
     server = grpc.aio.server()
-    handler = grpc.stream_stream_rpc_method_handler(turn)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(turn)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("bare.Ring", {"Turn": handler}),)
     )

@@ -196,7 +196,7 @@ def command_report(options: argparse.Namespace) -> int:
 
 def command_serve(options: argparse.Namespace) -> int:
     from federation.scenario.run import build_twin
-    from federation.wire.serve import ServeOptions, serve
+    from federation.wire.serve import INLINE_S, ServeOptions, serve
 
     config = dict(_setting(text) for text in options.config)
     sys.path.insert(0, os.getcwd())
@@ -211,6 +211,7 @@ def command_serve(options: argparse.Namespace) -> int:
                 port=options.port,
                 broker=options.broker,
                 advertise=options.advertise,
+                inline_s=INLINE_S,
                 max_message_bytes=options.max_message_mib << 20,
             ),
         )

@@ -2,8 +2,8 @@
 
 Pure functions, one pair per dataclass. What every step needs is written into the message that
 carries it, because a message that is put into another one is copied by way of its bytes. Vectors
-come out as read-only views of the bytes that came in. What only the wire can get wrong is refused here; what any twin can get wrong is the
-core's to refuse.
+come out as read-only views of the bytes that came in. What only the wire can get wrong is refused
+here; what any twin can get wrong is the core's to refuse.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def _decode_indices(data: bytes, name: str) -> NDArray[np.int64]:
 
 
 def _finite(name: str, values: Vector) -> Vector:
-    # whatever is not finite makes the sum of squares so, and that is soon found
-    if not math.isfinite(values.dot(values)) and not np.isfinite(values).all():
+    if not np.isfinite(values).all():
         index = int(np.flatnonzero(~np.isfinite(values))[0])
         raise TwinError(
             Reason.NOT_FINITE,
@@ -407,7 +406,7 @@ def _pairs(group: twin_pb2.VariableCauses) -> Iterable[tuple[int, str]]:
 
 def join(messages: Sequence[bytes], field: int) -> bytes:
     """One message from serialised ones: each becomes an entry of its repeated field `field`."""
-    parts = []
+    parts: list[bytes] = []
     for message in messages:
         parts += (_varint(field << 3 | 2), _varint(len(message)), message)
     return b"".join(parts)

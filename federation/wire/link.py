@@ -114,10 +114,12 @@ class _Line:
                 ("grpc.enable_http_proxy", 0),
             ],
         )
-        self._open = self.channel.stream_stream(
-            f"/{SERVICE}/Session",
-            request_serializer=None,
-            response_deserializer=twin_pb2.SessionResponse.FromString,
+        self._open: grpc.aio.StreamStreamMultiCallable[bytes, twin_pb2.SessionResponse] = (
+            self.channel.stream_stream(
+                f"/{SERVICE}/Session",
+                request_serializer=None,
+                response_deserializer=twin_pb2.SessionResponse.FromString,
+            )
         )
         self._loop = asyncio.get_running_loop()
         self._owed: dict[tuple[str, int], _Owed] = {}
@@ -164,7 +166,7 @@ class _Line:
             writer = self._loop.create_task(self._write(call))
             heard = False
             try:
-                while (response := await call.read()) is not grpc.aio.EOF:
+                while isinstance(response := await call.read(), twin_pb2.SessionResponse):
                     heard = True
                     if response.answers:
                         for answer in response.answers:
@@ -181,7 +183,7 @@ class _Line:
             if heard or not give_up:
                 give_up, pause = self._loop.time() + self.options.resume_timeout_s, 0.0
             if self._loop.time() + pause > give_up or not _is_broken(failure):
-                self._fail(lambda session: session.lost(failure))
+                self._fail(partial(LinkSession.lost, failure=failure))
             if not self._owed:
                 self._carrier = None
                 return
@@ -479,7 +481,7 @@ class LinkSession:
         When a step fails, `done` has the results of those before it. What the twin publishes
         is held to its description, in whatever language it is written.
         """
-        outcome = await _later(lambda done: self.begin(steps, done))
+        outcome: Outcome = await _later(lambda done: self.begin(steps, done))
         done, self.done = self.done, ()
         for step, result in zip(steps, done, strict=False):
             self._check(step, result)
@@ -524,7 +526,9 @@ class LinkSession:
     async def _ask(
         self, request: twin_pb2.SessionRequest, outcome: str
     ) -> twin_pb2.SessionResponse:
-        answer = await _later(lambda done: self._post(request, outcome, done))
+        answer: twin_pb2.SessionResponse | FederationError = await _later(
+            lambda done: self._post(request, outcome, done)
+        )
         if isinstance(answer, FederationError):
             raise answer
         return answer

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -163,7 +163,7 @@ class _Stream:
         try:
             while not self._is_draining:
                 request = await self._read()
-                if request is grpc.aio.EOF:
+                if request is None:
                     break
                 if request.frames:
                     self._takes_batches = True
@@ -183,15 +183,17 @@ class _Stream:
             if not self.owed:
                 self._service.detach(self.carried)
 
-    async def _read(self) -> twin_pb2.SessionRequest:
+    async def _read(self) -> twin_pb2.SessionRequest | None:
+        """The next message; None when there is none, or none is wanted."""
         self._is_reading = True
         try:
-            return await self._context.read()
+            request: object = await self._context.read()
+            return request if isinstance(request, twin_pb2.SessionRequest) else None
         except asyncio.CancelledError:
             if not self._is_draining or self._task is None:
                 raise
             self._task.uncancel()
-            return grpc.aio.EOF  # type: ignore[return-value]
+            return None
         finally:
             self._is_reading = False
 
@@ -269,7 +271,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the service; its answers to frames are bytes already."""
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self.Describe,
                 twin_pb2.DescribeRequest.FromString,
@@ -321,7 +323,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 _log.info("closing session %s of %s: nobody came back", session_id, self.name)
                 self._sessions.pop(session_id, None)
                 if not self._stopped:
-                    self._in_thread(hosted, lambda gone=hosted: self._end(gone), lambda _: None)
+                    self._in_thread(hosted, partial(self._end, hosted), lambda _: None)
 
     async def Flexibility(  # noqa: N802
         self,
