@@ -135,17 +135,18 @@ def from_rpc(error: grpc.aio.AioRpcError, who: str, *, lost: bool = False) -> Fe
         return ScenarioError(Reason.MESSAGE_TOO_LARGE, f"{who}: {details}", metadata)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return TwinError(Reason.UNSUPPORTED, f"{who} does not serve this: {details}", metadata)
-    if code in _SILENCE:
+    if code in SILENCE:
         if lost:
             return TwinError(Reason.MEMBER_LOST, f"{who} was lost: {details}", metadata)
         return ScenarioError(Reason.UNREACHABLE, f"{who} can't be reached: {details}", metadata)
     return TwinError(Reason.TWIN_FAILED, f"{who} failed with {code.name}: {details}", metadata)
 
 
-_SILENCE = frozenset(
+SILENCE = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED,
     }
 )
+"""How gRPC says that nobody answered."""
