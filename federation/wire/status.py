@@ -37,6 +37,7 @@ _TABLE: Mapping[Reason, tuple[grpc.StatusCode, _Kind]] = {
     Reason.LOOP_WITHOUT_DELAY: (grpc.StatusCode.INVALID_ARGUMENT, ScenarioError),
     Reason.MISSING_FILE: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.STORE_FAILED: (grpc.StatusCode.UNAVAILABLE, ScenarioError),
+    Reason.JOURNAL_PRUNED: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.MISSING_EXTRA: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.RUN_NOT_FOUND: (grpc.StatusCode.NOT_FOUND, ScenarioError),
     Reason.NAME_LEASED: (grpc.StatusCode.ALREADY_EXISTS, ScenarioError),
