@@ -25,6 +25,9 @@ from federation.errors import Reason, TwinError
 
 Vector = NDArray[np.float64]
 
+FLOAT64 = np.dtype("<f8")
+"""The one form of every value, in memory, on the wire and in the hash."""
+
 SECOND_NS = 1_000_000_000
 MINUTE_NS = 60 * SECOND_NS
 HOUR_NS = 60 * MINUTE_NS
@@ -267,9 +270,10 @@ def check_finite(member: str, variable: str, value: Vector, time_ns: int) -> Non
     """Refuse infinities and NaN.
 
     A sum of squares that is finite has only finite terms, and takes a third of the time of
-    looking at each; one that is not may also come from numbers beyond 1e154.
+    looking at each; one that is not may also come from numbers beyond 1e154. (`vdot`, unlike
+    `dot`, does not warn of that.)
     """
-    if not isfinite(value.dot(value)) and not np.isfinite(value).all():
+    if not isfinite(np.vdot(value, value)) and not np.isfinite(value).all():
         index = int(np.flatnonzero(~np.isfinite(value))[0])
         raise TwinError(
             Reason.NOT_FINITE,
@@ -291,7 +295,6 @@ def check_outputs(member: str, sizes: Mapping[str, int], result: StepResult) -> 
 
 _MINUS_ZERO = np.float64(-0.0).tobytes()
 _ZERO = np.zeros(())
-_FLOAT64 = np.dtype("<f8")
 _LONG_BYTES = 4096
 """From here on numpy is faster than a search in bytes."""
 
@@ -389,8 +392,8 @@ class Step:
         `causes` names, per index, the event that explains the entry from now on; entries
         that it leaves out keep their explanation.
         """
-        if values.__class__ is not np.ndarray or values.dtype is not _FLOAT64:
-            values = np.array(values, dtype=_FLOAT64, ndmin=1)
+        if values.__class__ is not np.ndarray or values.dtype is not FLOAT64:
+            values = np.array(values, dtype=FLOAT64, ndmin=1)
         if values.ndim != 1:
             size = self._session.sizes.get(variable, 0)
             raise wrong_shape(self._session.name, variable, size, values.size)
@@ -624,7 +627,7 @@ class Session:
                 raise undeclared(self.name, variable)
             if len(data) != 8 * size:
                 raise wrong_shape(self.name, variable, size, len(data) // 8)
-            value: Vector = np.frombuffer(data, _FLOAT64)
+            value: Vector = np.frombuffer(data, FLOAT64)
             check_finite(self.name, variable, value, step.time_ns)
             if has_minus_zero(data):
                 value = plain_zeros(value)

@@ -171,21 +171,21 @@ class Ledger:
                 parts.append(_story(entry))
             entries.append(entry)
         self._now = now
-        self._gather(parts)
+        self._gather(parts, sum(map(len, parts)))
         self.size += len(ready)
         return tuple(entries)
 
-    def commit(self, time_ns: int, heads_and_values: list[bytes]) -> None:
+    def commit(self, time_ns: int, heads_and_values: list[bytes], size_bytes: int) -> None:
         """Commit records of micro-step 0 whose place is known to be here.
 
-        The list holds the `record_head` and the bytes of the value of each, in turn. Who calls
-        this answers for the order.
+        The list holds the `record_head` and the bytes of the value of each, in turn, and
+        together `size_bytes`. Who calls this answers for the order.
         """
         if self._now != (time_ns, 0):
             self._now = (time_ns, 0)
             self._parts.append(_INSTANT.pack(time_ns, 0))
         self.size += len(heads_and_values) >> 1
-        self._gather(heads_and_values)
+        self._gather(heads_and_values, size_bytes)
 
     @property
     def waiting(self) -> int:
@@ -205,9 +205,9 @@ class Ledger:
             self._heads[key] = head
         return head
 
-    def _gather(self, parts: list[bytes]) -> None:
+    def _gather(self, parts: list[bytes], size_bytes: int) -> None:
         self._parts += parts
-        self._parts_bytes += sum(map(len, parts))
+        self._parts_bytes += size_bytes
         if self._parts_bytes >= HASH_BYTES:
             self._flush()
 

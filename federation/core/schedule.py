@@ -22,6 +22,7 @@ from federation.core.exchange import Exchange, Feed, Member, Outlet
 from federation.core.ledger import Entry, Record
 from federation.errors import FederationError
 from federation.twin import (
+    FLOAT64,
     NOTHING,
     Action,
     Session,
@@ -76,6 +77,8 @@ class Stage:
     """The outputs that changed last time; what follows is laid out for them."""
     layout: list[tuple[Outlet, slice, list[Feed], list[Feed]]] = field(default_factory=list)
     parts: list[bytes] = field(default_factory=list)
+    """What goes into the hash, with empty bytes where values go."""
+    head_bytes: int = 0
     kept: list[Outlet] = field(default_factory=list)
 
     def lay_out(self, outlets: list[Outlet], kept: frozenset[Outlet]) -> None:
@@ -87,6 +90,7 @@ class Stage:
             self.layout.append((outlet, slice(start, start + outlet.size), *self.ways[outlet]))
             start += outlet.size
         self.parts = [part for outlet in outlets for part in (outlet.head, b"")]
+        self.head_bytes = sum(map(len, self.parts))
         self.kept = [outlet for outlet in outlets if outlet in kept]
 
 
@@ -324,8 +328,8 @@ class Schedule:
             joined = b"".join(values)
             if not outlets:
                 return
-        everything: Vector = np.frombuffer(joined, "<f8")
-        if not isfinite(everything.dot(everything)):
+        everything: Vector = np.frombuffer(joined, FLOAT64)
+        if not isfinite(np.vdot(everything, everything)):
             _check(outlets, values, time_ns)
         if outlets != stage.outlets:
             stage.lay_out(outlets, self._kept)
@@ -347,7 +351,7 @@ class Schedule:
                     feed.inlet.is_behind = True
         parts = stage.parts.copy()
         parts[1::2] = values
-        self.ledger.commit(time_ns, parts)
+        self.ledger.commit(time_ns, parts, stage.head_bytes + len(joined))
         for outlet in stage.kept:
             assert outlet.value is not None
             self._entries.append(
@@ -389,7 +393,7 @@ def _mix(place: Place, changed: list[str]) -> None:
 
 def _check(outlets: Iterable[Outlet], values: Iterable[bytes], time_ns: int) -> None:
     for outlet, data in zip(outlets, values, strict=True):
-        check_finite(outlet.owner, outlet.name, np.frombuffer(data, "<f8"), time_ns)
+        check_finite(outlet.owner, outlet.name, np.frombuffer(data, FLOAT64), time_ns)
 
 
 def _with_plain_zeros(
@@ -399,6 +403,6 @@ def _with_plain_zeros(
     found = [
         (outlet, plain)
         for outlet, data in zip(outlets, values, strict=True)
-        if (plain := plain_zeros(np.frombuffer(data, "<f8")).tobytes()) != outlet.data
+        if (plain := plain_zeros(np.frombuffer(data, FLOAT64)).tobytes()) != outlet.data
     ]
     return [outlet for outlet, _ in found], [plain for _, plain in found]
