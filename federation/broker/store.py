@@ -301,15 +301,18 @@ class Store:
 
     # -- writing -----------------------------------------------------------------------
 
-    def create(self, run: Run) -> Run:
-        """Keep a new run. Its name becomes `runs/` and then `run.name`, made a resource id,
-        with a number that no run had before."""
+    def create(self, run: Run, journal: Sequence[Item] = ()) -> Run:
+        """Keep a new run and the beginning of its journal.
+
+        Its name becomes `runs/` and then `run.name`, made a resource id, with a number that no
+        run had before.
+        """
         stem = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40] or "run"
 
         def body(db: Cursor) -> Run:
             (known,) = db.execute("SELECT value FROM meta WHERE key = 'runs'").fetchone()
             id_ = int(known) + 1
-            named = replace(run, name=f"runs/{stem}-{id_}")
+            named = replace(run, name=f"runs/{stem}-{id_}", items=len(journal))
             db.execute("UPDATE meta SET value = ? WHERE key = 'runs'", (str(id_),))
             marks = ", ".join("?" * (1 + len(_RUN.split(","))))
             db.execute(
@@ -326,6 +329,9 @@ class Store:
                     _ending(named.digest, named.error, named.ended_by, named.ended_because),
                 ),
             )
+            if journal:
+                row = (id_, 1, len(journal), _pack_items(journal))
+                db.execute("INSERT INTO journal VALUES (?, ?, ?, ?)", row)
             return named
 
         return self._write(body)
