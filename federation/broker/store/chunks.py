@@ -317,17 +317,21 @@ class Parts:
         )
 
     def _cut(self, rows: Sequence[tuple[Ints, Ints, Floats]]) -> None:
-        """Sum up neighbours in one bucket."""
+        """Sum up neighbours in one row and one bucket."""
         if not rows:
             return
+        # between two of these others may come
+        row = np.repeat(np.arange(len(rows)), [len(number) for number, _, _ in rows])
         number, time_ns, vectors = (np.concatenate(column) for column in zip(*rows, strict=True))
         inside = (time_ns >= self._start_ns) & (time_ns <= self._end_ns)
         if not inside.all():
-            number, time_ns, vectors = number[inside], time_ns[inside], vectors[inside]
+            row, number, time_ns = row[inside], number[inside], time_ns[inside]
+            vectors = vectors[inside]
         # the difference of two instants may need all 64 bits
         since = time_ns.view(np.uint64) - np.uint64(self._start_ns % (1 << 64))
         bucket = (since // np.uint64(min(self._width_ns, (1 << 64) - 1))).astype(np.int64)
-        starts = np.flatnonzero(np.diff(bucket, prepend=-1))
+        changes = (np.diff(bucket, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0)
+        starts = np.flatnonzero(changes)
         amount = np.diff(starts, append=len(bucket))
         vectors = vectors[:, self._columns]
         sums = np.stack(_reduced(starts, *((vectors,) * 5)), axis=1)
