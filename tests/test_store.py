@@ -87,7 +87,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are sorted into chunks, long vectors at once, and chunks are cut and summed up,
     long before there are many."""
     monkeypatch.setattr(store_module, "FOLDED_BATCHES", 3)
-    monkeypatch.setattr(chunks_module, "LONGEST", 5)
+    monkeypatch.setattr(chunks_module, "BYTES", 60)
     monkeypatch.setattr(chunks_module, "SHORTEST", 2)
     monkeypatch.setattr(chunks_module, "SUMMED", 2)
     monkeypatch.setattr(chunks_module, "WIDE", 4)

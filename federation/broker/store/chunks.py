@@ -19,11 +19,8 @@ Floats = NDArray[np.float64]
 Heads = NDArray[np.void]
 """One structured row per value: everything of a `Record` but its vector."""
 
-LONGEST = 1024
-"""How many values of one variable a chunk has at most."""
-
-BYTES = 1 << 16
-"""How large the vectors of a chunk are, where neither LONGEST nor SHORTEST says otherwise."""
+BYTES = 16000
+"""How large a chunk should be: a little less than a page of SQLite, with 4 bytes for each head."""
 
 SHORTEST = 128
 """A chunk isn't cut below so many values only because its vectors are long."""
@@ -188,7 +185,7 @@ def split(heads: Heads, vectors: Floats, wanted: NDArray[np.bool_] | None = None
         if first == end:
             continue
         width = int(widths[first])
-        longest = min(LONGEST, max(SHORTEST, BYTES // (8 * max(1, width))))
+        longest = max(SHORTEST, BYTES // (8 * width + 4))
         columns = np.arange(width)
         for low in range(first, end, longest):
             high = min(low + longest, end)

@@ -600,7 +600,7 @@ class Store:
 
         Of all entities, or of the one with this index. Where the summary of a chunk says all
         that a bucket needs, its values aren't read: the time goes with the number of buckets
-        and of chunks (of up to 1024 values), not with that of values.
+        and of chunks (of about 16 kB), not with that of values.
         """
         width_ns = -(-(end_ns - start_ns + 1) // buckets)
 
