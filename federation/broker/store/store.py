@@ -178,7 +178,7 @@ class Store:
                 ),
             )
             if journal:
-                row = (id_, 1, len(journal), _pack_items(journal))
+                row = (id_, 1, len(journal), kept.pack_items(journal))
                 db.execute("INSERT INTO journal VALUES (?, ?, ?, ?)", row)
             return named
 
