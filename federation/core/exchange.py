@@ -36,6 +36,9 @@ from federation.twin import (
     wrong_shape,
 )
 
+NEVER = (1 << 63) - 1
+"""Later than every instant of a run."""
+
 
 @dataclass(slots=True, eq=False)
 class Feed:
@@ -213,6 +216,23 @@ class Member:
                 _, feed.visible, feed.data, _ = feed.pending.popleft()
                 inlet.is_behind = is_rung = True
         return is_rung
+
+    def set_next(self, result: StepResult) -> None:
+        """Set its own next instant after its step at `result.time_ns`."""
+        if self.period_ns:
+            if self.next_ns <= result.time_ns:
+                self.next_ns = result.time_ns + self.period_ns
+            return
+        if result.next_ns is not None:
+            if result.next_ns <= result.time_ns:
+                raise TwinError(
+                    Reason.TIME_REGRESSION,
+                    f"{self.name} stepped at {result.time_ns} ns and asked for {result.next_ns} ns",
+                    {"member": self.name},
+                )
+            self.next_ns = result.next_ns
+        elif self.next_ns <= result.time_ns:
+            self.next_ns = NEVER
 
     def put_off(self, step: StepInput) -> None:
         """Keep the causes of a step that is not done after all."""
