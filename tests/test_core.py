@@ -196,7 +196,8 @@ def test_every_entry_is_committed_once_and_in_order(
 ) -> None:
     habits, wiring = world
     _, entries = drive(Coordinator(wiring, HORIZON_NS), open_sessions(habits), shuffled(order))
-    keys = [entry.sort_key() for entry in entries]
+    leads = wiring.leads()
+    keys = [(e.time_ns, leads.get(e.rank, e.rank), *e.sort_key()) for e in entries]
     assert keys == sorted(keys)
     assert len(set(keys)) == len(keys)
     owners = {(e.variable, e.owner) for e in entries if isinstance(e, Record)}
@@ -257,6 +258,26 @@ def test_a_loop_without_delay_is_iterated_to_its_fixed_point() -> None:
     memory = {n: 0.5 * seed + 0.1 for n, seed in (("a", 0.0), ("b", 1.0))}
     expected = (memory["a"] + 0.5 * memory["b"]) / (1 - 0.25)
     assert last["a"] == pytest.approx(expected, abs=1e-8)
+
+
+def test_what_a_loop_causes_stands_after_the_loop() -> None:
+    """Its last micro-step comes before the only step of whoever it feeds in the same instant."""
+    redo = TimePolicy(can_redo=True)
+    habits = {
+        "a": Habit(redo, ("u",), 1, False, 0.4, jumps=(0,), event_every=1),
+        "b": Habit(redo, ("u",), 1, False, 0.4, jumps=(0,), event_every=1),
+        "c": Habit(redo, ("u",), 1, False, 0.4, jumps=(0,), event_every=1),
+    }
+    described = {name: session.description for name, session in open_sessions(habits).items()}
+    couplings = [("a", "b"), ("b", "a"), ("a", "c")]
+    wiring = wire(described, [Coupling(a, "x", b, "u") for a, b in couplings])
+    _, entries = drive(Coordinator(wiring, 0), open_sessions(habits))
+    *loop, last = [entry for entry in entries if isinstance(entry, EventRecord)]
+    assert {event.owner for event in loop} == {"a", "b"}
+    assert last.owner == "c"
+    assert all(event.micro > last.micro for event in loop)
+    (cause,) = last.event.causes
+    assert cause in {event.event.id for event in loop}
 
 
 def test_a_loop_that_does_not_settle_is_an_error_that_names_it() -> None:

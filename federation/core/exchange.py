@@ -253,7 +253,7 @@ class Exchange:
     """The members of a wiring with their ledger: takes answers in and hands them on."""
 
     def __init__(self, wiring: Wiring, pools: tuple[Pool, ...] = ()) -> None:
-        self.ledger = Ledger()
+        self.ledger = Ledger(wiring.leads())
         self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
         self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
         self.members: dict[str, Member] = {}
