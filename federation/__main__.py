@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import importlib
 import importlib.util
 import json
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from federation import telemetry
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.loop import run
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def execute(scenario: Scenario, options: argparse.Namespace, out: Path) -> dict[
     members: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     if by_grpc:
-        found, members = asyncio.run(_on_fleet(scenario, by_grpc, options, out))
+        found, members = run(_on_fleet(scenario, by_grpc, options, out))
         outcomes += found
     if by_worker:
         engine = study.Engine(scenario, PLANNER_FACTORY, options.workers, options.ray)
@@ -196,13 +196,13 @@ def command_report(options: argparse.Namespace) -> int:
 
 def command_serve(options: argparse.Namespace) -> int:
     from federation.scenario.run import build_twin
-    from federation.wire.serve import ServeOptions, serve
+    from federation.wire.serve import INLINE_S, ServeOptions, serve
 
     config = dict(_setting(text) for text in options.config)
     sys.path.insert(0, os.getcwd())
     name = options.name or options.twin.rpartition(":")[2].lower()
     telemetry.configure(name)
-    asyncio.run(
+    run(
         serve(
             lambda: build_twin(options.twin, config),
             name,
@@ -211,6 +211,7 @@ def command_serve(options: argparse.Namespace) -> int:
                 port=options.port,
                 broker=options.broker,
                 advertise=options.advertise,
+                inline_s=INLINE_S,
                 max_message_bytes=options.max_message_mib << 20,
             ),
         )
@@ -222,7 +223,7 @@ def command_broker(options: argparse.Namespace) -> int:
     from federation.broker.server import BrokerOptions, serve_broker
 
     telemetry.configure("broker")
-    asyncio.run(
+    run(
         serve_broker(
             BrokerOptions(
                 host=options.host,

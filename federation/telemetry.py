@@ -31,6 +31,11 @@ solve_duration = _meter.create_histogram(
 )
 
 
+def is_tracing() -> bool:
+    """Whether this process has a provider of traces; without one, spans are not worth making."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
 def configure(service: str) -> None:
     """Start exporting for this process, if the environment asks for it.
 

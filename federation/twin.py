@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from math import isfinite
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +24,9 @@ from numpy.typing import ArrayLike, NDArray
 from federation.errors import Reason, TwinError
 
 Vector = NDArray[np.float64]
+
+FLOAT64 = np.dtype("<f8")
+"""The one form of every value, in memory, on the wire and in the hash."""
 
 SECOND_NS = 1_000_000_000
 MINUTE_NS = 60 * SECOND_NS
@@ -200,8 +206,11 @@ class Action:
     cause: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class StepInput:
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
+"""No inputs, no outputs, no causes."""
+
+
+class StepInput(NamedTuple):
     """What a session is told when it steps: only inputs that changed since its last step.
 
     `causes[variable][index]` are the events behind an entry, sent when the entry changed.
@@ -209,13 +218,12 @@ class StepInput:
 
     time_ns: int
     micro: int = 0
-    inputs: Mapping[str, Vector] = field(default_factory=dict)
-    causes: Mapping[str, Mapping[int, tuple[str, ...]]] = field(default_factory=dict)
+    inputs: Mapping[str, Vector] = NOTHING
+    causes: Mapping[str, Mapping[int, tuple[str, ...]]] = NOTHING
     actions: tuple[Action, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a session answers: the outputs that it published, its events, and what it wants.
 
     `causes[variable][index]` is the event that explains the present value of an entry.
@@ -224,54 +232,126 @@ class StepResult:
 
     time_ns: int
     micro: int = 0
-    outputs: Mapping[str, Vector] = field(default_factory=dict)
-    causes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    outputs: Mapping[str, Vector] = NOTHING
+    causes: Mapping[str, Mapping[int, str]] = NOTHING
     events: tuple[Event, ...] = ()
     actions: tuple[Action, ...] = ()
     next_ns: int | None = None
+
+
+def failed(member: str, error: Exception) -> TwinError:
+    """The error of a twin whose own code raised something."""
+    return TwinError(
+        Reason.TWIN_FAILED,
+        f"{member} failed: {type(error).__name__}: {error}",
+        {"member": member},
+    )
+
+
+def undeclared(member: str, variable: str) -> TwinError:
+    """The error of an output that its twin does not have."""
+    return TwinError(
+        Reason.UNDECLARED_OUTPUT,
+        f"{member} published {variable!r}, which it does not declare",
+        {"member": member, "variable": variable},
+    )
+
+
+def wrong_shape(member: str, variable: str, size: int, values: int) -> TwinError:
+    """The error of an output with `values` values instead of `size`."""
+    return TwinError(
+        Reason.WRONG_SHAPE,
+        f"{member}.{variable} has {size} entities and {values} values were published",
+        {"member": member, "variable": variable},
+    )
+
+
+def check_finite(member: str, variable: str, value: Vector, time_ns: int) -> None:
+    """Refuse infinities and NaN.
+
+    A sum of squares that is finite has only finite terms, and takes a third of the time of
+    looking at each; one that is not may also come from numbers beyond 1e154. (`vdot`, unlike
+    `dot`, does not warn of that.)
+    """
+    if not isfinite(np.vdot(value, value)) and not np.isfinite(value).all():
+        index = int(np.flatnonzero(~np.isfinite(value))[0])
+        raise TwinError(
+            Reason.NOT_FINITE,
+            f"{member}.{variable}[{index}] is {value[index]} at {time_ns} ns",
+            {"member": member, "variable": variable, "index": str(index)},
+        )
 
 
 def check_outputs(member: str, sizes: Mapping[str, int], result: StepResult) -> None:
     """Refuse outputs that are undeclared, of the wrong length, or not finite."""
     for variable, value in result.outputs.items():
         size = sizes.get(variable)
-        where = {"member": member, "variable": variable}
         if size is None:
-            raise TwinError(
-                Reason.UNDECLARED_OUTPUT,
-                f"{member} published {variable!r}, which it does not declare",
-                where,
-            )
+            raise undeclared(member, variable)
         if value.shape != (size,):
-            raise TwinError(
-                Reason.WRONG_SHAPE,
-                f"{member}.{variable} has {size} entities and {value.size} values were published",
-                where,
-            )
-        if not np.isfinite(value).all():
-            index = int(np.flatnonzero(~np.isfinite(value))[0])
-            raise TwinError(
-                Reason.NOT_FINITE,
-                f"{member}.{variable}[{index}] is {value[index]} at {result.time_ns} ns",
-                {**where, "index": str(index)},
-            )
+            raise wrong_shape(member, variable, size, value.size)
+        check_finite(member, variable, value, result.time_ns)
+
+
+_MINUS_ZERO = np.float64(-0.0).tobytes()
+_ZERO = np.zeros(())
+_LONG_BYTES = 4096
+"""From here on numpy is faster than a search in bytes."""
+
+
+def has_minus_zero(data: bytes) -> bool:
+    """Whether float64 `data` may hold -0.0; never a wrong no."""
+    if len(data) < _LONG_BYTES:
+        return _MINUS_ZERO in data
+    return bool(np.frombuffer(data, np.int64).min() == np.iinfo(np.int64).min)
+
+
+def plain_zeros(value: Vector) -> Vector:
+    """The same numbers, with 0.0 for -0.0.
+
+    The two are the same quantity, engines differ in which they give, and all values that
+    travel have the one, so that equal numbers have equal bits.
+    """
+    return value + _ZERO
 
 
 class Step:
-    """One step as its author sees it: read inputs and actions, publish, emit, ask to wake."""
+    """One step as its author sees it: read inputs and actions, publish, emit, ask to wake.
 
-    def __init__(self, session: Session, given: StepInput) -> None:
-        self.time_ns = given.time_ns
-        self.micro = given.micro
-        self.last_ns = session.last_ns
-        self.actions = given.actions
-        self.changed = frozenset(given.inputs)
+    It is good for the time of one `Twin.advance`; the session uses it again.
+    """
+
+    __slots__ = (
+        "_acts",
+        "_causes",
+        "_changed",
+        "_events",
+        "_next_ns",
+        "_outputs",
+        "_session",
+        "actions",
+        "last_ns",
+        "micro",
+        "time_ns",
+    )
+
+    def __init__(self, session: Session) -> None:
+        self.time_ns = 0
+        self.micro = 0
+        self.last_ns = 0
+        self.actions: tuple[Action, ...] = ()
         self._session = session
-        self._outputs: dict[str, Vector] = {}
+        self._changed: Iterable[str] = ()
+        self._outputs: dict[str, bytes] = {}
         self._causes: dict[str, dict[int, str]] = {}
         self._events: list[Event] = []
-        self._actions: list[Action] = []
+        self._acts: list[Action] = []
         self._next_ns: int | None = None
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The inputs that have another value than at the last step."""
+        return frozenset(self._changed)
 
     @property
     def span_ns(self) -> int:
@@ -288,7 +368,7 @@ class Step:
 
     def cause(self, variable: str, index: int) -> tuple[str, ...]:
         """The ids of the events behind the present value of one entry of an input."""
-        causes = self._session.input_causes.get(variable, {}).get(index, ())
+        causes = self._session.input_causes.get(variable, NOTHING).get(index, ())
         for cause in causes:
             self._session.told_by[cause] = variable
         return causes
@@ -300,6 +380,7 @@ class Step:
         unique = tuple(dict.fromkeys(c for c in causes if c))
         told_by = self._session.told_by
         through = tuple((c, told_by[c]) for c in unique if c in told_by)
+        self._session.has_more = True
         self._events.append(Event(event_id, self.time_ns, kind, entity, text, unique, through))
         return event_id
 
@@ -311,15 +392,20 @@ class Step:
         `causes` names, per index, the event that explains the entry from now on; entries
         that it leaves out keep their explanation.
         """
-        vector: Vector = np.array(values, dtype=np.float64, ndmin=1)
-        vector.setflags(write=False)
-        self._outputs[variable] = vector
+        if values.__class__ is not np.ndarray or values.dtype is not FLOAT64:
+            values = np.array(values, dtype=FLOAT64, ndmin=1)
+        if values.ndim != 1:
+            size = self._session.sizes.get(variable, 0)
+            raise wrong_shape(self._session.name, variable, size, values.size)
+        self._outputs[variable] = values.tobytes()
         if causes:
+            self._session.has_more = True
             self._causes.setdefault(variable, {}).update(causes)
 
     def act(self, member: str, actuator: str, entity: str, value: float, cause: str = "") -> None:
         """Ask for a setpoint at another member; only a member that is wired to it may."""
-        self._actions.append(Action(member, actuator, entity, value, cause))
+        self._session.has_more = True
+        self._acts.append(Action(member, actuator, entity, value, cause))
 
     def wake_at(self, time_ns: int) -> None:
         """Ask for the next step (event-driven twins); the earliest call of a step counts."""
@@ -330,18 +416,15 @@ class Step:
                 "a twin can only ask for a later time",
                 {"member": self._session.name},
             )
+        self._session.has_more = True
         self._next_ns = time_ns if self._next_ns is None else min(self._next_ns, time_ns)
 
-    def result(self) -> StepResult:
-        return StepResult(
-            self.time_ns,
-            self.micro,
-            self._outputs,
-            self._causes,
-            tuple(self._events),
-            tuple(self._actions),
-            self._next_ns,
-        )
+    def _begin(self) -> None:
+        """Forget the story of the step before."""
+        self._causes = {}
+        self._events = []
+        self._acts = []
+        self._next_ns = None
 
 
 class Twin(ABC):
@@ -456,7 +539,11 @@ class Session:
         """Per foreign event the input that last told of it."""
         self.serial = 0
         self.last_ns = 0
-        self._sizes = self.description.output_sizes()
+        self.sizes = self.description.output_sizes()
+        self.has_more = False
+        """Whether the last step gave more than values: events, causes, actions, a wish to wake."""
+        self._step = Step(self)
+        self._can_redo = self.description.time.can_redo
         self._before: tuple[bytes, int, int] | None = None
         for variable in self.description.inputs():
             size = len(self.description.ids(variable.kind))
@@ -477,7 +564,7 @@ class Session:
 
     def advance(self, given: StepInput) -> StepResult:
         """Do one step, or redo the last one when `given.micro` > 0."""
-        if self.description.time.can_redo:
+        if self._can_redo:
             if given.micro == 0 or self._before is None:
                 self._before = (self.twin.snapshot(), self.serial, self.last_ns)
             else:
@@ -500,9 +587,60 @@ class Session:
             self.values[variable] = value
         for variable, causes in given.causes.items():
             self.input_causes.setdefault(variable, {}).update(causes)
-        step = Step(self, given)
+        self.run(given.time_ns, given.inputs, given.actions, given.micro)
+        return self.result()
+
+    def run(
+        self,
+        time_ns: int,
+        changed: Iterable[str] = (),
+        actions: tuple[Action, ...] = (),
+        micro: int = 0,
+    ) -> dict[str, bytes]:
+        """Let the twin do a step with the `values` that are there; what it published, unchecked.
+
+        This is the bare step for a caller in the same process that has put the values of the
+        `changed` inputs in place, never redoes a step, and checks what comes out.
+        """
+        step = self._step
+        if self.has_more:
+            step._begin()
+            self.has_more = False
+        step.time_ns = time_ns
+        step.micro = micro
+        step.last_ns = self.last_ns
+        step.actions = actions
+        step._changed = changed
+        outputs: dict[str, bytes] = {}
+        step._outputs = outputs
         self.twin.advance(step)
-        self.last_ns = given.time_ns
-        result = step.result()
-        check_outputs(self.name, self._sizes, result)
-        return result
+        self.last_ns = time_ns
+        return outputs
+
+    def result(self) -> StepResult:
+        """What the last step gave, checked; its values have no -0.0 and can't be written."""
+        step = self._step
+        outputs: dict[str, Vector] = {}
+        for variable, data in step._outputs.items():
+            size = self.sizes.get(variable)
+            if size is None:
+                raise undeclared(self.name, variable)
+            if len(data) != 8 * size:
+                raise wrong_shape(self.name, variable, size, len(data) // 8)
+            value: Vector = np.frombuffer(data, FLOAT64)
+            check_finite(self.name, variable, value, step.time_ns)
+            if has_minus_zero(data):
+                value = plain_zeros(value)
+                value.setflags(write=False)
+            outputs[variable] = value
+        if not self.has_more:
+            return StepResult(step.time_ns, step.micro, outputs)
+        return StepResult(
+            step.time_ns,
+            step.micro,
+            outputs,
+            step._causes,
+            tuple(step._events),
+            tuple(step._acts),
+            step._next_ns,
+        )

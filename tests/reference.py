@@ -1,7 +1,8 @@
 """The meaning of a run, written as plainly as possible: one loop over instants, no cleverness.
 
-The coordinator must give the same ledger bit for bit. Nothing here is fast, nothing looks
-ahead, and every visible value is found by searching the whole history.
+The coordinator and the schedule must give the same ledger bit for bit. Nothing here is fast,
+nothing looks ahead, and every visible value is found by searching the whole history. A value has
+changed when its bits have, with -0.0 counted as 0.0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from federation.core.envelope import Envelope, Pool
 from federation.core.ledger import ActionRecord, EventRecord, Ledger, Record
 from federation.errors import Reason, TwinError
 from federation.twin import Action, Session, StepInput, StepResult, Vector
+
+
+def differ(one: Vector, other: Vector) -> bool:
+    return (one + 0.0).tobytes() != (other + 0.0).tobytes()
 
 
 class Reference:
@@ -143,7 +148,7 @@ class Reference:
             if has_stepped and (np.abs(new - old) > limit).any():
                 return True
             is_rung = self.wakes(member) and self.is_rung(member, time_ns)
-            if not has_stepped and is_rung and not np.array_equal(new, old):
+            if not has_stepped and is_rung and differ(new, old):
                 return True
         return False
 
@@ -159,7 +164,7 @@ class Reference:
             old, new = self.given[member, name], self.visible(slot, time_ns)
             if micro and self.policy.relaxation < 1:
                 new = old + self.policy.relaxation * (new - old)
-            if not np.array_equal(new, old):
+            if differ(new, old):
                 inputs[name] = new
         actions = tuple(
             action
@@ -198,7 +203,7 @@ class Reference:
         rank = self.wiring.rank[member]
         for name, value in result.outputs.items():
             history = self.values.setdefault((member, name), [])
-            if not history or not np.array_equal(history[-1][1], value):
+            if not history or differ(history[-1][1], value):
                 history.append((result.time_ns, value))
                 self.ledger.add(
                     Record(result.time_ns, result.micro, rank, member, name, len(history), value)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,22 +15,48 @@ from hypothesis import strategies as st
 from federation.core.coordinator import Coordinator, LoopPolicy
 from federation.core.coupling import Actuation, Combine, Coupling, Wiring, conversion, wire
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
-from federation.core.messages import Grant, Stepped
+from federation.core.messages import Finished, Grant, Stepped
+from federation.core.schedule import COMMIT_EVERY, Schedule
 from federation.errors import Reason, ScenarioError, TwinError
-from federation.twin import Causality, Description, Entity, TimePolicy, Variable
+from federation.twin import (
+    Causality,
+    Description,
+    Entity,
+    Session,
+    Step,
+    StepResult,
+    TimePolicy,
+    Twin,
+    Variable,
+    failed,
+)
 from tests.reference import Reference
 from tests.worlds import Habit, drive, open_sessions, shuffled
 
 HORIZON_NS = 40
 
 
+def _links(draw: st.DrawFn, size: int) -> tuple[tuple[str, str, float], ...] | None:
+    """No map, or a random one: some rows unfed, some columns unread, some turned around."""
+    if draw(st.booleans()):
+        return None
+    pairs = draw(st.sets(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1))))
+    return tuple((f"e{a}", f"e{b}", draw(st.sampled_from([1.0, 0.5, -1.0]))) for a, b in pairs)
+
+
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[dict[str, Habit], Wiring]:
-    """Up to six toys, wired at random; loops without delay only among toys that can redo."""
+def worlds(draw: st.DrawFn, is_steady: bool = False) -> tuple[dict[str, Habit], Wiring]:
+    """Up to six toys, wired at random; loops without delay only among toys that can redo.
+
+    In a steady world all have a period and none wakes on input.
+    """
     count: int = draw(st.integers(1, 6))
     names = [f"t{i}" for i in range(count)]
     size: int = draw(st.integers(1, 3))
-    has_loops: bool = draw(st.booleans())
+    has_loops: bool = not is_steady and draw(st.booleans())
+    combines = [Combine.MEAN] if has_loops else [Combine.MEAN, Combine.SUM, Combine.MAX]
+    rule: dict[str, Combine] = {}
+    is_in_step: bool = draw(st.booleans())
     couplings: list[Coupling] = []
     inputs: dict[str, list[str]] = {name: [] for name in names}
     for index in range(draw(st.integers(0, 10))):
@@ -38,22 +68,27 @@ def worlds(draw: st.DrawFn) -> tuple[dict[str, Habit], Wiring]:
         name = inputs[target][0] if shared else f"u{index}"
         if not shared:
             inputs[target].append(name)
-        couplings.append(Coupling(source, "x", target, name, delay_ns, None, Combine.MEAN))
+        combine = rule.setdefault(name, draw(st.sampled_from(combines)))
+        links = None if has_loops else _links(draw, size)
+        couplings.append(Coupling(source, "x", target, name, delay_ns, links, combine))
     actuations = []
     acts: dict[str, tuple[str, ...]] = {}
     if len(names) > 1 and draw(st.booleans()):
         source, target = names[-1], names[0]
         actuations.append(Actuation(source, target, draw(st.integers(1, 5))))
         acts[source] = (target,)
-    habits = {}
+    habits: dict[str, Habit] = {}
     for name in names:
-        is_periodic = draw(st.booleans())
+        is_periodic = is_steady or draw(st.booleans())
+        is_as_first = is_in_step and habits
         policy = TimePolicy(
             period_ns=draw(st.integers(1, 7)) if is_periodic else 0,
             offset_ns=draw(st.integers(0, 3)),
-            wakes_on_input=draw(st.booleans()),
+            wakes_on_input=not is_steady and draw(st.booleans()),
             can_redo=has_loops,
         )
+        if is_steady and is_as_first:
+            policy = habits[names[0]].policy
         habits[name] = Habit(
             policy,
             tuple(inputs[name]),
@@ -62,6 +97,7 @@ def worlds(draw: st.DrawFn) -> tuple[dict[str, Habit], Wiring]:
             gain=0.4,
             acts_on=acts.get(name, ()),
             jumps=tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))),
+            event_every=draw(st.sampled_from([1, 3, 1000])),
         )
     descriptions = {n: s.description for n, s in open_sessions(habits).items()}
     return habits, wire(descriptions, couplings, actuations)
@@ -91,6 +127,66 @@ def test_any_message_order_gives_the_ledger_of_the_sequential_reference(
     found, entries = drive(coordinator, open_sessions(habits), shuffled(order))
     assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]
     assert found == digest
+
+
+def walk(
+    wiring: Wiring, sessions: Mapping[str, Session], horizon_ns: int
+) -> tuple[str, list[Entry]]:
+    """Run a schedule on clocks of its own; the digest and all entries."""
+    ticks = itertools.count()
+    entries: list[Entry] = []
+    settled: list[int] = []
+
+    def commit(some: list[Entry], before_ns: int) -> None:
+        assert all(entry.time_ns < before_ns for entry in some)
+        assert all(entry.time_ns >= settled[-1] for entry in some if settled)
+        entries.extend(some)
+        settled.append(before_ns)
+
+    schedule = Schedule(
+        wiring,
+        sessions,
+        horizon_ns,
+        wall=lambda: next(ticks) * 1e-6,
+        cpu=lambda: next(ticks) * 1e-6,
+    )
+    digest = schedule.run(commit)
+    assert settled[-1] == horizon_ns + 1
+    assert schedule.ledger.size == len(entries)
+    return digest, entries
+
+
+@given(worlds(is_steady=True), st.integers(0, 2**16), st.integers(1, 9))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_schedule_the_coordinator_and_the_reference_keep_one_ledger(
+    world: tuple[dict[str, Habit], Wiring], order: int, frame_steps: int
+) -> None:
+    habits, wiring = world
+    assert Schedule.suits(wiring)
+    expected = Reference(wiring, open_sessions(habits), HORIZON_NS)
+    digest = expected.run()
+    walked, entries = walk(wiring, open_sessions(habits), HORIZON_NS)
+    assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]
+    assert walked == digest
+    coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
+    found, granted = drive(coordinator, open_sessions(habits), shuffled(order))
+    assert found == digest
+    # how an event reached its member is no part of the digest
+    assert [e for e in granted if isinstance(e, EventRecord)] == [
+        e for e in entries if isinstance(e, EventRecord)
+    ]
+
+
+@given(worlds())
+@settings(max_examples=100, deadline=None)
+def test_a_schedule_is_made_only_where_the_order_of_steps_is_fixed(
+    world: tuple[dict[str, Habit], Wiring],
+) -> None:
+    habits, wiring = world
+    policies = [habit.policy for habit in habits.values()]
+    has_loop = any(unit.is_loop for unit in wiring.units)
+    is_fixed = all(p.period_ns and not p.wakes_on_input for p in policies) and not has_loop
+    assert Schedule.suits(wiring) == is_fixed
 
 
 @given(worlds(), st.integers(0, 2**16))
@@ -266,3 +362,222 @@ def test_a_whole_initial_value_does_not_cut_the_values_that_follow() -> None:
     coordinator = Coordinator(wire(described, [Coupling("a", "x", "b", "u")]), 5)
     drive(coordinator, sessions)
     assert sessions["b"].values["u"][0] == pytest.approx(0.25)
+
+
+class Says(Twin):
+    """A twin that publishes a given list, a value a step, and then its last value for ever."""
+
+    def __init__(self, values: list[object], has_input: bool = False) -> None:
+        self.values = list(values)
+        self.has_input = has_input
+        self.seen: list[float] = []
+        self.changed: list[bool] = []
+
+    def describe(self) -> Description:
+        inputs = (Variable("u", "cell", "m", Causality.INPUT),) if self.has_input else ()
+        return Description(
+            "says",
+            "1",
+            "test",
+            (Entity("e0", "cell"),),
+            (*inputs, Variable("x", "cell", "m", Causality.OUTPUT)),
+            TimePolicy(period_ns=1),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        return None
+
+    def advance(self, step: Step) -> None:
+        if self.has_input:
+            self.seen.append(float(step["u"][0]))
+            self.changed.append("u" in step.changed)
+        value = self.values.pop(0) if len(self.values) > 1 else self.values[0]
+        if isinstance(value, Exception):
+            raise value
+        assert isinstance(value, float)
+        step.publish("x", [value])
+
+
+def said(
+    values: list[object], delay_ns: int, horizon_ns: int, how: str
+) -> tuple[Says, list[Entry], str]:
+    """What `b` heard of `a`, in the schedule or under the coordinator."""
+    hears = Says([0.0], has_input=True)
+    sessions = {"a": Session(Says(values), "a"), "b": Session(hears, "b")}
+    described = {name: session.description for name, session in sessions.items()}
+    wiring = wire(described, [Coupling("a", "x", "b", "u", delay_ns)])
+    digest, entries = RUNS[how](wiring, sessions, horizon_ns)
+    return hears, entries, digest
+
+
+@pytest.mark.parametrize("how", ["schedule", "coordinator"])
+@pytest.mark.parametrize("delay_ns", [0, 1, 3])
+def test_a_change_of_sign_at_zero_is_no_change(how: str, delay_ns: int) -> None:
+    hears, entries, digest = said([1.0, -0.0, 0.0, -0.0, 2.0, 0.0], delay_ns, 9, how)
+    values = [e.value[0] for e in entries if isinstance(e, Record) and e.owner == "a"]
+    assert values == [1.0, 0.0, 2.0, 0.0]
+    assert [math.copysign(1.0, v) for v in values] == [1.0] * 4
+    assert all(math.copysign(1.0, v) == 1.0 for v in hears.seen)
+    heard = [0.0] * delay_ns + [1.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert hears.seen == heard[:10]
+    assert hears.changed == [a != b for a, b in itertools.pairwise([0.0, *hears.seen])]
+    assert digest == said([1.0, 0.0, 0.0, 0.0, 2.0, -0.0], delay_ns, 9, how)[2]
+
+
+@pytest.mark.parametrize("how", ["schedule", "coordinator"])
+def test_numbers_whose_squares_overflow_are_numbers(how: str) -> None:
+    hears, _, _ = said([1e200, -1.7e308], 1, 3, how)
+    assert hears.seen == [0.0, 1e200, -1.7e308, -1.7e308]
+
+
+@pytest.mark.parametrize("how", ["schedule", "coordinator"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_before_anybody_sees_it(how: str, bad: float) -> None:
+    with pytest.raises(TwinError) as caught:
+        said([1.0, bad], 0, 5, how)
+    assert caught.value.reason is Reason.NOT_FINITE
+    assert "a.x[0]" in caught.value.message
+    assert "at 1 ns" in caught.value.message
+
+
+def test_of_two_errors_in_one_stage_the_first_in_rank_counts() -> None:
+    sessions = {
+        "a": Session(Says([1.0, math.nan]), "a"),
+        "b": Session(Says([1.0, RuntimeError("no water")]), "b"),
+    }
+    wiring = wire({name: s.description for name, s in sessions.items()}, [])
+    with pytest.raises(TwinError) as caught:
+        walk(wiring, sessions, 5)
+    assert caught.value.reason is Reason.NOT_FINITE
+    sessions = {"b": Session(Says([1.0, RuntimeError("no water")]), "b")}
+    wiring = wire({name: s.description for name, s in sessions.items()}, [])
+    with pytest.raises(TwinError, match="b failed: RuntimeError: no water"):
+        walk(wiring, sessions, 5)
+
+
+@pytest.mark.parametrize("how", ["schedule", "coordinator"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [([1.0, 2.0], Reason.WRONG_SHAPE), ([[1.0]], Reason.WRONG_SHAPE), ("wet", Reason.TWIN_FAILED)],
+)
+def test_an_output_of_another_form_is_refused(how: str, value: object, reason: Reason) -> None:
+    class Wrong(Says):
+        def advance(self, step: Step) -> None:
+            step.publish("x", value)  # type: ignore[arg-type]
+
+    sessions: dict[str, Session] = {"a": Session(Wrong([0.0]), "a")}
+    wiring = wire({"a": sessions["a"].description}, [])
+    with pytest.raises(TwinError) as caught:
+        RUNS[how](wiring, sessions, 1)
+    assert caught.value.reason is reason
+
+
+def _drive_blaming(
+    wiring: Wiring, sessions: Mapping[str, Session], horizon_ns: int
+) -> tuple[str, list[Entry]]:
+    try:
+        return drive(Coordinator(wiring, horizon_ns), sessions)
+    except ValueError as error:  # the shell of a run turns it into an error of the twin
+        raise failed("a", error) from error
+
+
+RUNS = {"schedule": walk, "coordinator": _drive_blaming}
+
+
+def test_what_a_twin_keeps_of_its_array_is_its_own() -> None:
+    """A twin may go on writing into what it has published; nobody else notices."""
+
+    class Reuses(Says):
+        def advance(self, step: Step) -> None:
+            self.buffer += 1.0
+            step.publish("x", self.buffer)
+            self.buffer *= 2.0
+
+        buffer = np.zeros(1)
+
+    hears = Says([0.0], has_input=True)
+    sessions = {"a": Session(Reuses([0.0]), "a"), "b": Session(hears, "b")}
+    described = {name: session.description for name, session in sessions.items()}
+    walk(wire(described, [Coupling("a", "x", "b", "u", 1)]), sessions, 3)
+    assert hears.seen == [0.0, 1.0, 3.0, 7.0]
+    given = sessions["b"].values["u"]
+    with pytest.raises(ValueError, match="read-only"):
+        given[0] = 5.0
+
+
+def test_a_schedule_hands_out_the_ledger_as_it_goes() -> None:
+    sessions = {"a": Session(Says([float(i) for i in range(5000)]), "a")}
+    wiring = wire({"a": sessions["a"].description}, [])
+    heard: list[tuple[int, int]] = []
+    schedule = Schedule(wiring, sessions, 4999, wall=lambda: 0.0, cpu=lambda: 0.0)
+    schedule.run(lambda entries, before_ns: heard.append((len(entries), before_ns)))
+    assert sum(count for count, _ in heard) == 5000
+    assert max(count for count, _ in heard) <= COMMIT_EVERY
+    assert [before_ns for _, before_ns in heard] == sorted(before_ns for _, before_ns in heard)
+
+
+def test_the_time_of_slow_and_quick_members_is_told_apart() -> None:
+    """On a clock that only twins move: one takes 1 ms a step, half of it waiting, one 1 us."""
+    now = {"wall": 0.0, "cpu": 0.0}
+
+    class Works(Says):
+        wall_s = cpu_s = 0.0
+
+        def advance(self, step: Step) -> None:
+            now["wall"] += self.wall_s
+            now["cpu"] += self.cpu_s
+            super().advance(step)
+
+    slow, quick = Works([0.0]), Works([0.0])
+    slow.wall_s, slow.cpu_s = 1e-3, 5e-4
+    quick.wall_s = quick.cpu_s = 1e-6
+    sessions = {"slow": Session(slow, "slow"), "quick": Session(quick, "quick")}
+    wiring = wire({name: s.description for name, s in sessions.items()}, [])
+    schedule = Schedule(wiring, sessions, 99, wall=lambda: now["wall"], cpu=lambda: now["cpu"])
+    schedule.run(lambda entries, before_ns: None)
+    costs = schedule.costs()
+    assert [steps for steps, _, _ in costs.values()] == [100, 100]
+    assert costs["slow"][1:] == pytest.approx((0.1, 0.05))
+    assert costs["quick"][1:] == pytest.approx((1e-4, 1e-4))
+
+
+def test_an_answer_costs_the_neighbours_of_who_gave_it_not_all_members() -> None:
+    """Sixty members in step, each with one that it may wake."""
+    seen: list[int] = []
+
+    class Counts(Coordinator):
+        def _try(self, unit, effects):  # type: ignore[no-untyped-def]
+            seen[-1] += 1
+            return super()._try(unit, effects)
+
+    count = 60
+    habits = {f"p{i}": Habit(TimePolicy(period_ns=5), (), 1, True, 0.4) for i in range(count)}
+    habits |= {
+        f"w{i}": Habit(TimePolicy(wakes_on_input=True), ("u",), 1, True, 0.4, jumps=(0,))
+        for i in range(count)
+    }
+    sessions = open_sessions(habits)
+    described = {name: session.description for name, session in sessions.items()}
+    couplings = [Coupling(f"p{i}", "x", f"w{i}", "u", 1) for i in range(count)]
+    seen.append(0)
+    coordinator = Counts(wire(described, couplings), 50)
+    effects = list(coordinator.start())
+    while not any(isinstance(effect, Finished) for effect in effects):
+        effect = effects.pop(0)
+        if isinstance(effect, Grant):
+            seen.append(0)
+            results = tuple(sessions[effect.member].advance(step) for step in effect.steps)
+            effects.extend(coordinator.handle(Stepped(effect.member, results)))
+    assert max(seen[1:]) <= 4
+
+
+def test_minus_zero_from_a_member_that_is_a_service_is_zero() -> None:
+    _, wiring = chain(5, 5, 0)
+    coordinator = Coordinator(wiring, 0)
+    (grant,) = coordinator.start()
+    assert isinstance(grant, Grant)
+    (given, *_) = coordinator.handle(
+        Stepped("a", (StepResult(0, outputs={"x": np.array([-0.0])}),))
+    )
+    assert isinstance(given, Grant)
+    assert math.copysign(1.0, given.steps[0].inputs["u"][0]) == 1.0

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federation.broker.store import NOT_SETTLED, Run, State, Store
+from federation.broker.store import NOT_SETTLED, Frame, Note, Run, State, Store
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.twin import Action, Event
@@ -60,6 +60,10 @@ def happening(time_ns: int, serial: int, owner: str = "dam") -> EventRecord:
 
 def keep(store: Store, name: str, entries: Sequence[Entry], settled_ns: int = 0) -> int:
     return store.append(name, entries, [7] * len(entries), settled_ns)
+
+
+def keep_journal(store: Store, name: str, items: Sequence[Frame | Note]) -> None:
+    store.append(name, [], [], 9, items)
 
 
 def bits(entry: Entry) -> object:
@@ -195,6 +199,62 @@ def test_what_an_earlier_life_left_unfinished_is_given_up_with_its_reason() -> N
         assert known.error.message == "the broker was restarted"
     assert store.run(done).state is State.SUCCEEDED
     assert store.give_up_unfinished(why, 9) == 0
+
+
+def test_a_journal_comes_back_in_the_order_in_which_it_was_kept() -> None:
+    store = Store()
+    name = store.create(run()).name
+    items = [Frame("dam", n, bytes([n]) * n) for n in range(1, 40)]
+    items.insert(7, Note("order", 12, b"\0open"))
+    keep_journal(store, name, items[:5])
+    keep(store, name, [value(0, "level", 1.0)], 4)
+    keep_journal(store, name, items[5:6])
+    keep_journal(store, name, items[6:])
+    assert list(store.journal(name)) == list(enumerate(items, 1))
+    for after in range(len(items) + 1):
+        found = [item for _, item in store.journal(name, after)]
+        assert found == items[after:]
+    assert (store.run(name).items, store.run(name).settled_ns) == (len(items), 9)
+    with pytest.raises(ScenarioError, match="RUN_NOT_FOUND"):
+        store.journal("runs/none-9")
+    store.close()
+
+
+def test_of_each_member_the_newest_snapshots_are_kept() -> None:
+    store = Store()
+    name = store.create(run()).name
+    for number in (3, 9, 27):
+        store.keep_snapshot(name, "dam", number, number * 10, b"dam%d" % number)
+    store.keep_snapshot(name, "sky", 1, 10, b"\0" * 1000)
+    found = [(s.member, s.number, s.time_ns, s.state) for s in store.snapshots(name)]
+    assert found == [
+        ("dam", 27, 270, b"dam27"),
+        ("dam", 9, 90, b"dam9"),
+        ("sky", 1, 10, bytes(1000)),
+    ]
+    assert [s.number for s in store.snapshots(name, "dam")] == [27, 9]
+    store.keep_snapshot(name, "dam", 27, 270, b"again", keep=1)
+    assert [s.state for s in store.snapshots(name, "dam")] == [b"again"]
+    store.close()
+
+
+def test_the_sessions_of_a_run_are_found_again() -> None:
+    store = Store()
+    name = store.create(run()).name
+    store.keep_sessions(name, {"dam": ("s-1", 1), "sky": ("s-2", 1, "10.0.0.7:4000")})
+    store.keep_sessions(name, {"dam": ("s-3", 2)})
+    assert store.sessions(name) == {"dam": ("s-3", 2), "sky": ("s-2", 1, "10.0.0.7:4000")}
+    store.keep_sessions(name, {"sky": ()})
+    assert store.sessions(name) == {"dam": ("s-3", 2)}
+    store.close()
+
+
+def test_runs_that_an_earlier_life_left_unfinished_are_listed() -> None:
+    store = Store()
+    pending, running, done = (store.create(run()).name for _ in range(3))
+    store.change(running, State.RUNNING)
+    store.change(done, State.SUCCEEDED)
+    assert [known.name for known in store.unfinished()] == [pending, running]
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_batch(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Habit:
     acts_on: tuple[str, ...] = ()
     jumps: tuple[int, ...] = (3, 1, 7)
     """Spans to the next step that an event-driven toy asks for, in turn; 0 asks for none."""
+    event_every: int = 3
+    """Of so many steps one tells of an event."""
 
 
 class Toy(Twin):
@@ -85,7 +87,7 @@ class Toy(Twin):
         value = habit.gain * total + self.memory + np.arange(habit.size)
         if habit.is_coarse:
             value = np.floor(value)
-        if self.count % 3 == 0:
+        if self.count % habit.event_every == 0:
             event = step.emit("third", "e0", f"step {self.count}", reasons[:4])
             step.publish("x", value, {0: event})
             for target in habit.acts_on:

@@ -6,11 +6,15 @@ import asyncio
 import contextvars
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
+
+from opentelemetry import trace
 
 from federation import telemetry
 from federation.broker.registry import Lease
@@ -49,6 +53,9 @@ from federation.wire.link import Link, LinkSession
 SETTLE_S = 0.2
 """How long an entry that is settled may wait before readers get it."""
 
+BACKLOG = 8_192
+"""How many final entries may wait for the sink before answers wait with them."""
+
 CLOSE_S = 2.0
 """How long a run waits for its members to close their sessions."""
 
@@ -72,54 +79,79 @@ class Batch:
 
 
 Sink = Callable[[Batch], Awaitable[None]]
-"""Keeps a batch; the run goes on when it has, and fails when it can't."""
+"""Keeps a batch; gets one at a time, and the run fails when it can't. The run goes on meanwhile,
+but not further than `BACKLOG` entries, and has not ended before all is kept."""
+
+Results = Sequence[StepResult] | FederationError
+"""What became of a grant: a result for each step, or why there is none."""
 
 
 class Inbox:
-    """What reaches a live run: the answers of its members, and what people and the broker say."""
+    """What people and the broker say to a live run, from its creation to its end.
+
+    What comes before the run takes it, or while the run waits for its store, is kept in order.
+    """
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[tuple[Input | None, asyncio.Future[Effect] | None]] = (
-            asyncio.Queue()
-        )
+        self._waiting: deque[tuple[Input, asyncio.Future[Effect] | None]] = deque()
+        self._taker: Callable[[Input, asyncio.Future[Effect] | None], None] | None = None
         self._is_closed = False
 
-    def put(self, event: Input | None) -> None:
-        """Hand in an event; None asks only to settle what can be settled."""
-        if not self._is_closed:
-            self._queue.put_nowait((event, None))
+    def put(self, event: Input) -> None:
+        """Hand in an event."""
+        self._give(event, None)
 
     async def order(self, ordered: Ordered) -> Accepted | Refused:
         """Hand in an operator's order and wait for the verdict."""
         if self._is_closed:
             return _ENDED
         verdict: asyncio.Future[Effect] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((ordered, verdict))
+        self._give(ordered, verdict)
         effect = await verdict
         assert isinstance(effect, Accepted | Refused)
         return effect
 
-    async def get(self) -> tuple[Input | None, asyncio.Future[Effect] | None]:
-        return await self._queue.get()
+    def attach(self, taker: Callable[[Input, asyncio.Future[Effect] | None], None] | None) -> None:
+        """Give everything to `taker` from now on, what has waited first; to nobody with None."""
+        self._taker = taker
+        while self._taker is not None and self._waiting:
+            self._taker(*self._waiting.popleft())
 
     def close(self) -> None:
         """Take nothing more; orders that nobody has looked at are refused."""
         self._is_closed = True
-        while not self._queue.empty():
-            _, verdict = self._queue.get_nowait()
+        self._taker = None
+        for _, verdict in self._waiting:
             if verdict is not None and not verdict.done():
                 verdict.set_result(_ENDED)
+        self._waiting.clear()
+
+    def _give(self, event: Input, verdict: asyncio.Future[Effect] | None) -> None:
+        if self._is_closed:
+            return
+        if self._taker is None:
+            self._waiting.append((event, verdict))
+        else:
+            self._taker(event, verdict)
 
 
 _ENDED = Refused("the run has ended")
 
 
-class _Seat(Protocol):
+class Seat(Protocol):
     """A member's place in a run, wherever its model is."""
 
-    async def advance(self, steps: Sequence[StepInput]) -> Sequence[StepResult]: ...
+    def begin(self, steps: Sequence[StepInput], done: Callable[[Results], None]) -> None:
+        """Have the member do these steps, which are those of one grant.
 
-    async def close(self) -> None: ...
+        `done` is called once from the event loop, never from inside `begin`: with a result for
+        each step, or with the error that ends the member's part. A seat is given one grant at
+        a time. What the results say is checked by whoever gets them. The span that is current
+        is that of the grant.
+        """
+
+    async def close(self) -> None:
+        """End the member's session; a grant that it still has comes to nothing."""
 
 
 class _PlannerSeat:
@@ -136,13 +168,21 @@ class _PlannerSeat:
     async def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
         await self._work(lambda: self.planner.prepare(blocks))
 
-    async def advance(self, steps: Sequence[StepInput]) -> Sequence[StepResult]:
-        return await self._work(lambda: [self._session.advance(step) for step in steps])
+    def begin(self, steps: Sequence[StepInput], done: Callable[[Results], None]) -> None:
+        def ended(work: asyncio.Future[list[StepResult]]) -> None:
+            if work.cancelled():
+                return
+            error = work.exception()
+            assert error is None or isinstance(error, FederationError)
+            done(work.result() if error is None else error)
+
+        work = self._work(lambda: [self._session.advance(step) for step in steps])
+        work.add_done_callback(ended)
 
     async def close(self) -> None:
         await self._work(self.planner.close)
 
-    async def _work(self, do: Callable[[], _T]) -> _T:
+    def _work(self, do: Callable[[], _T]) -> asyncio.Future[_T]:
         context = contextvars.copy_context()
 
         def work() -> _T:
@@ -153,7 +193,7 @@ class _PlannerSeat:
             finally:
                 self.cpu_s += time.thread_time() - began_s
 
-        return await asyncio.get_running_loop().run_in_executor(_planning, work)
+        return asyncio.get_running_loop().run_in_executor(_planning, work)
 
 
 @dataclass(frozen=True)
@@ -206,7 +246,7 @@ async def run_live(
     """
     started, started_cpu = time.perf_counter(), time.process_time()
     inbox = inbox or Inbox()
-    seats: dict[str, _Seat] = {}
+    seats: dict[str, Seat] = {}
     with telemetry.tracer.start_as_current_span(
         "run", attributes={"scenario": scenario.name, "measure": case.measure, "run": case.run}
     ):
@@ -236,7 +276,7 @@ async def _take_seats(
     case: Case,
     links: Mapping[str, Link],
     epoch: int,
-    seats: dict[str, _Seat],
+    seats: dict[str, Seat],
 ) -> None:
     """Open a session for every member, all at once, and show the planner what they can do."""
 
@@ -268,139 +308,233 @@ async def _all(work: Sequence[Coroutine[object, object, _T]]) -> list[_T]:
     return [result for result in results if not isinstance(result, BaseException)]
 
 
-async def _leave(seat: _Seat) -> None:
+async def _leave(seat: Seat) -> None:
     with suppress(FederationError, TimeoutError):
         async with asyncio.timeout(CLOSE_S):
             await seat.close()
 
 
+@dataclass(slots=True, eq=False)
+class _Place:
+    """A member at work: its seat, the grant in hand, and what it has cost so far."""
+
+    name: str
+    seat: Seat
+    answered: Callable[[Results], None]
+    began_s: float = 0.0
+    granted: int = 0
+    span: trace.Span | None = None
+    steps: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
 class _Shell:
-    """One run of a coordinator, from its start to the last answer."""
+    """One run of a coordinator, from its start to the last answer.
+
+    Whatever happens is a call from the event loop: an answer goes to the coordinator at once,
+    and the grants that follow are posted before the call returns. Only the sink is waited for.
+    """
 
     def __init__(
         self,
         coordinator: Coordinator,
-        seats: Mapping[str, _Seat],
+        seats: Mapping[str, Seat],
         recorder: Recorder,
         inbox: Inbox,
         sink: Sink | None,
         on_commit: Callable[[int], None] | None,
     ) -> None:
         self._coordinator = coordinator
-        self._seats = seats
+        self._places: dict[str, _Place] = {}
+        for name, seat in seats.items():
+            place = _Place(name, seat, _ignore)
+            place.answered = partial(self._answered, place)
+            self._places[name] = place
         self._recorder = recorder
         self._inbox = inbox
         self._sink = sink
         self._on_commit = on_commit
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._costs = {name: MemberCost() for name in coordinator.wiring.descriptions}
+        self._loop = asyncio.get_running_loop()
+        self._parent = trace.get_current_span()
+        self._is_traced = self._parent.get_span_context().is_valid
+        self._end: asyncio.Future[str] = self._loop.create_future()
+        self._held: deque[Stepped | Failed] = deque()
+        """Answers that wait until the sink has caught up."""
+        self._unkept: list[Entry] = []
+        """Entries that are final and have not been given to the sink."""
+        self._keeping: asyncio.Task[None] | None = None
+        self._verdict: Finished | Aborted | None = None
         self._receive_ns: dict[tuple[str, int], int] = {}
         """When the answer about a member's instant came."""
         self._foremost_ns = 0
         self._settled_ns = -1
 
     async def drive(self) -> Outcome:
-        ticking = asyncio.create_task(self._tick())
+        ticking = self._loop.create_task(self._tick())
         try:
-            effects, verdict = self._coordinator.start(), None
-            while True:
-                digest = await self._carry_out(effects, verdict)
-                if digest is not None:
-                    outcome = self._recorder.finish(digest)
-                    outcome.costs = self._costs
-                    return outcome
-                event, verdict = await self._inbox.get()
-                if event is None:
-                    ready = self._coordinator.ledger.settle(self._coordinator.now_ns)
-                    effects = (Commit(ready),)
-                else:
-                    self._note(event)
-                    effects = self._coordinator.handle(event)
+            self._do(self._coordinator.start, None)
+            self._inbox.attach(self._take)
+            digest = await self._end
         finally:
-            ticking.cancel()
-            for task in self._tasks:
+            self._inbox.attach(None)
+            self._verdict = self._verdict or Aborted(_GONE)
+            tasks = [task for task in (ticking, self._keeping) if task is not None]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(ticking, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        outcome = self._recorder.finish(digest)
+        outcome.costs = {
+            name: MemberCost(place.steps, place.wall_s, place.cpu_s)
+            for name, place in self._places.items()
+        }
+        return outcome
 
-    async def _carry_out(
-        self, effects: Sequence[Effect], verdict: asyncio.Future[Effect] | None
-    ) -> str | None:
-        """Do what the effects ask for; the digest when they end the run."""
-        ready: list[Entry] = []
-        end: Finished | Aborted | None = None
-        settles = False
-        for effect in effects:
-            match effect:
-                case Grant():
-                    task = asyncio.create_task(self._grant(effect))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
-                case Commit():
-                    settles = True
-                    ready.extend(effect.entries)
-                case Accepted() | Refused():
-                    if verdict is not None and not verdict.done():
-                        verdict.set_result(effect)
-                case Finished() | Aborted():
-                    end = effect
-        if settles or end is not None:
-            await self._commit(tuple(ready))
-        if isinstance(end, Aborted):
-            raise end.error
-        return None if end is None else end.digest
+    def _take(self, event: Input, verdict: asyncio.Future[Effect] | None) -> None:
+        self._do(lambda: self._coordinator.handle(event), verdict)
 
-    async def _commit(self, entries: tuple[Entry, ...]) -> None:
-        settled_ns = self._coordinator.now_ns - 1
-        if not entries and settled_ns == self._settled_ns:
+    def _answered(self, place: _Place, results: Results) -> None:
+        """Take what became of a grant."""
+        if self._verdict is not None:
             return
-        self._settled_ns = settled_ns
-        self._recorder.take(entries)
-        if self._sink is not None:
-            now_ns = time.time_ns()
-            came = tuple(self._receive_ns.get((e.owner, e.time_ns), now_ns) for e in entries)
-            self._receive_ns = {k: t for k, t in self._receive_ns.items() if k[1] > settled_ns}
-            await self._sink(Batch(entries, came, settled_ns))
-        if self._on_commit is not None:
-            self._on_commit(settled_ns + 1)
-
-    def _note(self, event: Input) -> None:
-        if not isinstance(event, Stepped) or not event.results:
-            return
-        if self._sink is not None:
-            now_ns = time.time_ns()
-            for result in event.results:
-                self._receive_ns[event.member, result.time_ns] = now_ns
-        self._foremost_ns = max(self._foremost_ns, event.results[-1].time_ns)
-        telemetry.run_lag.record((self._foremost_ns - self._coordinator.now_ns) / 1e9)
-
-    async def _grant(self, grant: Grant) -> None:
-        """One frame to one member and its answer."""
-        member, steps = grant.member, grant.steps
-        seat = self._seats[member]
-        began_s = time.perf_counter()
-        cpu_s = seat.cpu_s if isinstance(seat, _PlannerSeat) else 0.0
+        wall_s = time.perf_counter() - place.began_s
+        place.wall_s += wall_s
+        place.steps += place.granted
+        telemetry.step_duration.record(wall_s, {"member": place.name})
+        if isinstance(place.seat, _PlannerSeat):
+            place.cpu_s = place.seat.cpu_s
         answer: Stepped | Failed
-        with telemetry.tracer.start_as_current_span(
+        if isinstance(results, FederationError):
+            answer = Failed(place.name, results)
+        else:
+            answer = Stepped(place.name, tuple(results))
+        if place.span is not None:
+            if isinstance(results, FederationError):
+                place.span.set_attribute("error.type", results.reason.value)
+            place.span.end()
+            place.span = None
+        if len(self._unkept) > BACKLOG:
+            self._held.append(answer)
+        else:
+            self._handle(answer)
+
+    def _handle(self, answer: Stepped | Failed) -> None:
+        if isinstance(answer, Stepped) and answer.results:
+            if self._sink is not None:
+                now_ns = time.time_ns()
+                for result in answer.results:
+                    self._receive_ns[answer.member, result.time_ns] = now_ns
+            self._foremost_ns = max(self._foremost_ns, answer.results[-1].time_ns)
+        self._do(lambda: self._coordinator.handle(answer), None)
+
+    def _do(
+        self, decide: Callable[[], Sequence[Effect]], verdict: asyncio.Future[Effect] | None
+    ) -> None:
+        """Do what the coordinator asks for. What goes wrong here ends the run."""
+        try:
+            for effect in decide():
+                match effect:
+                    case Grant():
+                        self._grant(effect)
+                    case Commit():
+                        self._keep(effect.entries)
+                    case Accepted() | Refused():
+                        if verdict is not None and not verdict.done():
+                            verdict.set_result(effect)
+                    case Finished() | Aborted():
+                        self._verdict = effect
+                        self._keep(())
+        except Exception as error:
+            if not self._end.done():
+                self._end.set_exception(error)
+
+    def _grant(self, grant: Grant) -> None:
+        place = self._places[grant.member]
+        place.granted = len(grant.steps)
+        place.began_s = time.perf_counter()
+        if not self._is_traced:
+            place.seat.begin(grant.steps, place.answered)
+            return
+        span = telemetry.tracer.start_span(
             "grant",
-            attributes={"member": member, "until_ns": steps[-1].time_ns, "steps": len(steps)},
-        ) as span:
-            try:
-                with blame(member):
-                    answer = Stepped(member, tuple(await seat.advance(steps)))
-            except FederationError as error:
-                span.set_attribute("error.type", error.reason.value)
-                answer = Failed(member, error)
-        wall_s = time.perf_counter() - began_s
-        telemetry.step_duration.record(wall_s, {"member": member})
-        if isinstance(seat, _PlannerSeat):
-            cpu_s = seat.cpu_s - cpu_s
-        self._costs[member] = self._costs[member].plus(len(steps), wall_s, cpu_s)
-        self._inbox.put(answer)
+            trace.set_span_in_context(self._parent),
+            attributes={
+                "member": grant.member,
+                "until_ns": grant.steps[-1].time_ns,
+                "steps": len(grant.steps),
+            },
+        )
+        place.span = span
+        with trace.use_span(span):
+            place.seat.begin(grant.steps, place.answered)
+
+    def _keep(self, entries: Sequence[Entry]) -> None:
+        """Take entries that are final, and hand on what there is unless the sink is at work."""
+        self._unkept.extend(entries)
+        if self._keeping is not None:
+            return
+        if self._sink is None:
+            self._commit()
+            self._finish()
+        else:
+            self._keeping = self._loop.create_task(self._feed(self._sink))
+
+    async def _feed(self, sink: Sink) -> None:
+        """Give the sink one batch after the other until it has all."""
+        try:
+            while (batch := self._commit()) is not None:
+                await sink(batch)
+                if self._on_commit is not None:
+                    self._on_commit(batch.settled_ns + 1)
+                while self._held and len(self._unkept) <= BACKLOG:
+                    self._handle(self._held.popleft())
+        except Exception as error:
+            if not self._end.done():
+                self._end.set_exception(error)
+        else:
+            self._keeping = None
+            self._finish()
+
+    def _commit(self) -> Batch | None:
+        """What is final and was not handed on, if there is news."""
+        settled_ns = self._coordinator.now_ns - 1
+        if not self._unkept and settled_ns == self._settled_ns:
+            return None
+        self._settled_ns = settled_ns
+        entries, self._unkept = tuple(self._unkept), []
+        self._recorder.take(entries)
+        telemetry.run_lag.record((self._foremost_ns - settled_ns - 1) / 1e9)
+        if self._sink is None:
+            if self._on_commit is not None:
+                self._on_commit(settled_ns + 1)
+            return None
+        now_ns = time.time_ns()
+        came = tuple(self._receive_ns.get((e.owner, e.time_ns), now_ns) for e in entries)
+        self._receive_ns = {k: t for k, t in self._receive_ns.items() if k[1] > settled_ns}
+        return Batch(entries, came, settled_ns)
+
+    def _finish(self) -> None:
+        """End the run if the coordinator has, now that all that it left is kept."""
+        if self._end.done():
+            return
+        match self._verdict:
+            case Finished(digest):
+                self._end.set_result(digest)
+            case Aborted(error):
+                self._end.set_exception(error)
 
     async def _tick(self) -> None:
+        """Have what is settled handed on, however little it is."""
         while True:
             await asyncio.sleep(SETTLE_S)
-            self._inbox.put(None)
+            self._keep(self._coordinator.ledger.settle(self._coordinator.now_ns))
+
+
+def _ignore(results: Results) -> None:
+    """Nothing was asked."""
+
+
+_GONE = TwinError(Reason.MEMBER_LOST, "the run was given up")
 
 
 @dataclass(eq=False)

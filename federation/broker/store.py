@@ -1,27 +1,35 @@
-"""What a broker must still know after it was killed: its epoch, its runs and their ledgers."""
+"""What a broker must still know after it was killed: its epoch, its runs, their ledgers and the
+journals from which they can go on."""
 
 from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import struct
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
+import numpy as np
+
+from federation.broker import chunks
+from federation.broker.chunks import Outline
+from federation.broker.database import Cursor, Database, Sqlite
+from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.twin import Action, Event
 from federation.v1 import error_pb2
-from federation.wire import codec, status
+from federation.wire import status
 
-SCHEMA = 1
+T = TypeVar("T")
+
+SCHEMA = 2
 
 NOT_SETTLED = -1
 """The settled instant of a run in which nothing is settled yet, not even instant 0."""
@@ -29,63 +37,75 @@ NOT_SETTLED = -1
 PAGE = 1024
 """How many entries one read takes at most, when the caller names no other limit."""
 
+FOLDED_VALUES = 1 << 15
+FOLDED_BYTES = 1 << 23
+FOLDED_BATCHES = 1 << 12
+"""After so many values, bytes or batches a run's values are sorted by variable."""
+
 _TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (
-    id INTEGER PRIMARY KEY,
+    id {integer} PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
-    scenario TEXT NOT NULL,
-    measure TEXT NOT NULL,
-    document TEXT NOT NULL,
-    seed TEXT NOT NULL,          -- of 64 bits, without a sign
-    horizon_ns INTEGER NOT NULL,
-    figures TEXT NOT NULL,       -- JSON: [[member, variable, unit], ...]
-    delays TEXT NOT NULL,        -- JSON: [[source, target, ns], ...] of actuations
     state TEXT NOT NULL,
-    settled_ns INTEGER NOT NULL,
-    entries INTEGER NOT NULL,    -- how many there are; they are numbered from 1
-    digest TEXT NOT NULL,
-    error TEXT NOT NULL,         -- JSON: {reason, message, metadata}; empty for none
-    create_ns INTEGER NOT NULL,  -- Unix time, as all instants that are not of a run
-    end_ns INTEGER,
-    ended_by TEXT NOT NULL,
-    ended_because TEXT NOT NULL
+    settled_ns {integer} NOT NULL,
+    entries {integer} NOT NULL,    -- how many there are; they are numbered from 1
+    items {integer} NOT NULL,      -- of the journal, numbered from 1
+    end_ns {integer},              -- Unix time, as all instants that are not of a run
+    facts TEXT NOT NULL,           -- JSON: what doesn't change
+    ending TEXT NOT NULL           -- JSON: digest, error, by whom and why
 );
-CREATE TABLE readings (
-    run INTEGER NOT NULL, number INTEGER NOT NULL, receive_ns INTEGER NOT NULL,
-    time_ns INTEGER NOT NULL, micro INTEGER NOT NULL, rank INTEGER NOT NULL, owner TEXT NOT NULL,
-    variable TEXT NOT NULL, revision INTEGER NOT NULL, quality INTEGER NOT NULL,
-    vector BLOB NOT NULL,        -- float64, little-endian
+CREATE TABLE series (              -- the shared variables of a run, numbered from 0
+    run {integer} NOT NULL, id {integer} NOT NULL, owner TEXT NOT NULL, variable TEXT NOT NULL,
+    latest {integer} NOT NULL,     -- the first number of its last chunk, or 0
+    PRIMARY KEY (run, id)
+);
+CREATE TABLE batches (             -- values as they came, in the order of the ledger
+    run {integer} NOT NULL, first {integer} NOT NULL, last {integer} NOT NULL,
+    amount {integer} NOT NULL,     -- how many values are among these numbers
+    data {bytes} NOT NULL,
+    PRIMARY KEY (run, first)
+);
+CREATE TABLE chunks (              -- values of one variable each, sorted out of many batches
+    id {integer} PRIMARY KEY, run {integer} NOT NULL, series {integer} NOT NULL,
+    fold {integer} NOT NULL,       -- the first number of those batches
+    first {integer} NOT NULL, last {integer} NOT NULL,
+    start_ns {integer} NOT NULL, end_ns {integer} NOT NULL,  -- the earliest and latest value
+    amount {integer} NOT NULL, width {integer} NOT NULL,
+    summary {bytes}
+);
+CREATE INDEX chunk_by_number ON chunks (run, fold);
+CREATE INDEX chunk_by_series ON chunks (run, series, first);
+CREATE TABLE vectors (chunk {integer} PRIMARY KEY, data {bytes} NOT NULL);
+CREATE TABLE happenings (          -- events and actions
+    run {integer} NOT NULL, number {integer} NOT NULL, what TEXT NOT NULL,
+    owner TEXT NOT NULL, kind TEXT NOT NULL, entity TEXT NOT NULL,
+    data {bytes} NOT NULL,
     PRIMARY KEY (run, number)
-);  -- with row ids: long rows pack badly without
-CREATE INDEX reading_by_variable ON readings (run, owner, variable, number);
-CREATE TABLE events (
-    run INTEGER NOT NULL, number INTEGER NOT NULL, receive_ns INTEGER NOT NULL,
-    time_ns INTEGER NOT NULL, micro INTEGER NOT NULL, rank INTEGER NOT NULL, owner TEXT NOT NULL,
-    id TEXT NOT NULL, event_ns INTEGER NOT NULL, kind TEXT NOT NULL, entity TEXT NOT NULL,
-    text TEXT NOT NULL,
-    causes TEXT NOT NULL,        -- JSON: [event id, ...]
-    via TEXT NOT NULL,           -- JSON: [[event id, coupling], ...]
-    PRIMARY KEY (run, number)
-) WITHOUT ROWID;
-CREATE TABLE actions (
-    run INTEGER NOT NULL, number INTEGER NOT NULL, receive_ns INTEGER NOT NULL,
-    time_ns INTEGER NOT NULL, micro INTEGER NOT NULL, rank INTEGER NOT NULL, owner TEXT NOT NULL,
-    member TEXT NOT NULL, actuator TEXT NOT NULL, entity TEXT NOT NULL,
-    setpoint BLOB NOT NULL,      -- one float64, little-endian: a refused one may be NaN
-    cause TEXT NOT NULL, refusal TEXT NOT NULL,
-    PRIMARY KEY (run, number)
-) WITHOUT ROWID;
+);
+CREATE INDEX happening_by_kind ON happenings (run, what, kind);
+CREATE TABLE journal (
+    run {integer} NOT NULL, first {integer} NOT NULL, last {integer} NOT NULL,
+    data {bytes} NOT NULL,
+    PRIMARY KEY (run, first)
+);
+CREATE TABLE snapshots (
+    run {integer} NOT NULL, member TEXT NOT NULL, number {integer} NOT NULL,
+    time_ns {integer} NOT NULL, state {bytes} NOT NULL,
+    PRIMARY KEY (run, member, number)
+);
+CREATE TABLE sessions (
+    run {integer} NOT NULL, member TEXT NOT NULL,
+    session TEXT NOT NULL,         -- JSON: what the broker must know to find it again
+    PRIMARY KEY (run, member)
+);
 """
 
-_RUN = (
-    "name, scenario, measure, document, seed, horizon_ns, figures, delays, state, settled_ns, "
-    "entries, digest, error, create_ns, end_ns, ended_by, ended_because"
-)
-_PLACE = "number, receive_ns, time_ns, micro, rank, owner"
-_READING = f"{_PLACE}, variable, revision, quality, vector"
-_EVENT = f"{_PLACE}, id, event_ns, kind, entity, text, causes, via"
-_ACTION = f"{_PLACE}, member, actuator, entity, setpoint, cause, refusal"
+_RUN = "name, state, settled_ns, entries, items, end_ns, facts, ending"
+_CHUNK = "id, series, width, first, last"
+_ITEM = struct.Struct("<BIqQ")
+_FRAME, _NOTE = 0, 1
+_EVENT, _ACTION = "event", "action"
 
 
 class State(StrEnum):
@@ -102,14 +122,18 @@ class State(StrEnum):
         return self not in (State.PENDING, State.RUNNING)
 
 
+_UNFINISHED = tuple(state.value for state in State if not state.is_over)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is known about a run besides its ledger.
+    """What is known about a run besides its ledger and its journal.
 
     `figures` are the `(member, variable, unit)` of its KPIs, `delays` the `(source, target,
     delay_ns)` after which an action takes effect. `settled_ns` is the instant up to which the
-    stored ledger is complete. `ended_by` and `ended_because` are for the record of a run that
-    somebody ended.
+    stored ledger is complete; `entries` and `items` are how many the ledger and the journal
+    have ever had. `ended_by` and `ended_because` are for the record of a run that somebody
+    ended.
     """
 
     name: str
@@ -129,6 +153,7 @@ class Run:
     end_ns: int | None = None
     ended_by: str = ""
     ended_because: str = ""
+    items: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,58 +165,106 @@ class Stored:
     entry: Entry
 
 
-class Store:
-    """One SQLite file, or ":memory:". Calls may come from any thread; they take turns.
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A member's answer to its frame of this number (from 1), as it is on the wire."""
 
-    What `append` and `change` have returned from is in the file, and a killed process loses
-    none of it (a power cut may lose the last moments, never consistency: write-ahead log,
-    `synchronous=NORMAL`). Every failure is a `FederationError`.
+    member: str
+    number: int
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What else decides how a run goes on: an order, a membership change. `time_ns` of the run."""
+
+    kind: str
+    time_ns: int
+    body: bytes
+
+
+Item = Frame | Note
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of a member's session after its frame `number`, at the run's `time_ns`."""
+
+    member: str
+    number: int
+    time_ns: int
+    state: bytes
+
+
+@dataclass
+class _Open:
+    """What a writer keeps in mind of a run: its variables, and how much isn't folded yet."""
+
+    entries: int
+    series: dict[tuple[str, str], int]
+    batches: int
+    values: int
+    bytes: int
+
+
+class Store:
+    """A SQLite file, ":memory:", or a PostgreSQL database by its `postgresql://` URL.
+
+    Calls may come from any thread; they take turns. What a writing call has returned from is
+    stored, whole; what it has failed with isn't, not even in part. Every failure is a
+    `FederationError`.
+
+    Values are first kept as they came, a row per `append`, and after a while sorted into chunks
+    of one variable each, with summaries, so that both writers and readers of a history are quick.
     """
 
     def __init__(self, path: str | Path = ":memory:", *, patience_s: float = 5.0) -> None:
-        self.path = str(path)
+        """`patience_s` is how long a call waits for a database that is away or in use."""
+        self._db = _database(str(path), patience_s)
+        self.path = self._db.place
         self.epoch = 0
-        self._turn = threading.Lock()
+        self._open: dict[int, _Open] = {}
+        self._turn = threading.RLock()
         try:
-            self._db = sqlite3.connect(
-                self.path, timeout=patience_s, isolation_level=None, check_same_thread=False
-            )
-        except sqlite3.Error as error:
-            raise self._failed("opened", error) from None
-        try:
-            with self._errors("opened"):
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=NORMAL")
-            with self._transaction("opened") as db:
-                self._adopt(db)
+            self._db.write(self._adopt, "opened")
+            self.id = str(self._meta("store"))
+            """Tells this store from every other one."""
         except BaseException:
             self._db.close()
             raise
-        self.id = str(self._meta("store"))
-        """Tells this store from every other one."""
 
-    def _adopt(self, db: sqlite3.Connection) -> None:
-        tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+    def _adopt(self, db: Cursor) -> None:
+        tables = self._db.tables(db)
         if not tables:
-            for statement in filter(str.strip, re.sub("--.*", "", _TABLES).split(";")):
+            text = re.sub("--.*", "", _TABLES.format(**self._db.types))
+            for statement in filter(str.strip, text.split(";")):
                 db.execute(statement)
-            facts = {"schema": SCHEMA, "store": uuid.uuid4().hex, "epoch": 0, "lease_epoch": 0}
-            db.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+            facts = {"schema": SCHEMA, "store": uuid.uuid4().hex}
+            facts |= {"epoch": 0, "lease_epoch": 0, "runs": 0}
+            rows = [(key, str(value)) for key, value in facts.items()]
+            db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
             return
         found = None
         if "meta" in tables:
             found = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
-        if found is None or found[0] != SCHEMA:
-            what = "is no store of a broker" if found is None else f"has the schema {found[0]}"
-            raise ScenarioError(
-                Reason.STORE_FAILED,
-                f"{self.path} {what}; this version reads schema {SCHEMA}: name another file",
-                {"file": self.path},
+        if found is None:
+            what = "is no store of a broker: name another place"
+        elif int(found[0]) > SCHEMA:
+            what = (
+                f"has the schema {found[0]}, of a newer version; this one reads and writes schema "
+                f"{SCHEMA}: use the newer version, or name another place"
             )
+        elif int(found[0]) < SCHEMA:
+            what = (
+                f"has the schema {found[0]}, of an older version; this one reads and writes schema "
+                f"{SCHEMA}: read its runs with the older version, and name another place"
+            )
+        else:
+            return
+        raise ScenarioError(Reason.STORE_FAILED, f"{self.path} {what}", {"file": self.path})
 
     def close(self) -> None:
-        with self._turn:
-            self._db.close()
+        self._db.close()
 
     # -- epochs ------------------------------------------------------------------------
 
@@ -200,10 +273,15 @@ class Store:
 
         From now on whoever opened the store before can't write to it any more (STALE_EPOCH).
         """
-        with self._transaction("written") as db:
-            db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
-            (epoch,) = db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
-        self.epoch = int(epoch)
+
+        def body(db: Cursor) -> int:
+            epoch = self._epoch_now(db) + 1
+            db.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (str(epoch),))
+            return epoch
+
+        with self._turn:
+            self.epoch = self._db.write(body)
+            self._open.clear()
         return self.epoch
 
     @property
@@ -213,8 +291,13 @@ class Store:
 
     def keep_lease_epoch(self, epoch: int) -> None:
         """Remember that leases up to `epoch` have been given."""
-        with self._writing() as db:
-            db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'lease_epoch'", (epoch,))
+
+        def body(db: Cursor) -> None:
+            (known,) = db.execute("SELECT value FROM meta WHERE key = 'lease_epoch'").fetchone()
+            highest = str(max(int(known), epoch))
+            db.execute("UPDATE meta SET value = ? WHERE key = 'lease_epoch'", (highest,))
+
+        self._write(body)
 
     # -- writing -----------------------------------------------------------------------
 
@@ -222,57 +305,101 @@ class Store:
         """Keep a new run. Its name becomes `runs/` and then `run.name`, made a resource id,
         with a number that no run had before."""
         stem = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40] or "run"
-        with self._writing() as db:
-            (last,) = db.execute("SELECT coalesce(max(id), 0) FROM runs").fetchone()
-            named = replace(run, name=f"runs/{stem}-{last + 1}")
+
+        def body(db: Cursor) -> Run:
+            (known,) = db.execute("SELECT value FROM meta WHERE key = 'runs'").fetchone()
+            id_ = int(known) + 1
+            named = replace(run, name=f"runs/{stem}-{id_}")
+            db.execute("UPDATE meta SET value = ? WHERE key = 'runs'", (str(id_),))
             marks = ", ".join("?" * (1 + len(_RUN.split(","))))
             db.execute(
-                f"INSERT INTO runs (id, {_RUN}) VALUES ({marks})", (last + 1, *_run_row(named))
+                f"INSERT INTO runs (id, {_RUN}) VALUES ({marks})",
+                (
+                    id_,
+                    named.name,
+                    str(named.state),
+                    named.settled_ns,
+                    named.entries,
+                    named.items,
+                    named.end_ns,
+                    _facts(named),
+                    _ending(named.digest, named.error, named.ended_by, named.ended_because),
+                ),
             )
-        return named
+            return named
+
+        return self._write(body)
 
     def append(
-        self, run: str, entries: Sequence[Entry], receive_ns: Sequence[int], settled_ns: int
+        self,
+        run: str,
+        entries: Sequence[Entry],
+        receive_ns: Sequence[int],
+        settled_ns: int,
+        journal: Sequence[Item] = (),
     ) -> int:
-        """Keep what follows all entries before, in one transaction; how many there are now.
+        """Keep what follows all entries and journal items before, in one transaction; how many
+        entries there are now.
 
         `receive_ns` has one Unix time per entry. Either all of it is kept or nothing.
         """
-        readings: list[tuple[object, ...]] = []
-        events: list[tuple[object, ...]] = []
-        actions: list[tuple[object, ...]] = []
-        with self._writing() as db:
-            id_, number = self._id(db, run)
+
+        def body(db: Cursor) -> tuple[int, int, _Open]:
+            id_, number, items = self._id(db, run)
+            # only when all is well it is put back
+            known = self._open.pop(id_, None)
+            if known is None or known.entries != number:
+                known = _look(db, id_, number)
+            values: list[tuple[int, int, int, Record]] = []
+            happenings: list[tuple[object, ...]] = []
+            fresh: list[tuple[object, ...]] = []
+            first = number + 1
             for entry, received in zip(entries, receive_ns, strict=True):
                 number += 1
-                place = (id_, number, received, entry.time_ns, entry.micro, entry.rank, entry.owner)
-                match entry:
-                    case Record():
-                        vector = codec.encode_vector(entry.value)
-                        quality = int(entry.quality)
-                        readings.append((*place, entry.variable, entry.revision, quality, vector))
-                    case EventRecord():
-                        what = entry.event
-                        said = (what.id, what.time_ns, what.kind, what.entity, what.text)
-                        story = (json.dumps(what.causes), json.dumps(entry.via))
-                        events.append((*place, *said, *story))
-                    case ActionRecord():
-                        order = entry.action
-                        setpoint = struct.pack("<d", order.value)
-                        target = (order.member, order.actuator, order.entity, setpoint)
-                        actions.append((*place, *target, order.cause, entry.refusal))
-            for table, columns, rows in (
-                ("readings", _READING, readings),
-                ("events", _EVENT, events),
-                ("actions", _ACTION, actions),
-            ):
-                if rows:
-                    marks = ", ".join("?" * len(rows[0]))
-                    db.executemany(f"INSERT INTO {table} (run, {columns}) VALUES ({marks})", rows)
+                if isinstance(entry, Record):
+                    name = (entry.owner, entry.variable)
+                    series = known.series.get(name)
+                    if series is None:
+                        series = known.series[name] = len(known.series)
+                        fresh.append((id_, series, *map(_plain, name), 0))
+                    values.append((number, received, series, entry))
+                else:
+                    happenings.append((id_, number, *_happening(entry, received)))
+            if fresh:
+                db.executemany("INSERT INTO series VALUES (?, ?, ?, ?, ?)", fresh)
+            if happenings:
+                db.executemany("INSERT INTO happenings VALUES (?, ?, ?, ?, ?, ?, ?)", happenings)
+            if values:
+                data = chunks.pack_batch(values)
+                db.execute(
+                    "INSERT INTO batches VALUES (?, ?, ?, ?, ?)",
+                    (id_, first, number, len(values), data),
+                )
+                known.batches += 1
+                known.values += len(values)
+                known.bytes += len(data)
+            if journal:
+                db.execute(
+                    "INSERT INTO journal VALUES (?, ?, ?, ?)",
+                    (id_, items + 1, items + len(journal), _pack_items(journal)),
+                )
             db.execute(
-                "UPDATE runs SET entries = ?, settled_ns = ? WHERE id = ?",
-                (number, settled_ns, id_),
+                "UPDATE runs SET entries = ?, items = ?, settled_ns = ? WHERE id = ?",
+                (number, items + len(journal), settled_ns, id_),
             )
+            if (
+                known.values >= FOLDED_VALUES
+                or known.bytes >= FOLDED_BYTES
+                or known.batches >= FOLDED_BATCHES
+            ):
+                self._fold(db, id_, run)
+                known.batches = known.values = known.bytes = 0
+            known.entries = number
+            return id_, number, known
+
+        with self._turn:
+            id_, number, known = self._write(body)
+            self._open[id_] = known
         return number
 
     def change(
@@ -287,36 +414,201 @@ class Store:
         ended_because: str = "",
     ) -> None:
         """Keep where a run stands now."""
-        with self._writing() as db:
-            id_, _ = self._id(db, run)
+
+        def body(db: Cursor) -> None:
+            id_, _, _ = self._id(db, run)
             db.execute(
-                "UPDATE runs SET state = ?, digest = ?, error = ?, end_ns = ?, ended_by = ?, "
-                "ended_because = ? WHERE id = ?",
-                (state, digest, _error_text(error), end_ns, ended_by, ended_because, id_),
+                "UPDATE runs SET state = ?, end_ns = ?, ending = ? WHERE id = ?",
+                (str(state), end_ns, _ending(digest, error, ended_by, ended_because), id_),
             )
+            if state.is_over:
+                self._open.pop(id_, None)
+                self._fold(db, id_, run)
+
+        with self._turn:
+            self._write(body)
 
     def give_up_unfinished(self, error: FederationError, now_ns: int) -> int:
         """Mark runs that an earlier life left unfinished as failed; how many there were."""
-        with self._writing() as db:
+
+        def body(db: Cursor) -> int:
             return db.execute(
-                "UPDATE runs SET state = ?, error = ?, end_ns = ? WHERE state IN (?, ?)",
-                (State.FAILED, _error_text(error), now_ns, State.PENDING, State.RUNNING),
+                "UPDATE runs SET state = ?, ending = ?, end_ns = ? WHERE state IN (?, ?)",
+                (str(State.FAILED), _ending("", error, "", ""), now_ns, *_UNFINISHED),
             ).rowcount
+
+        return self._write(body)
+
+    def _fold(self, db: Cursor, id_: int, run: str) -> None:
+        """Sort the values of all batches of a run into chunks of one variable each."""
+        rows = db.execute(
+            "SELECT first, last, data FROM batches WHERE run = ? ORDER BY first", (id_,)
+        ).fetchall()
+        if not rows:
+            return
+        heads, vectors = self._unpacked(run, rows)
+        (last_id,) = db.execute("SELECT coalesce(max(id), 0) FROM chunks").fetchone()
+        latest: dict[int, int] = {}
+        found: list[tuple[object, ...]] = []
+        packed: list[tuple[int, bytes]] = []
+        for number, chunk in enumerate(chunks.split(heads, vectors), last_id + 1):
+            times, numbers = chunk.heads["time_ns"], chunk.heads["number"]
+            amount, width = chunk.vectors.shape
+            place = (id_, chunk.series, rows[0][0], int(numbers[0]), int(numbers[-1]))
+            span = (int(times.min()), int(times.max()))
+            sums = chunks.summary(chunk.vectors) if amount >= chunks.SUMMED else None
+            found.append((number, *place, *span, amount, width, sums))
+            packed.append((number, chunk.packed()))
+            latest[chunk.series] = int(numbers[0])
+        marks = ", ".join("?" * 11)
+        db.executemany(f"INSERT INTO chunks VALUES ({marks})", found)
+        db.executemany("INSERT INTO vectors VALUES (?, ?)", packed)
+        db.executemany(
+            "UPDATE series SET latest = ? WHERE run = ? AND id = ?",
+            [(first, id_, series) for series, first in latest.items()],
+        )
+        db.execute("DELETE FROM batches WHERE run = ?", (id_,))
+
+    # -- going on after a fall ------------------------------------------------------------
+
+    def unfinished(self) -> list[Run]:
+        """The runs that haven't ended, the oldest first."""
+
+        def body(db: Cursor) -> list[Run]:
+            rows = db.execute(
+                f"SELECT {_RUN} FROM runs WHERE state IN (?, ?) ORDER BY id", _UNFINISHED
+            ).fetchall()
+            return [_run_of(row) for row in rows]
+
+        return self._db.read(body)
+
+    def journal(self, run: str, after: int = 0) -> Iterator[tuple[int, Item]]:
+        """All items that follow number `after`, numbered from 1, a few rows in memory at a time.
+
+        Fails with RUN_NOT_FOUND, with JOURNAL_PRUNED when it was dropped, and with STORE_FAILED
+        when an item is damaged or missing.
+        """
+        id_, _, items = self._db.read(lambda db: self._id(db, run))
+        return self._items(id_, run, after, items)
+
+    def _items(self, id_: int, run: str, after: int, items: int) -> Iterator[tuple[int, Item]]:
+        def body(db: Cursor) -> list[Any]:
+            return db.execute(
+                "SELECT first, last, data FROM journal WHERE run = ? AND first >= coalesce((SELECT "
+                "max(first) FROM journal WHERE run = ? AND first <= ?), 0) ORDER BY first LIMIT 16",
+                (id_, id_, after + 1),
+            ).fetchall()
+
+        while after < items:
+            before = after
+            for first, last, data in self._db.read(body):
+                if first > after + 1:
+                    break
+                with self._naming(f"the journal of {run}, items {first} to {last}"):
+                    found = _unpack_items(data, last - first + 1)
+                for number, item in enumerate(found, first):
+                    if number > after:
+                        yield number, item
+                after = last
+            if after <= before:
+                raise self._no_item(id_, run, before + 1)
+
+    def _no_item(self, id_: int, run: str, number: int) -> FederationError:
+        query = "SELECT count(*) FROM journal WHERE run = ?"
+        (left,) = self._db.read(lambda db: db.execute(query, (id_,)).fetchone())
+        if left:
+            return self._damaged(f"the journal of {run}", f"item {number} is missing")
+        return ScenarioError(
+            Reason.JOURNAL_PRUNED,
+            f"the journal of {run} was dropped after the run had ended",
+            {"run": run},
+        )
+
+    def keep_snapshot(
+        self, run: str, member: str, number: int, time_ns: int, state: bytes, *, keep: int = 2
+    ) -> None:
+        """Keep a member's state after its frame `number`, and of older ones the newest, so that
+        there are `keep` of that member."""
+
+        def body(db: Cursor) -> None:
+            id_, _, _ = self._id(db, run)
+            who = (id_, _plain(member))
+            db.execute(
+                "DELETE FROM snapshots WHERE run = ? AND member = ? AND number = ?", (*who, number)
+            )
+            db.execute(
+                "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?)",
+                (*who, number, time_ns, chunks.seal(state)),
+            )
+            db.execute(
+                "DELETE FROM snapshots WHERE run = ? AND member = ? AND number NOT IN (SELECT "
+                "number FROM snapshots WHERE run = ? AND member = ? ORDER BY number DESC LIMIT ?)",
+                (*who, *who, keep),
+            )
+
+        self._write(body)
+
+    def snapshots(self, run: str, member: str | None = None) -> list[Snapshot]:
+        """The kept snapshots of all members, or of one; by member, the newest first."""
+
+        def body(db: Cursor) -> list[Any]:
+            id_, _, _ = self._id(db, run)
+            only, values = (
+                ("", [id_]) if member is None else (" AND member = ?", [id_, _plain(member)])
+            )
+            return db.execute(
+                f"SELECT member, number, time_ns, state FROM snapshots WHERE run = ?{only} "
+                "ORDER BY member, number DESC",
+                values,
+            ).fetchall()
+
+        found = []
+        for name, number, time_ns, sealed in self._db.read(body):
+            name = _said(name)
+            with self._naming(f"the snapshot of {name} of {run} after frame {number}"):
+                found.append(Snapshot(name, number, time_ns, bytes(chunks.unseal(sealed))))
+        return found
+
+    def keep_sessions(self, run: str, sessions: Mapping[str, tuple[str | int, ...]]) -> None:
+        """Keep how the broker finds the sessions of these members again: id, epoch, and so on.
+
+        Members that aren't named stay as they are; an empty tuple forgets one.
+        """
+
+        def body(db: Cursor) -> None:
+            id_, _, _ = self._id(db, run)
+            for member, session in sessions.items():
+                who = (id_, _plain(member))
+                db.execute("DELETE FROM sessions WHERE run = ? AND member = ?", who)
+                if session:
+                    db.execute("INSERT INTO sessions VALUES (?, ?, ?)", (*who, json.dumps(session)))
+
+        self._write(body)
+
+    def sessions(self, run: str) -> dict[str, tuple[str | int, ...]]:
+        """What `keep_sessions` has kept, by member."""
+
+        def body(db: Cursor) -> list[Any]:
+            id_, _, _ = self._id(db, run)
+            query = "SELECT member, session FROM sessions WHERE run = ? ORDER BY member"
+            return db.execute(query, (id_,)).fetchall()
+
+        return {_said(m): tuple(json.loads(text)) for m, text in self._db.read(body)}
 
     # -- reading -----------------------------------------------------------------------
 
     def run(self, name: str) -> Run:
         """A run by its name. Fails with RUN_NOT_FOUND."""
-        with self._reading() as db:
-            return self._run(db, name)
+        return self._db.read(lambda db: self._run(db, name))
 
     def runs(self, limit: int = 100, before: int | None = None) -> tuple[list[Run], int | None]:
         """Runs, the newest first, and what to pass as `before` for those that follow."""
-        with self._reading() as db:
-            rows = db.execute(
+        rows = self._db.read(
+            lambda db: db.execute(
                 f"SELECT id, {_RUN} FROM runs WHERE id < ? ORDER BY id DESC LIMIT ?",
                 ((1 << 62) if before is None else before, limit + 1),
             ).fetchall()
+        )
         more = rows[limit - 1][0] if len(rows) > limit else None
         return [_run_of(row[1:]) for row in rows[:limit]], more
 
@@ -334,27 +626,59 @@ class Store:
         At most `limit` numbers are looked at. With `members`, only entries of these; with
         `variables`, only values of these, besides events and actions.
         """
-        with self._reading() as db:
-            id_, total = self._id(db, run)
+        owners, names = frozenset(members), frozenset(variables)
+
+        def body(db: Cursor) -> tuple[Run, int, _Values, list[Any]]:
+            known = self._run(db, run)
+            id_, total, _ = self._id(db, run)
             end = min(after + limit, total)
-            span = "run = ? AND number > ? AND number <= ?"
-            found = self._select(db, span, (id_, after, end), members, variables)
-            return found, max(end, after), self._run(db, run)
+            values = _Values(_names(db, id_, owners, names))
+            if end > after:
+                values.read_batches(
+                    db,
+                    "run = ? AND first <= ? AND first >= coalesce((SELECT max(first) FROM batches "
+                    "WHERE run = ? AND first <= ?), 0)",
+                    (id_, end, id_, after + 1),
+                )
+                values.read_chunks(
+                    db,
+                    "run = ? AND last > ? AND first <= ? AND fold <= ? AND fold >= coalesce("
+                    "(SELECT max(fold) FROM chunks WHERE run = ? AND fold <= ?), 0)",
+                    (id_, after, end, end, id_, after + 1),
+                )
+            rest = _happened(db, "run = ? AND number > ? AND number <= ?", (id_, after, end))
+            return known, end, values, rest
+
+        known, end, values, rest = self._db.read(body)
+        found = self._stored(run, values, after, end)
+        found += self._happenings(run, rest, owners)
+        found.sort(key=_number)
+        if not owners and not names and len(found) != max(0, end - after):
+            raise self._damaged(
+                f"the ledger of {run}", f"of entries {after + 1} to {end} {len(found)} are there"
+            )
+        return found, max(end, after), known
 
     def snapshot(
         self, run: str, *, members: Iterable[str] = (), variables: Iterable[str] = ()
     ) -> tuple[list[Stored], int, Run]:
         """The latest value of every variable with all events and actions, in ledger order."""
-        with self._reading() as db:
-            id_, total = self._id(db, run)
-            latest = (
-                "run = ? AND number IN (SELECT max(number) FROM readings WHERE run = ? "
-                "GROUP BY owner, variable)"
-            )
-            values = self._select(db, latest, (id_, id_), members, variables, ("readings",))
-            rest = self._select(db, "run = ?", (id_,), members, variables, ("events", "actions"))
-            found = sorted([*values, *rest], key=lambda stored: stored.number)
-            return found, total, self._run(db, run)
+        owners, names = frozenset(members), frozenset(variables)
+
+        def body(db: Cursor) -> tuple[Run, _Values, list[Any]]:
+            known = self._run(db, run)
+            id_, _, _ = self._id(db, run)
+            values = _Values(_names(db, id_, owners, names))
+            values.read_batches(db, "run = ?", (id_,))
+            latest = "SELECT latest FROM series WHERE run = ? AND id = series"
+            values.read_chunks(db, f"run = ? AND first = ({latest})", (id_, id_))
+            return known, values, _happened(db, "run = ?", (id_,))
+
+        known, values, rest = self._db.read(body)
+        found = [Stored(*place) for place in self._latest(run, values, known.entries)]
+        found += self._happenings(run, rest, owners)
+        found.sort(key=_number)
+        return found, known.entries, known
 
     def latest(self, run: str) -> dict[tuple[str, str], Record]:
         """The latest value of every variable, by owner and name."""
@@ -364,98 +688,233 @@ class Store:
 
     def present(self, run: str, owner: str, variable: str, at: int | None = None) -> float | None:
         """The last value of a scalar, or the last not after entry number `at`; None for none."""
-        with self._reading() as db:
-            id_, total = self._id(db, run)
-            row = db.execute(
-                "SELECT vector FROM readings WHERE run = ? AND owner = ? AND variable = ? AND "
-                "number <= ? ORDER BY number DESC LIMIT 1",
-                (id_, owner, variable, total if at is None else at),
-            ).fetchone()
-        return None if row is None else float(codec.decode_vector(row[0], variable)[0])
+
+        def body(db: Cursor) -> tuple[_Values, int]:
+            id_, total, _ = self._id(db, run)
+            last = total if at is None else at
+            values = _Values(_names(db, id_, {owner}, {variable}))
+            values.read_batches(db, "run = ?", (id_,))
+            for series in values.names:
+                values.read_chunks(
+                    db,
+                    "run = ? AND series = ? AND first = (SELECT max(first) FROM chunks WHERE "
+                    "run = ? AND series = ? AND first <= ?)",
+                    (id_, series, id_, series, last),
+                )
+            return values, last
+
+        values, last = self._db.read(body)
+        for _, _, record in self._latest(run, values, last):
+            return float(record.value[0])
+        return None
 
     def history(
         self, run: str, owner: str, variable: str, start_ns: int, end_ns: int
     ) -> list[Stored]:
         """All revisions of one variable from `start_ns` up to and including `end_ns`."""
-        with self._reading() as db:
-            id_, _ = self._id(db, run)
-            where = "run = ? AND owner = ? AND variable = ? AND time_ns BETWEEN ? AND ?"
-            values = (id_, owner, variable, start_ns, end_ns)
-            return self._select(db, where, values, (), (), ("readings",))
+
+        def body(db: Cursor) -> _Values:
+            id_, _, _ = self._id(db, run)
+            values = _Values(_names(db, id_, {owner}, {variable}))
+            values.read_batches(db, "run = ?", (id_,))
+            for series in values.names:
+                where = "run = ? AND series = ? AND end_ns >= ? AND start_ns <= ?"
+                values.read_chunks(db, where, (id_, series, start_ns, end_ns))
+            return values
+
+        found = self._stored(run, self._db.read(body), 0, 1 << 62)
+        return [stored for stored in found if start_ns <= stored.entry.time_ns <= end_ns]
+
+    def outline(
+        self,
+        run: str,
+        owner: str,
+        variable: str,
+        start_ns: int,
+        end_ns: int,
+        buckets: int,
+        *,
+        entity: int | None = None,
+    ) -> Outline:
+        """One variable from `start_ns` up to and including `end_ns` in at most so many buckets.
+
+        Of all entities, or of the one with this index. Where the summary of a chunk says all
+        that a bucket needs, its values aren't read: the time goes with the number of buckets
+        and of chunks (of up to 1024 values), not with that of values.
+        """
+        width_ns = -(-(end_ns - start_ns + 1) // buckets)
+
+        def body(db: Cursor) -> tuple[_Values, list[Any]]:
+            id_, _, _ = self._id(db, run)
+            values = _Values(_names(db, id_, {owner}, {variable}))
+            values.read_batches(db, "run = ?", (id_,))
+            whole: list[Any] = []
+            for series in values.names:
+                rows = db.execute(
+                    f"SELECT {_CHUNK}, start_ns, end_ns, amount, summary FROM chunks WHERE run = ? "
+                    "AND series = ? AND end_ns >= ? AND start_ns <= ? ORDER BY first",
+                    (id_, series, start_ns, end_ns),
+                ).fetchall()
+                cut = []
+                for row in rows:
+                    low, high = (row[5] - start_ns) // width_ns, (row[6] - start_ns) // width_ns
+                    inside = row[5] >= start_ns and row[6] <= end_ns
+                    if inside and low == high and row[8] is not None:
+                        whole.append((low, *row))
+                    else:
+                        cut.append(row[:5])
+                values.read_vectors(db, cut)
+            return values, whole
+
+        values, whole = self._db.read(body)
+        with self._naming(f"{owner}.{variable} of {run}"):
+            parts = chunks.Parts(start_ns, end_ns, width_ns, entity)
+            for series in values.names:
+                parts.add_batches([data for _, _, data in values.batches], series)
+            parts.add_chunks([(data, row[2]) for row, data in values.chunks])
+            parts.add_whole([(low, row[3], row[7], row[2], row[8]) for low, *row in whole])
+            return parts.gathered()
 
     def events(self, run: str, kind: str, entity: str | None = None) -> list[Stored]:
         """All events of one kind, or those that happened to one entity."""
-        with self._reading() as db:
-            id_, _ = self._id(db, run)
-            where, values = "run = ? AND kind = ?", [id_, kind]
+
+        def body(db: Cursor) -> list[Any]:
+            id_, _, _ = self._id(db, run)
+            where, values = "run = ? AND what = ? AND kind = ?", [id_, _EVENT, _plain(kind)]
             if entity is not None:
-                where, values = f"{where} AND entity = ?", [*values, entity]
-            return self._select(db, where, values, (), (), ("events",))
+                where, values = f"{where} AND entity = ?", [*values, _plain(entity)]
+            return _happened(db, where, values)
+
+        return self._happenings(run, self._db.read(body))
 
     def actions(self, run: str, owner: str) -> list[Stored]:
         """All actions of one member that took effect."""
-        with self._reading() as db:
-            id_, _ = self._id(db, run)
-            where = "run = ? AND owner = ? AND refusal = ''"
-            return self._select(db, where, (id_, owner), (), (), ("actions",))
 
-    def _select(
+        def body(db: Cursor) -> list[Any]:
+            id_, _, _ = self._id(db, run)
+            return _happened(
+                db, "run = ? AND what = ? AND owner = ?", (id_, _ACTION, _plain(owner))
+            )
+
+        found = self._happenings(run, self._db.read(body))
+        return [s for s in found if isinstance(s.entry, ActionRecord) and not s.entry.refusal]
+
+    # -- retention ---------------------------------------------------------------------
+
+    def prune(
         self,
-        db: sqlite3.Connection,
-        where: str,
-        values: Sequence[object],
-        members: Iterable[str],
-        variables: Iterable[str],
-        tables: Sequence[str] = ("readings", "events", "actions"),
-    ) -> list[Stored]:
-        owners, names = tuple(members), tuple(variables)
-        if owners:
-            where += f" AND owner IN ({', '.join('?' * len(owners))})"
+        *,
+        keep_runs: int,
+        ended_before_ns: int | None = None,
+        journal_only: bool = False,
+    ) -> list[str]:
+        """Drop runs that have ended, but never the newest `keep_runs` of them, nor those that
+        ended at `ended_before_ns` (Unix time) or later; the names of those that were dropped.
+
+        With `journal_only` a run stays with its ledger and loses only what it would need to go
+        on: its journal, snapshots and sessions. A run that hasn't ended stays whole. The room is
+        given back: the file of SQLite gets smaller.
+        """
+
+        def chosen(db: Cursor) -> list[Any]:
+            rows = db.execute(
+                "SELECT id, name, end_ns FROM runs WHERE state NOT IN (?, ?) ORDER BY id DESC",
+                _UNFINISHED,
+            ).fetchall()[keep_runs:]
+            return [
+                (id_, name)
+                for id_, name, end_ns in reversed(rows)
+                if ended_before_ns is None or (end_ns or 0) < ended_before_ns
+            ]
+
+        dropped = []
+        for id_, name in self._db.read(chosen):
+            if self._write(partial(_drop, id_=id_, journal_only=journal_only)):
+                dropped.append(name)
+        if dropped:
+            self._db.shrink()
+        return dropped
+
+    # -- what is where -------------------------------------------------------------------
+
+    def _stored(self, run: str, values: _Values, after: int, end: int) -> list[Stored]:
+        """All values with a number > `after` and <= `end`."""
         found: list[Stored] = []
-        for table in tables:
-            columns, decode = _DECODED[table]
-            clause, arguments = where, [*values, *owners]
-            if names and table == "readings":
-                clause += f" AND variable IN ({', '.join('?' * len(names))})"
-                arguments += names
-            query = f"SELECT {columns} FROM {table} WHERE {clause} ORDER BY number"
-            found += (Stored(row[0], row[1], decode(row)) for row in db.execute(query, arguments))
-        if len(tables) > 1:
-            found.sort(key=lambda stored: stored.number)
+        for chunk in self._chunks(run, values):
+            numbers = chunk.heads["number"]
+            low, high = np.searchsorted(numbers, (after, end), side="right")
+            part = chunks.Chunk(chunk.heads[low:high], chunk.vectors[low:high])
+            found += (Stored(*place) for place in part.records(*values.names[chunk.series]))
+        found.sort(key=_number)
         return found
 
-    def _run(self, db: sqlite3.Connection, name: str) -> Run:
+    def _latest(self, run: str, values: _Values, at: int) -> list[tuple[int, int, Record]]:
+        """The last value of each variable with a number <= `at`."""
+        last: dict[int, chunks.Chunk] = {}
+        for chunk in self._chunks(run, values):
+            end = int(np.searchsorted(chunk.heads["number"], at, side="right"))
+            known = last.get(chunk.series)
+            if end and (known is None or known.heads["number"][0] < chunk.heads["number"][end - 1]):
+                last[chunk.series] = chunk.only(slice(end - 1, end))
+        return [
+            place
+            for series, chunk in last.items()
+            for place in chunk.records(*values.names[series])
+        ]
+
+    def _chunks(self, run: str, values: _Values) -> Iterator[chunks.Chunk]:
+        for (_, series, width, first, last), data in values.chunks:
+            owner, variable = values.names[series]
+            with self._naming(f"{owner}.{variable} of {run}, entries {first} to {last}"):
+                yield chunks.unpack_chunk(data, series, width)
+        if values.batches:
+            heads, vectors = self._unpacked(run, values.batches)
+            wanted = np.isin(heads["series"], list(values.names))
+            yield from chunks.split(heads, vectors, wanted)
+
+    def _unpacked(self, run: str, rows: Sequence[Any]) -> tuple[chunks.Heads, chunks.Floats]:
+        for first, last, data in rows:
+            with self._naming(f"the ledger of {run}, entries {first} to {last}"):
+                chunks.unseal(data)
+        return chunks.unpack_batches([data for _, _, data in rows])
+
+    def _happenings(
+        self, run: str, rows: Sequence[Any], owners: frozenset[str] = frozenset()
+    ) -> list[Stored]:
+        found = []
+        for number, what, data in rows:
+            with self._naming(f"the ledger of {run}, entry {number}"):
+                stored = _happened_as(number, what, data)
+            if not owners or stored.entry.owner in owners:
+                found.append(stored)
+        return found
+
+    def _run(self, db: Cursor, name: str) -> Run:
         row = db.execute(f"SELECT {_RUN} FROM runs WHERE name = ?", (name,)).fetchone()
         if row is None:
             raise _no_run(name)
         return _run_of(row)
 
-    def _id(self, db: sqlite3.Connection, name: str) -> tuple[int, int]:
-        row = db.execute("SELECT id, entries FROM runs WHERE name = ?", (name,)).fetchone()
+    def _id(self, db: Cursor, name: str) -> tuple[int, int, int]:
+        """Its id, and how many entries and journal items it has."""
+        row = db.execute("SELECT id, entries, items FROM runs WHERE name = ?", (name,)).fetchone()
         if row is None:
             raise _no_run(name)
-        return int(row[0]), int(row[1])
+        return int(row[0]), int(row[1]), int(row[2])
 
-    def _meta(self, key: str) -> Any:
-        with self._reading() as db:
-            return db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0]
+    def _meta(self, key: str) -> str:
+        query = "SELECT value FROM meta WHERE key = ?"
+        return str(self._db.read(lambda db: db.execute(query, (key,)).fetchone())[0])
 
-    # -- turns and failures --------------------------------------------------------------
+    def _epoch_now(self, db: Cursor) -> int:
+        query = f"SELECT value FROM meta WHERE key = 'epoch'{self._db.alone}"
+        return int(db.execute(query).fetchone()[0])
 
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """One consistent view: the statements inside see the same state."""
-        with self._turn, self._errors("read"):
-            self._db.execute("BEGIN")
-            try:
-                yield self._db
-            finally:
-                self._roll_back()
+    def _write(self, body: Callable[[Cursor], T]) -> T:
+        """Write as the life of the broker that has the store. Fails with STALE_EPOCH."""
 
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._transaction("written") as db:
-            (epoch,) = db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+        def fenced(db: Cursor) -> T:
+            epoch = self._epoch_now(db)
             if self.epoch and epoch != self.epoch:
                 raise ScenarioError(
                     Reason.STALE_EPOCH,
@@ -463,69 +922,130 @@ class Store:
                     f"was {self.epoch})",
                     {"file": self.path, "epoch": str(epoch)},
                 )
-            yield db
+            return body(db)
+
+        return self._db.write(fenced)
 
     @contextmanager
-    def _transaction(self, purpose: str) -> Iterator[sqlite3.Connection]:
-        """All of what happens inside, or nothing."""
-        with self._turn, self._errors(purpose):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._roll_back()
-                raise
-
-    def _roll_back(self) -> None:
-        # a full disk has rolled back already
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-
-    @contextmanager
-    def _errors(self, purpose: str) -> Iterator[None]:
+    def _naming(self, what: str) -> Iterator[None]:
+        """Say of what doesn't decode where it was."""
         try:
             yield
-        except sqlite3.Error as error:
-            raise self._failed(purpose, error) from error
+        except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+            raise self._damaged(what, str(error)) from error
 
-    def _failed(self, purpose: str, error: sqlite3.Error) -> FederationError:
+    def _damaged(self, what: str, why: str) -> FederationError:
         return ScenarioError(
             Reason.STORE_FAILED,
-            f"the broker's store {self.path} can't be {purpose}: {error}",
-            {"file": self.path, "sqlite": getattr(error, "sqlite_errorname", "")},
+            f"the broker's store {self.path} is damaged: {what}: {why}",
+            {"file": self.path},
         )
+
+
+class _Values:
+    """Rows with the values of some variables, as one transaction has found them."""
+
+    def __init__(self, names: Mapping[int, tuple[str, str]]) -> None:
+        self.names = names
+        self.batches: list[Any] = []
+        self.chunks: list[tuple[Any, bytes]] = []
+
+    def read_batches(self, db: Cursor, where: str, values: Sequence[object]) -> None:
+        if self.names:
+            query = f"SELECT first, last, data FROM batches WHERE {where} ORDER BY first"
+            self.batches = db.execute(query, values).fetchall()
+
+    def read_chunks(self, db: Cursor, where: str, values: Sequence[object]) -> None:
+        """The chunks of these variables among those that the condition names."""
+        query = f"SELECT {_CHUNK} FROM chunks WHERE {where} ORDER BY first"
+        rows = db.execute(query, values).fetchall()
+        self.read_vectors(db, [row for row in rows if row[1] in self.names])
+
+    def read_vectors(self, db: Cursor, rows: Sequence[Any]) -> None:
+        for low in range(0, len(rows), 500):
+            part = rows[low : low + 500]
+            marks = ", ".join("?" * len(part))
+            query = f"SELECT chunk, data FROM vectors WHERE chunk IN ({marks})"
+            found = dict(db.execute(query, [row[0] for row in part]).fetchall())
+            self.chunks += ((row, found.get(row[0], b"")) for row in part)
+
+
+def _database(path: str, patience_s: float) -> Database:
+    return Sqlite(path, patience_s)
+
+
+def _look(db: Cursor, id_: int, entries: int) -> _Open:
+    names = {name: series for series, name in _names(db, id_, (), ()).items()}
+    query = "SELECT count(*), coalesce(sum(amount), 0), coalesce(sum(length(data)), 0) FROM batches"
+    batches, values, size = db.execute(f"{query} WHERE run = ?", (id_,)).fetchone()
+    return _Open(entries, names, int(batches), int(values), int(size))
+
+
+def _names(
+    db: Cursor, id_: int, owners: Collection[str], variables: Collection[str]
+) -> dict[int, tuple[str, str]]:
+    """The owner and the name of every variable, or of those that are asked for."""
+    query = "SELECT id, owner, variable FROM series WHERE run = ?"
+    values: list[object] = [id_]
+    for column, wanted in (("owner", owners), ("variable", variables)):
+        if wanted:
+            query += f" AND {column} IN ({', '.join('?' * len(wanted))})"
+            values += map(_plain, wanted)
+    return {series: (_said(o), _said(v)) for series, o, v in db.execute(query, values).fetchall()}
+
+
+def _happened(db: Cursor, where: str, values: Sequence[object]) -> list[Any]:
+    query = f"SELECT number, what, data FROM happenings WHERE {where} ORDER BY number"
+    return db.execute(query, values).fetchall()
+
+
+def _drop(db: Cursor, id_: int, journal_only: bool) -> int:
+    tables = ["journal", "snapshots", "sessions"]
+    if not journal_only:
+        query = "DELETE FROM vectors WHERE chunk IN (SELECT id FROM chunks WHERE run = ?)"
+        db.execute(query, (id_,))
+        tables += ["chunks", "batches", "series", "happenings"]
+    count = sum(db.execute(f"DELETE FROM {t} WHERE run = ?", (id_,)).rowcount for t in tables)
+    if not journal_only:
+        count += db.execute("DELETE FROM runs WHERE id = ?", (id_,)).rowcount
+    return count
+
+
+# -- rows ----------------------------------------------------------------------------------
+
+
+def _number(stored: Stored) -> int:
+    return stored.number
+
+
+def _plain(text: str) -> str:
+    """Any text, even with a zero in it, in characters that every database takes."""
+    return json.dumps(text)[1:-1]
+
+
+def _said(plain: str) -> str:
+    return str(json.loads(f'"{plain}"'))
 
 
 def _no_run(name: str) -> ScenarioError:
     return ScenarioError(Reason.RUN_NOT_FOUND, f"there is no run {name!r}", {"run": name})
 
 
-def _run_row(run: Run) -> tuple[object, ...]:
-    return (
-        run.name,
-        run.scenario,
-        run.measure,
-        run.document,
-        str(run.seed),
-        run.horizon_ns,
-        json.dumps(run.figures),
-        json.dumps(run.delays),
-        run.state,
-        run.settled_ns,
-        run.entries,
-        run.digest,
-        _error_text(run.error),
-        run.create_ns,
-        run.end_ns,
-        run.ended_by,
-        run.ended_because,
-    )
+def _facts(run: Run) -> str:
+    seed = str(run.seed)  # of 64 bits, without a sign
+    known = (run.scenario, run.measure, run.document, seed, run.horizon_ns, run.create_ns)
+    return json.dumps([*known, run.figures, run.delays])
+
+
+def _ending(digest: str, error: FederationError | None, by: str, because: str) -> str:
+    told = error and {"reason": error.reason, "message": error.message, "metadata": error.metadata}
+    return json.dumps([digest, told, by, because])
 
 
 def _run_of(row: Sequence[Any]) -> Run:
-    name, scenario, measure, document, seed, horizon_ns, figures, delays = row[:8]
-    state, settled_ns, entries, digest, error, create_ns, end_ns, by, because = row[8:]
+    name, state, settled_ns, entries, items, end_ns, facts, ending = row
+    scenario, measure, document, seed, horizon_ns, create_ns, figures, delays = json.loads(facts)
+    digest, error, by, because = json.loads(ending)
     return Run(
         name,
         scenario,
@@ -534,56 +1054,74 @@ def _run_of(row: Sequence[Any]) -> Run:
         int(seed),
         horizon_ns,
         create_ns,
-        tuple((m, v, u) for m, v, u in json.loads(figures)),
-        tuple((s, t, d) for s, t, d in json.loads(delays)),
+        tuple((m, v, u) for m, v, u in figures),
+        tuple((s, t, d) for s, t, d in delays),
         State(state),
         settled_ns,
         entries,
         digest,
-        _error_of(error),
+        error and status.decode_error(error_pb2.Error(**error)),
         end_ns,
         by,
         because,
+        items,
     )
 
 
-def _error_text(error: FederationError | None) -> str:
-    if error is None:
-        return ""
-    return json.dumps(
-        {"reason": error.reason, "message": error.message, "metadata": error.metadata}
+def _happening(entry: EventRecord | ActionRecord, receive_ns: int) -> tuple[object, ...]:
+    """Its kind, owner, kind of event or actuator, entity, and all of it, sealed."""
+    place = (receive_ns, entry.time_ns, entry.micro, entry.rank, entry.owner)
+    if isinstance(entry, EventRecord):
+        event = entry.event
+        what, kind, entity = _EVENT, event.kind, event.entity
+        body: tuple[object, ...] = (event.id, event.time_ns, event.text, event.causes, entry.via)
+    else:
+        action = entry.action
+        what, kind, entity = _ACTION, action.actuator, action.entity
+        setpoint = struct.pack("<d", action.value).hex()  # a refused one may be NaN
+        body = (action.member, setpoint, action.cause, entry.refusal)
+    text = json.dumps([*place, kind, entity, *body])
+    return what, _plain(entry.owner), _plain(kind), _plain(entity), chunks.seal(text.encode())
+
+
+def _happened_as(number: int, what: str, data: bytes) -> Stored:
+    receive_ns, time_ns, micro, rank, owner, kind, entity, *rest = json.loads(
+        bytes(chunks.unseal(data))
     )
+    if what == _EVENT:
+        id_, event_ns, text, causes, via = rest
+        event = Event(id_, event_ns, kind, entity, text, tuple(causes))
+        channels = tuple((cause, channel) for cause, channel in via)
+        return Stored(number, receive_ns, EventRecord(time_ns, micro, rank, owner, event, channels))
+    member, setpoint, cause, refusal = rest
+    (value,) = struct.unpack("<d", bytes.fromhex(setpoint))
+    action = Action(member, kind, entity, value, cause)
+    return Stored(number, receive_ns, ActionRecord(time_ns, micro, rank, owner, action, refusal))
 
 
-def _error_of(text: str) -> FederationError | None:
-    if not text:
-        return None
-    parts: Mapping[str, Any] = json.loads(text)
-    return status.decode_error(error_pb2.Error(**parts))
+def _pack_items(items: Sequence[Item]) -> bytes:
+    parts: list[bytes] = []
+    for item in items:
+        if isinstance(item, Frame):
+            what, name, number, body = _FRAME, item.member, item.number, item.answer
+        else:
+            what, name, number, body = _NOTE, item.kind, item.time_ns, item.body
+        label = name.encode()
+        parts += (_ITEM.pack(what, len(label), number, len(body)), label, body)
+    return chunks.seal(b"".join(parts))
 
 
-def _reading_of(row: Sequence[Any]) -> Record:
-    _, _, time_ns, micro, rank, owner, variable, revision, quality, vector = row
-    value = codec.decode_vector(vector, variable)
-    return Record(time_ns, micro, rank, owner, variable, revision, value, Quality(quality))
-
-
-def _event_of(row: Sequence[Any]) -> EventRecord:
-    _, _, time_ns, micro, rank, owner, id_, event_ns, kind, entity, text, causes, via = row
-    event = Event(id_, event_ns, kind, entity, text, tuple(json.loads(causes)))
-    channels = tuple((cause, channel) for cause, channel in json.loads(via))
-    return EventRecord(time_ns, micro, rank, owner, event, channels)
-
-
-def _action_of(row: Sequence[Any]) -> ActionRecord:
-    _, _, time_ns, micro, rank, owner, member, actuator, entity, setpoint, cause, refusal = row
-    (value,) = struct.unpack("<d", setpoint)
-    action = Action(member, actuator, entity, value, cause)
-    return ActionRecord(time_ns, micro, rank, owner, action, refusal)
-
-
-_DECODED: Mapping[str, tuple[str, Callable[[Sequence[Any]], Entry]]] = {
-    "readings": (_READING, _reading_of),
-    "events": (_EVENT, _event_of),
-    "actions": (_ACTION, _action_of),
-}
+def _unpack_items(sealed: bytes, count: int) -> list[Item]:
+    data = chunks.unseal(sealed)
+    found: list[Item] = []
+    place = 0
+    while place < len(data):
+        what, label, number, size = _ITEM.unpack_from(data, place)
+        place += _ITEM.size
+        name = str(data[place : place + label], "utf-8")
+        place += label + size
+        body = bytes(data[place - size : place])
+        found.append(Frame(name, number, body) if what == _FRAME else Note(name, number, body))
+    if len(found) != count:
+        raise chunks.DamagedError(f"{len(found)} of them are there")
+    return found

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
-from federation.core.coupling import MAX_CAUSES, Slot, Unit, Wire, Wiring
-from federation.core.envelope import Envelope, Pool
-from federation.core.ledger import ActionRecord, Entry, EventRecord, Ledger, Record
+from federation.core.coupling import Wiring
+from federation.core.envelope import Pool
+from federation.core.exchange import Exchange, Member
+from federation.core.ledger import ActionRecord, Entry, EventRecord
 from federation.core.messages import (
     Aborted,
     Accepted,
@@ -31,10 +33,9 @@ from federation.core.messages import (
     Input,
     Ordered,
     Refused,
-    Stepped,
 )
 from federation.errors import FederationError, Reason, TwinError
-from federation.twin import Action, Event, StepInput, StepResult, Vector, check_outputs
+from federation.twin import NOTHING, Action, Event, StepInput, StepResult
 
 NEVER = (1 << 63) - 1
 """Later than every instant of a run."""
@@ -46,7 +47,7 @@ OPERATOR_RANK = -1
 """A person's order comes before all steps of its instant."""
 
 SETTLE_EVERY = 512
-"""Ledger entries to gather before they are put in order; a matter of speed only."""
+"""Ledger entries to gather at least before they are put in order; a matter of speed only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,63 +65,45 @@ class LoopPolicy:
 
 
 @dataclass(slots=True)
-class _Feed:
-    """What has come over one wire: the visible value and what becomes visible later."""
-
-    wire: Wire
-    visible: Vector | None = None
-    causes: dict[int, str] = field(default_factory=dict)
-    pending: deque[tuple[int, Vector, Mapping[int, str]]] = field(default_factory=deque)
-
-
-@dataclass(slots=True)
-class _Input:
-    slot: Slot
-    feeds: list[_Feed]
-    value: Vector
-    """What the member was last given."""
-    causes: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    is_behind: bool = False
-    """Something visible, below the tolerance of a loop, was not given yet."""
-
-
-@dataclass(slots=True)
-class _Member:
-    name: str
-    rank: int
-    period_ns: int
-    wakes: bool
-    sizes: Mapping[str, int]
-    inputs: list[_Input]
-    next_ns: int
-    """Its own next instant: of its period, or asked for; NEVER when it asked for none."""
-    feeds_out: dict[str, list[_Feed]]
-    acts: bool
-    """Whether it may act on others; its inputs are then judged step by step."""
-    granted: tuple[StepInput, ...] = ()
-    """The steps in flight; empty when the member is idle."""
-    orders: deque[tuple[int, str, Action]] = field(default_factory=deque)
-    """Actions on their way to it: (visible from, channel, action)."""
-    untold: dict[str, dict[int, tuple[str, ...]]] = field(default_factory=dict)
-    """Causes that became visible when it had no reason to step."""
-    published: dict[str, tuple[int, Vector]] = field(default_factory=dict)
-    """Per output the revision and value last recorded."""
-    known_events: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Foreign events that reached it, with the coupling that brought each to each input."""
-    own_events: set[str] = field(default_factory=set)
-
-
-@dataclass(slots=True)
 class _Loop:
     """The iteration of one loop unit at one instant."""
 
     time_ns: int
     micro: int = 0
-    queue: deque[_Member] = field(default_factory=deque)
+    queue: deque[Member] = field(default_factory=deque)
     stepped: dict[str, StepResult] = field(default_factory=dict)
     given: dict[str, int] = field(default_factory=dict)
     """Per member the number of its micro-steps so far."""
     actions: dict[str, tuple[Action, ...]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Unit:
+    """A unit of the wiring with where it stands in time."""
+
+    index: int
+    members: list[Member]
+    is_loop: bool
+    wakes: bool
+    echo_ns: int
+    inward: list[tuple[_Unit, int]] = field(default_factory=list)
+    """The units that feed it, each with the shortest delay_ns."""
+    outward: list[_Unit] = field(default_factory=list)
+    wakers: list[tuple[_Unit, int]] = field(default_factory=list)
+    """The units that it feeds and that wake on input, each with the shortest delay_ns."""
+    loop: _Loop | None = None
+    own_ns: int = 0
+    """The earliest step that is already sure to be possible."""
+    earliest_ns: int = 0
+    """The earliest step that is possible at all: nothing can be published before."""
+
+    def sure_ns(self) -> int:
+        """What `own_ns` should be now."""
+        if self.loop is not None:
+            return self.loop.time_ns
+        if len(self.members) == 1:
+            return _next_step(self.members[0])
+        return min(map(_next_step, self.members))
 
 
 class Coordinator:
@@ -141,22 +124,15 @@ class Coordinator:
     ) -> None:
         self.wiring = wiring
         self.horizon_ns = horizon_ns
-        self.ledger = Ledger()
+        self._exchange = Exchange(wiring, pools)
+        self.ledger = self._exchange.ledger
         self._policy = loop or LoopPolicy()
         self._frame_steps = frame_steps
-        self._envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
-        self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
-        self._members = self._build()
-        self._by_unit = [[self._members[m] for m in unit.members] for unit in wiring.units]
-        self._loops: dict[int, _Loop] = {}
-        self._earliest = [0] * len(wiring.units)
-        self._waking = [any(member.wakes for member in members) for members in self._by_unit]
-        self._any_waking = any(self._waking)
-        self._wakes_from: list[list[tuple[int, int]]] = [[] for _ in wiring.units]
-        """Per unit the waking units that it feeds, each with the shortest delay_ns."""
-        for target, sources in enumerate(wiring.inward):
-            for source, delay_ns in sources if self._waking[target] else ():
-                self._wakes_from[source].append((target, delay_ns))
+        self._members = self._exchange.members
+        self._units = self._build()
+        self._front = [(0, unit.index) for unit in self._units]
+        """A heap of (earliest instant, unit); entries that are out of date are passed over."""
+        self._settle_at = SETTLE_EVERY
         self._over = False
         self._orders_taken = 0
 
@@ -164,344 +140,199 @@ class Coordinator:
 
     def start(self) -> tuple[Effect, ...]:
         """The grants that can be given before anything has happened."""
-        self._refresh(range(len(self._by_unit)))
-        return self._advance(range(len(self._by_unit)))
+        self._refresh(self._units)
+        return self._advance(self._units)
 
     def handle(self, event: Input) -> tuple[Effect, ...]:
-        """Take one event and say what follows from it."""
+        """Take one event and say what follows from it.
+
+        The work grows with the couplings of the member that answered and, where members wake
+        on input, with the part of the federation that it may wake; not with its size.
+        """
         if self._over:
             return ()
         if isinstance(event, Failed):
             return self._abort(event.error)
         if isinstance(event, Ordered):
             return self._order(event)
-        member = self._members[event.member]
+        name, results = event
+        member = self._members[name]
         try:
-            self._check_answer(member, event)
-            unit = self.wiring.unit_of[member.name]
-            if unit in self._loops:
-                return self._continue_loop(unit, member, event.results[0])
-            for result in event.results:
-                self._absorb(member, result)
-                self._schedule(member, result)
+            self._check_answer(member, results)
+            unit = self._units[member.unit]
+            if unit.loop is not None:
+                return self._continue_loop(unit, unit.loop, member, results[0])
+            for result in results:
+                self._exchange.absorb(member, result)
+                _set_next(member, result)
             member.granted = ()
-            return self._advance(self._touched(unit))
+            return self._advance(self._moved(unit))
         except FederationError as error:
             return self._abort(error)
 
     @property
     def now_ns(self) -> int:
         """Every instant before this is settled for all members."""
-        return min(min(self._earliest), self.horizon_ns + 1)
+        front, units = self._front, self._units
+        while front[0][0] != units[front[0][1]].earliest_ns:
+            heapq.heappop(front)
+        return min(front[0][0], self.horizon_ns + 1)
 
     # -- construction ----------------------------------------------------------------
 
-    def _build(self) -> dict[str, _Member]:
-        members: dict[str, _Member] = {}
-        for name, description in self.wiring.descriptions.items():
-            inputs = [
-                _Input(slot, [_Feed(w) for w in slot.wires], slot.initial())
-                for slot in self.wiring.slots[name]
-            ]
-            policy = description.time
-            members[name] = _Member(
-                name,
-                self.wiring.rank[name],
-                policy.period_ns,
-                policy.wakes_on_input,
-                description.output_sizes(),
-                inputs,
-                policy.offset_ns,
-                {},
-                any(name == a.source for a in self.wiring.actuations),
-            )
-        for member in members.values():
-            for given in member.inputs:
-                for feed in given.feeds:
-                    coupling = feed.wire.coupling
-                    heirs = members[coupling.source].feeds_out
-                    heirs.setdefault(coupling.output, []).append(feed)
-        return members
+    def _build(self) -> list[_Unit]:
+        wiring = self.wiring
+        units = []
+        for unit, echo_ns in zip(wiring.units, wiring.echo_ns, strict=True):
+            members = [self._members[name] for name in unit.members]
+            wakes = any(member.wakes for member in members)
+            units.append(_Unit(unit.index, members, unit.is_loop, wakes, echo_ns))
+        for target, sources in zip(units, wiring.inward, strict=True):
+            for index, delay_ns in sources:
+                target.inward.append((units[index], delay_ns))
+                units[index].outward.append(target)
+                if target.wakes:
+                    units[index].wakers.append((target, delay_ns))
+        return units
 
     # -- earliest instants and readiness -----------------------------------------------
 
-    def _own_earliest(self, unit: int) -> int:
-        """The earliest step of a unit that is already sure to be possible."""
-        if unit in self._loops:
-            return self._loops[unit].time_ns
-        return min(self._next_step(member) for member in self._by_unit[unit])
-
-    def _next_step(self, member: _Member) -> int:
-        if member.granted:
-            return member.granted[0].time_ns
-        if not member.wakes:
-            return member.next_ns
-        change_ns = min(
-            (feed.pending[0][0] for i in member.inputs for feed in i.feeds if feed.pending),
-            default=NEVER,
-        )
-        if member.orders:
-            change_ns = min(change_ns, min(visible_ns for visible_ns, _, _ in member.orders))
-        return min(member.next_ns, change_ns)
-
-    def _touched(self, unit: int) -> Iterable[int]:
+    def _moved(self, unit: _Unit) -> Iterable[_Unit]:
         """Units whose right to step may have changed after `unit` moved."""
-        if self._any_waking:
-            everyone = range(len(self._by_unit))
-            self._refresh(everyone)
-            return everyone
-        self._refresh((unit,))
-        return (unit, *self.wiring.outward[unit])
+        if not unit.wakers and not unit.wakes:
+            earliest_ns = unit.own_ns = unit.sure_ns()
+            if earliest_ns != unit.earliest_ns:
+                unit.earliest_ns = earliest_ns
+                heapq.heappush(self._front, (earliest_ns, unit.index))
+            return (unit, *unit.outward)
+        seen = self._refresh((unit, *(target for target, _ in unit.wakers)))
+        return dict.fromkeys(chain(seen, *(other.outward for other in seen)))
 
-    def _refresh(self, units: Iterable[int]) -> None:
-        """Bring the earliest instants of `units` up to date.
+    def _refresh(self, units: Iterable[_Unit]) -> Collection[_Unit]:
+        """Bring the earliest instants up to date after `units` moved or were sent something.
 
-        A unit that wakes on input can be woken by anything upstream, so with such units the
-        earliest instants are shortest paths from what is sure, and Dijkstra's algorithm finds
-        them for all at once.
+        A unit that wakes on input can be woken by anything upstream, so its earliest instant
+        ends a shortest path from what is sure. Those whose shortest path may have led through
+        `units` are found anew by Dijkstra's algorithm, from what borders on them (Ramalingam
+        and Reps 1996); all others keep theirs. Returns the units that were looked at.
         """
-        earliest = self._earliest
-        for unit in units:
-            earliest[unit] = self._own_earliest(unit)
-        if not self._any_waking:
-            return
-        heap = [(t, u) for u, t in enumerate(earliest) if t < NEVER]
+        seen: dict[int, _Unit] = {}
+        before: dict[int, int] = {}
+        stack = list(units)
+        for unit in stack:
+            unit.own_ns = unit.sure_ns()
+        while stack:
+            unit = stack.pop()
+            if unit.index in seen:
+                continue
+            seen[unit.index] = unit
+            for target, delay_ns in unit.wakers:
+                if target.earliest_ns == unit.earliest_ns + delay_ns:
+                    stack.append(target)
+        heap = []
+        for unit in seen.values():
+            before[unit.index] = unit.earliest_ns
+            earliest_ns = unit.own_ns
+            if unit.wakes:
+                for source, delay_ns in unit.inward:
+                    if source.index not in seen:
+                        earliest_ns = min(earliest_ns, source.earliest_ns + delay_ns)
+            heap.append((earliest_ns, unit.index))
+        for earliest_ns, index in heap:
+            self._units[index].earliest_ns = earliest_ns
         heapq.heapify(heap)
         while heap:
-            time_ns, source = heapq.heappop(heap)
-            if time_ns > earliest[source]:
+            earliest_ns, index = heapq.heappop(heap)
+            unit = self._units[index]
+            if earliest_ns > unit.earliest_ns:
                 continue
-            for target, delay_ns in self._wakes_from[source]:
-                if time_ns + delay_ns < earliest[target]:
-                    earliest[target] = time_ns + delay_ns
-                    heapq.heappush(heap, (earliest[target], target))
+            for target, delay_ns in unit.wakers:
+                if earliest_ns + delay_ns < target.earliest_ns:
+                    before.setdefault(target.index, target.earliest_ns)
+                    seen[target.index] = target
+                    target.earliest_ns = earliest_ns + delay_ns
+                    heapq.heappush(heap, (target.earliest_ns, target.index))
+        for index, earliest_ns in before.items():
+            unit = seen[index]
+            if unit.earliest_ns != earliest_ns:
+                heapq.heappush(self._front, (unit.earliest_ns, index))
+        return seen.values()
 
-    def _bound(self, unit: int) -> int:
-        """A unit may step at every t < this."""
-        earliest = self._earliest
-        return min(
-            (earliest[source] + delay_ns for source, delay_ns in self.wiring.inward[unit]),
-            default=NEVER,
-        )
-
-    def _advance(self, candidates: Iterable[int]) -> tuple[Effect, ...]:
+    def _advance(self, candidates: Iterable[_Unit]) -> tuple[Effect, ...]:
         """Grant whatever can be granted among `candidates` and commit what is settled."""
         effects: list[Effect] = []
-        queue = deque(candidates)
-        is_near_end = False
-        while queue:
-            index = queue.popleft()
-            queue.extend(self._try(self.wiring.units[index], effects))
-            is_near_end = is_near_end or self._earliest[index] > self.horizon_ns
-        if is_near_end and self.now_ns > self.horizon_ns:
+        again: list[_Unit] = []
+        for unit in candidates:
+            again.extend(self._try(unit, effects))
+        while again:
+            again.extend(self._try(again.pop(), effects))
+        now_ns = self.now_ns
+        if now_ns > self.horizon_ns:
             self._over = True
             effects.extend(_commit(self.ledger.settle(NEVER)))
             effects.append(Finished(self.ledger.digest()))
-        elif self.ledger.waiting >= SETTLE_EVERY:
-            effects.extend(_commit(self.ledger.settle(self.now_ns)))
+        elif self.ledger.waiting >= self._settle_at:
+            effects.extend(_commit(self.ledger.settle(now_ns)))
+            # what had to stay is not looked through again at every event
+            self._settle_at = max(SETTLE_EVERY, 2 * self.ledger.waiting)
         return tuple(effects)
 
-    def _try(self, unit: Unit, effects: list[Effect]) -> Iterable[int]:
+    def _try(self, unit: _Unit, effects: list[Effect]) -> Iterable[_Unit]:
         """Grant `unit` what it may do now; the units to look at again if it only caught up."""
-        members = self._by_unit[unit.index]
-        if unit.index in self._loops or any(member.granted for member in members):
-            return ()
-        time_ns = self._own_earliest(unit.index)
-        bound_ns = min(self._bound(unit.index), self.horizon_ns + 1)
-        if time_ns >= bound_ns:
+        time_ns = unit.own_ns
+        bound_ns = self.horizon_ns + 1
+        for source, delay_ns in unit.inward:
+            limit_ns = source.earliest_ns + delay_ns
+            if limit_ns < bound_ns:
+                bound_ns = limit_ns
+        if time_ns >= bound_ns or unit.loop is not None:
             return ()
         if unit.is_loop:
-            due = deque(m for m in members if self._next_step(m) == time_ns)
-            self._loops[unit.index] = _Loop(time_ns, queue=due)
-            return self._next_in_loop(unit.index, effects)
-        member = members[0]
-        bound_ns = min(bound_ns, time_ns + self.wiring.echo_ns[unit.index])
-        steps = []
-        while time_ns < bound_ns:
-            given = self._collect(member, time_ns)
+            due = deque(m for m in unit.members if _next_step(m) == time_ns)
+            unit.loop = _Loop(time_ns, queue=due)
+            return self._next_in_loop(unit, unit.loop, effects)
+        member = unit.members[0]
+        if member.granted:
+            return ()
+        given = member.collect(time_ns)
+        if not member.period_ns or member.wakes or member.acts:
+            # only a fixed period says already now when the next step is
             if member.wakes and member.next_ns != time_ns and _is_empty(given):
-                member.untold = {v: dict(c) for v, c in given.causes.items()}
-                return self._touched(unit.index)
-            steps.append(given)
-            # Beyond the first step only a fixed period says when the next one is.
-            if member.wakes or member.acts or not member.period_ns:
-                break
-            if len(steps) >= self._frame_steps:
-                break
+                member.put_off(given)
+                return self._moved(unit)
+            member.granted = (given,)
+        else:
+            steps = [given]
+            bound_ns = min(bound_ns, time_ns + unit.echo_ns)
             time_ns += member.period_ns
-        member.granted = tuple(steps)
+            while time_ns < bound_ns and len(steps) < self._frame_steps:
+                steps.append(member.collect(time_ns))
+                time_ns += member.period_ns
+            member.granted = tuple(steps)
         effects.append(Grant(member.name, member.granted))
         return ()
 
-    # -- what a member is given ----------------------------------------------------------
-
-    def _collect(self, member: _Member, time_ns: int, micro: int = 0) -> StepInput:
-        """The inputs of `member` that differ from what it saw last, and its due actions."""
-        inputs: dict[str, Vector] = {}
-        causes, member.untold = member.untold, {}
-        for given in member.inputs:
-            touched = self._receive(given, time_ns)
-            if touched is None and not given.is_behind:
-                continue
-            given.is_behind = False
-            name = given.slot.variable.name
-            value = self._relaxed(given, micro)
-            if not np.array_equal(value, given.value):
-                value.setflags(write=False)
-                given.value = value
-                inputs[name] = value
-                given.is_behind = micro > 0 and self._policy.relaxation < 1.0
-            changed = self._explain(member, given, touched or set())
-            if changed:
-                causes.setdefault(name, {}).update(changed)
-        actions = tuple(a for visible_ns, _, a in member.orders if visible_ns <= time_ns)
-        if actions:
-            for _, channel, action in member.orders:
-                if action.cause and action in actions:
-                    member.known_events.setdefault(action.cause, {}).setdefault("", channel)
-            member.orders = deque(o for o in member.orders if o[0] > time_ns)
-        return StepInput(time_ns, micro, inputs, causes, actions)
-
-    def _receive(self, given: _Input, time_ns: int) -> set[int] | None:
-        """Make visible what is due; None if nothing was, else the rows with new causes."""
-        rows: set[int] | None = None
-        for feed in given.feeds:
-            while feed.pending and feed.pending[0][0] <= time_ns:
-                _, feed.visible, news = feed.pending.popleft()
-                rows = set() if rows is None else rows
-                for column, event in news.items():
-                    if feed.causes.get(column) != event:
-                        feed.causes[column] = event
-                        rows.update(feed.wire.targets_of.get(column, ()))
-        return rows
-
-    def _relaxed(self, given: _Input, micro: int) -> Vector:
-        value = given.slot.combined([feed.visible for feed in given.feeds])
-        if micro and self._policy.relaxation < 1.0:
-            return given.value + self._policy.relaxation * (value - given.value)
-        return value
-
-    def _explain(
-        self, member: _Member, given: _Input, rows: set[int]
-    ) -> dict[int, tuple[str, ...]]:
-        """The new causes of the touched rows, remembering through which coupling they came."""
-        changed: dict[int, tuple[str, ...]] = {}
-        for row in sorted(rows):
-            events: dict[str, str] = {}
-            for feed_index, column in given.slot.sources_of[row]:
-                feed = given.feeds[feed_index]
-                event = feed.causes.get(column)
-                if event is not None:
-                    events.setdefault(event, feed.wire.coupling.name)
-            kept = tuple(events)[:MAX_CAUSES]
-            if given.causes.get(row) != kept:
-                given.causes[row] = changed[row] = kept
-                name = given.slot.variable.name
-                for event in kept:
-                    member.known_events.setdefault(event, {}).setdefault(name, events[event])
-        return changed
-
     # -- what a member answers -----------------------------------------------------------
 
-    def _check_answer(self, member: _Member, event: Stepped) -> None:
-        times = [(s.time_ns, s.micro) for s in member.granted]
-        answered = [(r.time_ns, r.micro) for r in event.results]
-        if not times or times != answered:
-            raise TwinError(
-                Reason.INVALID_FRAME,
-                f"{member.name} was granted {times or 'nothing'} and answered for {answered}",
-                {"member": member.name},
-            )
-
-    def _absorb(self, member: _Member, result: StepResult) -> None:
-        """Check a final result, record it, and hand it on to every member that it feeds."""
-        self._absorb_story(member, result)
-        self._publish(member, result, result.causes)
-
-    def _publish(
-        self, member: _Member, result: StepResult, causes: Mapping[str, Mapping[int, str]]
-    ) -> None:
-        check_outputs(member.name, member.sizes, result)
-        for name in dict.fromkeys((*result.outputs, *causes)):
-            last = member.published.get(name)
-            value = result.outputs.get(name)
-            news = causes.get(name, {})
-            for event in news.values():
-                if event not in member.own_events and event not in member.known_events:
-                    raise TwinError(
-                        Reason.UNKNOWN_CAUSE,
-                        f"{member.name}.{name} is explained by {event!r}, which is neither an "
-                        f"event of {member.name} nor one that reached it",
-                        {"member": member.name, "variable": name, "cause": event},
-                    )
-            if value is not None and (last is None or not np.array_equal(value, last[1])):
-                revision = 1 if last is None else last[0] + 1
-                member.published[name] = (revision, value)
-                self.ledger.add(
-                    Record(
-                        result.time_ns,
-                        result.micro,
-                        member.rank,
-                        member.name,
-                        name,
-                        revision,
-                        value,
-                    )
-                )
-            elif last is None or not news:
-                continue
-            present = member.published[name][1]
-            for feed in member.feeds_out.get(name, ()):
-                visible_ns = result.time_ns + feed.wire.coupling.delay_ns
-                feed.pending.append((visible_ns, present, news))
-
-    def _absorb_story(self, member: _Member, result: StepResult) -> None:
-        prefix = f"{member.name}/"
-        for event in result.events:
-            if not event.id.startswith(prefix) or event.id in member.own_events:
-                raise TwinError(
-                    Reason.UNKNOWN_CAUSE,
-                    f"{member.name} may not name an event {event.id!r}",
-                    {"member": member.name, "event": event.id},
-                )
-            via = []
-            for cause in event.causes:
-                if cause in member.own_events:
-                    continue
-                channels = member.known_events.get(cause)
-                if channels is None:
-                    raise TwinError(
-                        Reason.UNKNOWN_CAUSE,
-                        f"{event.id} ({event.kind}) names the cause {cause!r}, which is neither "
-                        f"an earlier event of {member.name} nor one that reached it",
-                        {"member": member.name, "event": event.id, "cause": cause},
-                    )
-                told_by = dict(event.through).get(cause, "")
-                via.append((cause, channels.get(told_by) or next(iter(channels.values()))))
-            member.own_events.add(event.id)
-            self.ledger.add(
-                EventRecord(
-                    result.time_ns, result.micro, member.rank, member.name, event, tuple(via)
-                )
-            )
-        if result.actions:
-            seen = {i.slot.variable.name: i.value for i in member.inputs}
-            for action, refusal in self._envelope.screen(member.name, result.actions, seen):
-                self.ledger.add(
-                    ActionRecord(
-                        result.time_ns, result.micro, member.rank, member.name, action, refusal
-                    )
-                )
-                if not refusal:
-                    delay_ns = self._action_delay[member.name, action.member]
-                    channel = f"{member.name} => {action.member}.{action.actuator}"
-                    self._members[action.member].orders.append(
-                        (result.time_ns + delay_ns, channel, action)
-                    )
+    def _check_answer(self, member: Member, results: tuple[StepResult, ...]) -> None:
+        granted = member.granted
+        if granted and len(granted) == len(results):
+            for step, result in zip(granted, results, strict=True):
+                if step.time_ns != result.time_ns or step.micro != result.micro:
+                    break
+            else:
+                return
+        times = [(s.time_ns, s.micro) for s in granted]
+        answered = [(r.time_ns, r.micro) for r in results]
+        raise TwinError(
+            Reason.INVALID_FRAME,
+            f"{member.name} was granted {times or 'nothing'} and answered for {answered}",
+            {"member": member.name},
+        )
 
     def _order(self, event: Ordered) -> tuple[Effect, ...]:
         """Let an operator act: at the first instant that no grant has passed yet."""
-        refusal = self._envelope.fault(event.action)
+        refusal = self._exchange.envelope.fault(event.action)
         if refusal:
             return (Refused(refusal),)
         member = self._members[event.action.member]
@@ -520,26 +351,8 @@ class Coordinator:
         self.ledger.add(ActionRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, action))
         channel = f"{OPERATOR} => {action.member}.{action.actuator}"
         member.orders.append((time_ns, channel, action))
-        again = self._touched(self.wiring.unit_of[member.name])
+        again = self._moved(self._units[member.unit])
         return (Accepted(event_id, time_ns), *self._advance(again))
-
-    def _schedule(self, member: _Member, result: StepResult) -> None:
-        """Set the member's own next instant after its step at `result.time_ns`."""
-        if member.period_ns:
-            if member.next_ns <= result.time_ns:
-                member.next_ns = result.time_ns + member.period_ns
-            return
-        if result.next_ns is not None:
-            if result.next_ns <= result.time_ns:
-                raise TwinError(
-                    Reason.TIME_REGRESSION,
-                    f"{member.name} stepped at {result.time_ns} ns and asked for "
-                    f"{result.next_ns} ns",
-                    {"member": member.name},
-                )
-            member.next_ns = result.next_ns
-        elif member.next_ns <= result.time_ns:
-            member.next_ns = NEVER
 
     def _abort(self, error: FederationError) -> tuple[Effect, ...]:
         self._over = True
@@ -547,20 +360,19 @@ class Coordinator:
 
     # -- loops of instant couplings --------------------------------------------------------
 
-    def _next_in_loop(self, unit: int, effects: list[Effect]) -> Iterable[int]:
+    def _next_in_loop(self, unit: _Unit, loop: _Loop, effects: list[Effect]) -> Iterable[_Unit]:
         """Grant the next member of the pass, or begin the next pass, or end the instant.
 
         Returns the units to look at again, which are none before the instant has ended.
         """
-        loop = self._loops[unit]
         while True:
             while loop.queue:
                 member = loop.queue.popleft()
                 micro = loop.given.get(member.name, 0)
-                step = self._collect(member, loop.time_ns, micro)
+                step = member.collect(loop.time_ns, micro, self._policy.relaxation)
                 is_own = member.next_ns == loop.time_ns and micro == 0
                 if not is_own and _is_empty(step):
-                    member.untold = {v: dict(c) for v, c in step.causes.items()}
+                    member.put_off(step)
                     continue
                 # a redone step acts on the same orders as the step that it replaces
                 orders = loop.actions.setdefault(member.name, step.actions)
@@ -569,13 +381,13 @@ class Coordinator:
                 member.granted = (step,)
                 effects.append(Grant(member.name, member.granted))
                 return ()
-            unsettled = [m for m in self._by_unit[unit] if self._is_unsettled(m, loop)]
+            unsettled = [m for m in unit.members if self._is_unsettled(m, loop)]
             if not unsettled:
-                self._end_loop(unit)
-                return self._touched(unit)
+                self._end_loop(unit, loop)
+                return self._moved(unit)
             loop.micro += 1
             if loop.micro > self._policy.limit:
-                names = self.wiring.units[unit].members
+                names = [member.name for member in unit.members]
                 raise TwinError(
                     Reason.LOOP_NOT_CONVERGED,
                     f"the loop {' -> '.join((*names, names[0]))} did not settle at "
@@ -585,14 +397,14 @@ class Coordinator:
                 )
             loop.queue.extend(unsettled)
 
-    def _is_unsettled(self, member: _Member, loop: _Loop) -> bool:
+    def _is_unsettled(self, member: Member, loop: _Loop) -> bool:
         """Whether inputs have moved by more than the tolerance since its last micro-step."""
         has_stepped = member.name in loop.given
         if not has_stepped and not member.wakes:
             return False
         # a member that has not stepped is woken by news, not by what a loop left over
-        staged = [self._stage(given, loop.time_ns) for given in member.inputs]
-        for given in member.inputs:
+        staged = [member.stage(given, loop.time_ns) for given in member.inlets]
+        for given in member.inlets:
             value = given.slot.combined([feed.visible for feed in given.feeds])
             if not has_stepped and any(staged) and not np.array_equal(value, given.value):
                 return True
@@ -601,49 +413,64 @@ class Coordinator:
                 return True
         return False
 
-    def _stage(self, given: _Input, time_ns: int) -> bool:
-        """Make values visible within a loop; their causes follow when it has settled."""
-        is_rung = False
-        for feed in given.feeds:
-            while feed.pending and feed.pending[0][0] <= time_ns and not feed.pending[0][2]:
-                feed.visible = feed.pending.popleft()[1]
-                given.is_behind = is_rung = True
-        return is_rung
-
-    def _continue_loop(self, unit: int, member: _Member, result: StepResult) -> tuple[Effect, ...]:
-        self._publish(member, result, {})
-        self._loops[unit].stepped[member.name] = result
+    def _continue_loop(
+        self, unit: _Unit, loop: _Loop, member: Member, result: StepResult
+    ) -> tuple[Effect, ...]:
+        self._exchange.publish(member, result, NOTHING)
+        loop.stepped[member.name] = result
         member.granted = ()
         effects: list[Effect] = []
-        again = self._next_in_loop(unit, effects)
+        again = self._next_in_loop(unit, loop, effects)
         return (*effects, *self._advance(again))
 
-    def _end_loop(self, unit: int) -> None:
+    def _end_loop(self, unit: _Unit, loop: _Loop) -> None:
         """Keep the last micro-step of each member as what happened at this instant.
 
         Events and causes of micro-steps that were redone never happened; within the loop,
         causes therefore become visible from the next step on.
         """
-        loop = self._loops.pop(unit)
-        for member in self._by_unit[unit]:
+        unit.loop = None
+        for member in unit.members:
             result = loop.stepped.get(member.name)
             if result is not None:
-                self._absorb_story(member, result)
-                self._publish(member, result, result.causes)
-                self._schedule(member, result)
-        for member in self._by_unit[unit]:
-            for given in member.inputs:
-                self._catch_up(member, given, loop.time_ns)
+                self._exchange.absorb(member, result)
+                _set_next(member, result)
+        for member in unit.members:
+            for inlet in member.inlets:
+                member.catch_up(inlet, loop.time_ns)
 
-    def _catch_up(self, member: _Member, given: _Input, time_ns: int) -> None:
-        """Take in what the loop left below its tolerance, without waking the member."""
-        rows = self._receive(given, time_ns)
-        if rows is None:
-            return
-        given.is_behind = True
-        changed = self._explain(member, given, rows)
-        if changed:
-            member.untold.setdefault(given.slot.variable.name, {}).update(changed)
+
+def _next_step(member: Member) -> int:
+    if member.granted:
+        return member.granted[0].time_ns
+    next_ns = member.next_ns
+    if member.wakes:
+        for inlet in member.inlets:
+            for feed in inlet.feeds:
+                if feed.pending and feed.pending[0][0] < next_ns:
+                    next_ns = feed.pending[0][0]
+        for visible_ns, _, _ in member.orders:
+            if visible_ns < next_ns:
+                next_ns = visible_ns
+    return next_ns
+
+
+def _set_next(member: Member, result: StepResult) -> None:
+    """Set the member's own next instant after its step at `result.time_ns`."""
+    if member.period_ns:
+        if member.next_ns <= result.time_ns:
+            member.next_ns = result.time_ns + member.period_ns
+        return
+    if result.next_ns is not None:
+        if result.next_ns <= result.time_ns:
+            raise TwinError(
+                Reason.TIME_REGRESSION,
+                f"{member.name} stepped at {result.time_ns} ns and asked for {result.next_ns} ns",
+                {"member": member.name},
+            )
+        member.next_ns = result.next_ns
+    elif member.next_ns <= result.time_ns:
+        member.next_ns = NEVER
 
 
 def _commit(entries: tuple[Entry, ...]) -> tuple[Effect, ...]:

@@ -14,7 +14,7 @@ import pint
 from numpy.typing import NDArray
 
 from federation.errors import Reason, ScenarioError
-from federation.twin import SYSTEM, Causality, Description, Variable, Vector
+from federation.twin import SYSTEM, Causality, Description, Variable, Vector, plain_zeros
 
 MAX_CAUSES = 8
 """How many causes one input entry carries; enough to explain, few enough to read."""
@@ -119,6 +119,8 @@ class Wire:
     gain: Vector
     offset: float
     targets_of: Mapping[int, tuple[int, ...]]
+    is_identity: bool
+    """Whether the whole source vector arrives as it is."""
 
     def carry(self, source: Vector) -> Vector:
         """The contribution of each link, in the order of `rows`."""
@@ -137,11 +139,22 @@ class Slot:
     sources_of: Mapping[int, tuple[tuple[int, int], ...]]
     """Per target row the `(wire, column)` pairs behind it, in order of declaration."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the input is, after the first value, just what its only source publishes."""
+        return len(self.wires) == 1 and self.wires[0].is_identity
+
     def initial(self) -> Vector:
-        return np.full(self.size, self.variable.initial, dtype=np.float64)
+        return plain_zeros(np.full(self.size, self.variable.initial, dtype=np.float64))
 
     def combined(self, visible: Sequence[Vector | None]) -> Vector:
-        """The input's value from the visible value of each wire (None before its first)."""
+        """The input's value from the visible value of each wire (None before its first).
+
+        It has no -0.0, so that equal values have equal bits.
+        """
+        return plain_zeros(self._combined(visible))
+
+    def _combined(self, visible: Sequence[Vector | None]) -> Vector:
         result = self.initial()
         if self.combine is Combine.ERROR:
             for wire, value in zip(self.wires, visible, strict=True):
@@ -342,7 +355,9 @@ def _resolve(descriptions: Mapping[str, Description], coupling: Coupling) -> Wir
             links = tuple((SYSTEM, id_, 1.0) for id_ in target_ids)
         else:
             links = tuple((id_, id_, 1.0) for id_ in target_ids)
-    rows, columns, gain = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    gain: list[float] = []
     targets_of: dict[int, list[int]] = {}
     for source_id, target_id, weight in links:
         for id_, known, side in (
@@ -367,6 +382,25 @@ def _resolve(descriptions: Mapping[str, Description], coupling: Coupling) -> Wir
         np.array(gain, dtype=np.float64),
         offset,
         {column: tuple(targets) for column, targets in targets_of.items()},
+        _is_identity(rows, columns, gain, offset, len(source_ids), len(target_ids)),
+    )
+
+
+def _is_identity(
+    rows: list[int],
+    columns: list[int],
+    gain: list[float],
+    offset: float,
+    source_size: int,
+    target_size: int,
+) -> bool:
+    every = list(range(target_size))
+    return (
+        source_size == target_size
+        and rows == every
+        and columns == every
+        and offset == 0.0
+        and all(g == 1.0 for g in gain)
     )
 
 

@@ -6,10 +6,9 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
-import numpy as np
-
-from federation.twin import Action, Event, Vector
+from federation.twin import Action, Event, Vector, plain_zeros
 
 
 class Quality(IntEnum):
@@ -21,8 +20,7 @@ class Quality(IntEnum):
     STALE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One revision of one shared variable; `owner` is the only member that may write it."""
 
     time_ns: int
@@ -83,32 +81,111 @@ def _serial(event_id: str) -> str:
     return event_id.rpartition("/")[2].rjust(12, "0")
 
 
+_INSTANT = struct.Struct("<qi")
+_HEAD = struct.Struct("<iBBI")
+_VALUE = struct.Struct("<d")
+
+HASH_BYTES = 1 << 16
+"""How much to gather before it is hashed; a matter of speed only."""
+
+
+def _head(rank: int, kind: int, quality: int, size: int, text: str) -> bytes:
+    name = text.encode()
+    return _HEAD.pack(rank, kind, quality, len(name)) + name + _SIZE.pack(size)
+
+
+_SIZE = struct.Struct("<Q")
+
+
+def record_head(rank: int, owner: str, variable: str, size: int, quality: Quality) -> bytes:
+    """What stands in the hash before the values of a record; the same for all its revisions."""
+    return _head(rank, 0, int(quality), 8 * size, f"{owner}.{variable}")
+
+
 class Ledger:
     """Puts entries, in whatever order they arrive, into the defined one and hashes them.
 
     The digest is SHA-256 over all entries by time, micro-step, topological rank and name,
-    so it does not depend on when messages arrived.
+    so it does not depend on when messages arrived. Hashed are, little-endian: before the first
+    entry of each micro-step its time (int64) and number (int32); of every entry its rank
+    (int32), kind and quality (bytes), the length of its name (uint32), the name, the length of
+    its body (uint64) and the body. The body of a record are its values; its revision is the
+    number of records of its name so far, and so needs no place.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[Entry] = []
+        self._waiting: list[_Waiting] = []
+        self._serial = 0
         self._hash = hashlib.sha256()
+        self._parts: list[bytes] = []
+        self._parts_bytes = 0
+        self._now = (-1, -1)
+        self._heads: dict[tuple[int, str, str, Quality], bytes] = {}
         self.size = 0
 
-    def add(self, entry: Entry) -> None:
-        self._waiting.append(entry)
+    def add(self, entry: Entry, data: bytes | None = None) -> None:
+        """Take an entry of any instant that is not settled.
+
+        `data` are the bytes of a record's value where they are known.
+        """
+        self._serial += 1
+        if isinstance(entry, Record):
+            if data is None:
+                data = plain_zeros(entry.value).tobytes()
+            self._waiting.append(
+                (
+                    entry.time_ns,
+                    entry.micro,
+                    entry.rank,
+                    0,
+                    entry.variable,
+                    self._serial,
+                    entry,
+                    data,
+                )
+            )
+        else:
+            self._waiting.append((*entry.sort_key(), self._serial, entry, b""))
 
     def settle(self, before_ns: int) -> tuple[Entry, ...]:
         """Commit every entry of a time < `before_ns`; nothing earlier can come any more."""
-        ready = [entry for entry in self._waiting if entry.time_ns < before_ns]
+        ready = [waiting for waiting in self._waiting if waiting[0] < before_ns]
         if not ready:
             return ()
-        self._waiting = [entry for entry in self._waiting if entry.time_ns >= before_ns]
-        ready.sort(key=_sort_key)
-        for entry in ready:
-            self._hash.update(_canonical(entry))
+        if len(ready) == len(self._waiting):
+            self._waiting = []
+        else:
+            self._waiting = [waiting for waiting in self._waiting if waiting[0] >= before_ns]
+        ready.sort()
+        entries = []
+        parts: list[bytes] = []
+        now = self._now
+        for time_ns, micro, _, _, _, _, entry, data in ready:
+            if now != (time_ns, micro):
+                now = (time_ns, micro)
+                parts.append(_INSTANT.pack(time_ns, micro))
+            if isinstance(entry, Record):
+                parts.append(self._record_head(entry))
+                parts.append(data)
+            else:
+                parts.append(_story(entry))
+            entries.append(entry)
+        self._now = now
+        self._gather(parts, sum(map(len, parts)))
         self.size += len(ready)
-        return tuple(ready)
+        return tuple(entries)
+
+    def commit(self, time_ns: int, heads_and_values: list[bytes], size_bytes: int) -> None:
+        """Commit records of micro-step 0 whose place is known to be here.
+
+        The list holds the `record_head` and the bytes of the value of each, in turn, and
+        together `size_bytes`. Who calls this answers for the order.
+        """
+        if self._now != (time_ns, 0):
+            self._now = (time_ns, 0)
+            self._parts.append(_INSTANT.pack(time_ns, 0))
+        self.size += len(heads_and_values) >> 1
+        self._gather(heads_and_values, size_bytes)
 
     @property
     def waiting(self) -> int:
@@ -116,26 +193,41 @@ class Ledger:
 
     def digest(self) -> str:
         """The hash over all committed entries, in hexadecimal."""
+        self._flush()
         return self._hash.hexdigest()
 
+    def _record_head(self, record: Record) -> bytes:
+        key = (record.rank, record.owner, record.variable, record.quality)
+        head = self._heads.get(key)
+        if head is None:
+            size = len(record.value)
+            head = record_head(record.rank, record.owner, record.variable, size, record.quality)
+            self._heads[key] = head
+        return head
 
-def _sort_key(entry: Entry) -> tuple[int, int, int, int, str]:
-    return entry.sort_key()
+    def _gather(self, parts: list[bytes], size_bytes: int) -> None:
+        self._parts += parts
+        self._parts_bytes += size_bytes
+        if self._parts_bytes >= HASH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._hash.update(b"".join(self._parts))
+        self._parts.clear()
+        self._parts_bytes = 0
 
 
-def _canonical(entry: Entry) -> bytes:
-    head = struct.pack("<qii", entry.time_ns, entry.micro, entry.rank)
-    match entry:
-        case Record():
-            text = f"{entry.owner}.{entry.variable}#{entry.revision}/{int(entry.quality)}"
-            # -0.0 and 0.0 are the same quantity, and engines differ in which they give
-            body = np.ascontiguousarray(entry.value + 0.0, dtype="<f8").tobytes()
-        case EventRecord():
-            event = entry.event
-            text = "|".join((event.id, event.kind, event.entity, *event.causes))
-            body = event.text.encode()
-        case ActionRecord():
-            action = entry.action
-            text = f"{action.member}.{action.actuator}.{action.entity}|{action.cause}"
-            body = struct.pack("<d", action.value) + entry.refusal.encode()
-    return head + text.encode() + b"\0" + body
+_Waiting = tuple[int, int, int, int, str, int, Entry, bytes]
+"""Sort key, serial number (so that no two compare equal), entry, bytes of a record's value."""
+
+
+def _story(entry: EventRecord | ActionRecord) -> bytes:
+    if isinstance(entry, EventRecord):
+        event = entry.event
+        text = "|".join((event.id, event.kind, event.entity, *event.causes))
+        body = event.text.encode()
+        return _head(entry.rank, 1, 0, len(body), text) + body
+    action = entry.action
+    text = f"{action.member}.{action.actuator}.{action.entity}|{action.cause}"
+    body = _VALUE.pack(action.value) + entry.refusal.encode()
+    return _head(entry.rank, 2, 0, len(body), text) + body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from federation.core.ledger import Entry
 from federation.errors import FederationError
@@ -11,8 +12,7 @@ from federation.twin import Action, StepInput, StepResult
 # events in
 
 
-@dataclass(frozen=True, slots=True)
-class Stepped:
+class Stepped(NamedTuple):
     """A member has done every step of its last grant."""
 
     member: str
@@ -40,16 +40,14 @@ Input = Stepped | Failed | Ordered
 # effects out
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """Let a member do these steps, in this order; it answers once, for all of them."""
 
     member: str
     steps: tuple[StepInput, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(NamedTuple):
     """These ledger entries are final and follow all that were committed before."""
 
     entries: tuple[Entry, ...]

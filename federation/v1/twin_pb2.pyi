@@ -45,6 +45,12 @@ class DescribeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    TAKES_BATCHES_FIELD_NUMBER: _builtins.int
+    max_message_bytes: _builtins.int
+    """The largest message that this process takes, in bytes; 0 when it does not say."""
+    takes_batches: _builtins.bool
+    """Session takes several frames in one message (`SessionRequest.frames`)."""
     @_builtins.property
     def description(self) -> Global___Description:
         """The description."""
@@ -53,10 +59,12 @@ class DescribeResponse(_message.Message):
         self,
         *,
         description: Global___Description | None = ...,
+        max_message_bytes: _builtins.int = ...,
+        takes_batches: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "max_message_bytes", b"max_message_bytes", "takes_batches", b"takes_batches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -608,6 +616,7 @@ class SessionRequest(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's id, chosen by the caller, unique for the life of the twin's process."""
     frame: _builtins.int
@@ -636,6 +645,13 @@ class SessionRequest(_message.Message):
     def close(self) -> Global___SessionRequest.Close:
         """End."""
 
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:
+        """Several frames in one message, of any sessions; no other field is set then, and none of the
+        frames has `frames` of its own. Only for a twin that says `takes_batches`. A caller that has
+        sent such a message takes `SessionResponse.answers` on the same stream.
+        """
+
     def __init__(
         self,
         *,
@@ -648,10 +664,11 @@ class SessionRequest(_message.Message):
         snapshot: Global___SessionRequest.Snapshot | None = ...,
         restore: Global___SessionRequest.Restore | None = ...,
         close: Global___SessionRequest.Close | None = ...,
+        frames: _abc.Iterable[Global___SessionRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["advance", b"advance", "close", b"close", "command", b"command", "open", b"open", "restore", b"restore", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advance", b"advance", "close", b"close", "command", b"command", "epoch", b"epoch", "frame", b"frame", "open", b"open", "restore", b"restore", "session", b"session", "snapshot", b"snapshot", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advance", b"advance", "close", b"close", "command", b"command", "epoch", b"epoch", "frame", b"frame", "frames", b"frames", "open", b"open", "restore", b"restore", "session", b"session", "snapshot", b"snapshot", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "advance", "snapshot", "restore", "close"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
@@ -760,6 +777,7 @@ class SessionResponse(_message.Message):
     SNAPSHOT_TAKEN_FIELD_NUMBER: _builtins.int
     RESTORED_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The session's id, as in the request."""
     frame: _builtins.int
@@ -788,6 +806,13 @@ class SessionResponse(_message.Message):
     def closed(self) -> Global___SessionResponse.Closed:
         """Answer to Close."""
 
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionResponse]:
+        """Several answers in one message, not only those to frames that came in one; no other field is
+        set then, and none of the answers has `answers` of its own. Only for a caller that has sent
+        `SessionRequest.frames` on this stream.
+        """
+
     def __init__(
         self,
         *,
@@ -799,10 +824,11 @@ class SessionResponse(_message.Message):
         snapshot_taken: Global___SessionResponse.SnapshotTaken | None = ...,
         restored: Global___SessionResponse.Restored | None = ...,
         closed: Global___SessionResponse.Closed | None = ...,
+        answers: _abc.Iterable[Global___SessionResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["advanced", b"advanced", "closed", b"closed", "error", b"error", "opened", b"opened", "outcome", b"outcome", "restored", b"restored", "snapshot_taken", b"snapshot_taken"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advanced", b"advanced", "closed", b"closed", "error", b"error", "frame", b"frame", "opened", b"opened", "outcome", b"outcome", "restored", b"restored", "session", b"session", "snapshot_taken", b"snapshot_taken"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advanced", b"advanced", "answers", b"answers", "closed", b"closed", "error", b"error", "frame", b"frame", "opened", b"opened", "outcome", b"outcome", "restored", b"restored", "session", b"session", "snapshot_taken", b"snapshot_taken"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["opened", "advanced", "snapshot_taken", "restored", "closed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

@@ -81,7 +81,9 @@ class TwinServicer:
 
     def Session(self, request_iterator, context):
         """Runs sessions, frame by frame. One stream may carry the frames of many sessions; each frame
-        gets exactly one answer, and answers of different sessions may come in any order. The end of
+        gets exactly one answer, and answers of different sessions may come in any order. Both ways a
+        message is one frame or answer, or several where both sides know of that (`frames`,
+        `answers`). The end of
         a stream does not end its sessions: they can be carried on over another one.
 
         What goes wrong with one frame is told in its answer's `error`, and the stream goes on. A

@@ -46,7 +46,9 @@ class TwinStub:
     """Says what the twin is. The answer never changes while the process lives."""
     Session: _grpc.StreamStreamMultiCallable[_twin_pb2.SessionRequest, _twin_pb2.SessionResponse]
     """Runs sessions, frame by frame. One stream may carry the frames of many sessions; each frame
-    gets exactly one answer, and answers of different sessions may come in any order. The end of
+    gets exactly one answer, and answers of different sessions may come in any order. Both ways a
+    message is one frame or answer, or several where both sides know of that (`frames`,
+    `answers`). The end of
     a stream does not end its sessions: they can be carried on over another one.
 
     What goes wrong with one frame is told in its answer's `error`, and the stream goes on. A
@@ -79,7 +81,9 @@ class TwinAsyncStub(TwinStub):
     """Says what the twin is. The answer never changes while the process lives."""
     Session: _aio.StreamStreamMultiCallable[_twin_pb2.SessionRequest, _twin_pb2.SessionResponse]  # type: ignore[assignment]
     """Runs sessions, frame by frame. One stream may carry the frames of many sessions; each frame
-    gets exactly one answer, and answers of different sessions may come in any order. The end of
+    gets exactly one answer, and answers of different sessions may come in any order. Both ways a
+    message is one frame or answer, or several where both sides know of that (`frames`,
+    `answers`). The end of
     a stream does not end its sessions: they can be carried on over another one.
 
     What goes wrong with one frame is told in its answer's `error`, and the stream goes on. A
@@ -121,7 +125,9 @@ class TwinServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_twin_pb2.SessionResponse], _abc.AsyncIterator[_twin_pb2.SessionResponse]]:
         """Runs sessions, frame by frame. One stream may carry the frames of many sessions; each frame
-        gets exactly one answer, and answers of different sessions may come in any order. The end of
+        gets exactly one answer, and answers of different sessions may come in any order. Both ways a
+        message is one frame or answer, or several where both sides know of that (`frames`,
+        `answers`). The end of
         a stream does not end its sessions: they can be carried on over another one.
 
         What goes wrong with one frame is told in its answer's `error`, and the stream goes on. A

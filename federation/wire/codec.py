@@ -1,8 +1,9 @@
 """Translates between the messages of the wire and the dataclasses of the core.
 
-Pure functions, one pair per dataclass. Vectors come out as read-only views of the bytes that
-came in. What only the wire can get wrong is refused here; what any twin can get wrong is the
-core's to refuse.
+Pure functions, one pair per dataclass. What every step needs is written into the message that
+carries it, because a message that is put into another one is copied by way of its bytes. Vectors
+come out as read-only views of the bytes that came in. What only the wire can get wrong is refused
+here; what any twin can get wrong is the core's to refuse.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +42,11 @@ from federation.v1 import broker_pb2, plan_pb2, twin_pb2
 # vectors
 
 
+_FLOAT64 = np.dtype("<f8")
+
+
 def encode_vector(vector: Vector) -> bytes:
-    return vector.astype("<f8", copy=False).tobytes()
+    return vector.astype(_FLOAT64, copy=False).tobytes()
 
 
 def decode_vector(data: bytes, name: str) -> Vector:
@@ -52,7 +57,8 @@ def decode_vector(data: bytes, name: str) -> Vector:
             f"{name} has {len(data)} bytes, which is no whole number of float64",
             {"variable": name},
         )
-    return np.frombuffer(data, "<f8").astype(np.float64, copy=False)
+    vector = np.frombuffer(data, _FLOAT64)
+    return vector if _FLOAT64.isnative else vector.astype(np.float64)
 
 
 def _encode_indices(indices: NDArray[np.int64]) -> bytes:
@@ -248,20 +254,26 @@ def _unless_nan(value: float) -> float | None:
 
 
 def encode_step_input(given: StepInput) -> twin_pb2.StepInput:
-    return twin_pb2.StepInput(
-        time_ns=given.time_ns,
-        micro=given.micro,
-        inputs=_encode_values(given.inputs),
-        causes=[
-            twin_pb2.VariableCauses(
-                variable=variable,
-                indices=[index for index, ids in entries.items() for _ in ids or ("",)],
-                events=[event for ids in entries.values() for event in ids or ("",)],
-            )
-            for variable, entries in given.causes.items()
-        ],
-        actions=[encode_action(action) for action in given.actions],
-    )
+    message = twin_pb2.StepInput()
+    write_step_input(message, given)
+    return message
+
+
+def write_step_input(message: twin_pb2.StepInput, given: StepInput) -> None:
+    """Fill an empty message."""
+    message.time_ns = given.time_ns
+    if given.micro:
+        message.micro = given.micro
+    if given.inputs:
+        _write_values(message.inputs, given.inputs)
+    for variable, entries in given.causes.items():
+        message.causes.add(
+            variable=variable,
+            indices=[index for index, ids in entries.items() for _ in ids or ("",)],
+            events=[event for ids in entries.values() for event in ids or ("",)],
+        )
+    for action in given.actions:
+        message.actions.append(encode_action(action))
 
 
 def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
@@ -283,29 +295,31 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
     for variable, values in inputs.items():
         _finite(variable, values)
     return StepInput(
-        message.time_ns,
-        message.micro,
-        inputs,
-        causes,
-        tuple(decode_action(action) for action in message.actions),
+        message.time_ns, message.micro, inputs, causes, tuple(map(decode_action, message.actions))
     )
 
 
 def encode_step_result(result: StepResult) -> twin_pb2.StepResult:
-    return twin_pb2.StepResult(
-        time_ns=result.time_ns,
-        micro=result.micro,
-        outputs=_encode_values(result.outputs),
-        causes=[
-            twin_pb2.VariableCauses(
-                variable=variable, indices=entries.keys(), events=entries.values()
-            )
-            for variable, entries in result.causes.items()
-        ],
-        events=[encode_event(event) for event in result.events],
-        actions=[encode_action(action) for action in result.actions],
-        next_ns=result.next_ns,
-    )
+    message = twin_pb2.StepResult()
+    write_step_result(message, result)
+    return message
+
+
+def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
+    """Fill an empty message."""
+    message.time_ns = result.time_ns
+    if result.micro:
+        message.micro = result.micro
+    if result.outputs:
+        _write_values(message.outputs, result.outputs)
+    for variable, entries in result.causes.items():
+        message.causes.add(variable=variable, indices=entries.keys(), events=entries.values())
+    for event in result.events:
+        message.events.append(encode_event(event))
+    for action in result.actions:
+        message.actions.append(encode_action(action))
+    if result.next_ns is not None:
+        message.next_ns = result.next_ns
 
 
 def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
@@ -315,8 +329,8 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
         message.micro,
         _decode_values(message.outputs),
         {group.variable: dict(_pairs(group)) for group in message.causes},
-        tuple(decode_event(event) for event in message.events),
-        tuple(decode_action(action) for action in message.actions),
+        tuple(map(decode_event, message.events)),
+        tuple(map(decode_action, message.actions)),
         message.next_ns if message.HasField("next_ns") else None,
     )
 
@@ -359,11 +373,15 @@ def decode_action(message: twin_pb2.Action) -> Action:
     return Action(message.member, message.actuator, message.entity, message.value, message.cause)
 
 
-def _encode_values(vectors: Mapping[str, Vector]) -> list[twin_pb2.VariableValues]:
-    return [
-        twin_pb2.VariableValues(variable=variable, values=encode_vector(vector))
-        for variable, vector in vectors.items()
-    ]
+class _Values(Protocol):
+    """A repeated field of `VariableValues`."""
+
+    def add(self, *, variable: str, values: bytes) -> object: ...
+
+
+def _write_values(field: _Values, vectors: Mapping[str, Vector]) -> None:
+    for variable, vector in vectors.items():
+        field.add(variable=variable, values=encode_vector(vector))
 
 
 def _decode_values(messages: Iterable[twin_pb2.VariableValues]) -> dict[str, Vector]:
@@ -381,6 +399,27 @@ def _pairs(group: twin_pb2.VariableCauses) -> Iterable[tuple[int, str]]:
             {"variable": group.variable},
         )
     return zip(group.indices, group.events, strict=True)
+
+
+# messages of several frames
+
+
+def join(messages: Sequence[bytes], field: int) -> bytes:
+    """One message from serialised ones: each becomes an entry of its repeated field `field`."""
+    parts: list[bytes] = []
+    for message in messages:
+        parts += (_varint(field << 3 | 2), _varint(len(message)), message)
+    return b"".join(parts)
+
+
+def _varint(number: int) -> bytes:
+    """The number in groups of seven bits, lowest first, as protobuf writes it."""
+    groups = bytearray()
+    while number > 0x7F:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    groups.append(number)
+    return bytes(groups)
 
 
 # blocks

@@ -1,17 +1,26 @@
-"""Calls a twin: one connection, one stream, any number of sessions over it."""
+"""Calls twins: one connection to a process, one stream, any number of sessions over it.
+
+The way of a frame is short on purpose: it is turned into bytes once, those posted in one turn
+of the event loop leave in one message, and the reader of the stream hands each answer straight
+to whoever waits for it, with no task and no timer of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import grpc
+from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
@@ -30,7 +39,19 @@ MEBIBYTE = 1 << 20
 EXPECTED = "expected_frame"
 """The metadata that marks a refused frame: the number that the session goes on with."""
 
+BATCH_BYTES = MEBIBYTE
+"""Frames that wait together leave together up to this size; a larger one goes by itself."""
+
+SERVICE = twin_pb2.DESCRIPTOR.services_by_name["Twin"].full_name
+_FRAMES = twin_pb2.SessionRequest.DESCRIPTOR.fields_by_name["frames"].number
+_OVERHEAD_BYTES = 64
+"""More than a frame needs for its place in a message of several."""
+
 _propagator = TraceContextTextMapPropagator()
+_T = TypeVar("_T")
+
+Outcome = list[StepResult] | FederationError
+"""What became of some steps: a result for each, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,66 +70,41 @@ class LinkOptions:
     max_message_bytes: int = 64 * MEBIBYTE
 
 
-class _Stream:
-    """One gRPC stream in use: its call, and the frames that wait to be written to it.
-
-    Frames go through a queue because a cancelled `write` would cancel the whole call.
-    """
-
-    def __init__(self, stub: twin_pb2_grpc.TwinAsyncStub) -> None:
-        self._unsent: asyncio.Queue[twin_pb2.SessionRequest | None] = asyncio.Queue()
-        self.call = stub.Session(self._requests())
-
-    def end(self) -> None:
-        self._unsent.put_nowait(None)
-
-    def send(self, request: twin_pb2.SessionRequest) -> None:
-        self._unsent.put_nowait(request)
-
-    async def _requests(self) -> AsyncIterator[twin_pb2.SessionRequest]:
-        while (request := await self._unsent.get()) is not None:
-            yield request
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """What both ends of a stream of small messages want of gRPC."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # one host or one rack: the window is large from the start, so no pings probe for it
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 4 * MEBIBYTE),
+    ]
 
 
-class Link:
-    """A connection to one twin service. All its sessions share one stream.
+@dataclass(slots=True, eq=False)
+class _Owed:
+    """A frame that waits for its answer."""
 
-    Use it from one event loop. Every failure is a `FederationError`: UNREACHABLE before the
-    twin has answered once, MEMBER_LOST after.
-    """
+    data: bytes
+    session: LinkSession
+    answered: Callable[[twin_pb2.SessionResponse | FederationError], None]
+    due_s: float
+    next: _Owed | None = None
+    """A frame of the same number that another link sent; answers come in the order of frames."""
 
-    def __init__(
-        self, channel: grpc.aio.Channel, address: str, name: str, options: LinkOptions
-    ) -> None:
+
+class _Line:
+    """A connection to one process, shared by all links to it: a channel and a stream in use."""
+
+    def __init__(self, address: str, options: LinkOptions) -> None:
         self.address = address
-        self.name = name
         self.options = options
-        self._channel = channel
-        self._stub: twin_pb2_grpc.TwinAsyncStub = twin_pb2_grpc.TwinStub(channel)
-        self._description: Description | None = None
-        self._sizes: dict[str, int] = {}
-        self._stream: _Stream | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._owed: dict[
-            tuple[str, int],
-            tuple[twin_pb2.SessionRequest, asyncio.Future[twin_pb2.SessionResponse]],
-        ] = {}
-        self._serial = itertools.count(1)
-        self._prefix = uuid.uuid4().hex
-
-    @classmethod
-    async def connect(cls, address: str, name: str, options: LinkOptions | None = None) -> Link:
-        """Connect to `address` (`host:port`) and read its description.
-
-        `name` is for messages. Fails with UNREACHABLE, or UNSUPPORTED when what listens there
-        is no twin.
-        """
-        options = options or LinkOptions()
-        channel = grpc.aio.insecure_channel(
+        self.users = 0
+        self.takes_batches = False
+        self.channel = grpc.aio.insecure_channel(
             address,
             options=[
-                ("grpc.max_send_message_length", options.max_message_bytes),
-                ("grpc.max_receive_message_length", options.max_message_bytes),
+                *channel_options(options.max_message_bytes),
                 ("grpc.keepalive_time_ms", int(options.keepalive_s * 1e3)),
                 ("grpc.keepalive_timeout_ms", int(options.keepalive_s * 1e3)),
                 ("grpc.initial_reconnect_backoff_ms", 50),
@@ -118,10 +114,211 @@ class Link:
                 ("grpc.enable_http_proxy", 0),
             ],
         )
-        link = cls(channel, address, name, options)
+        self._open: grpc.aio.StreamStreamMultiCallable[bytes, twin_pb2.SessionResponse] = (
+            self.channel.stream_stream(
+                f"/{SERVICE}/Session",
+                request_serializer=None,
+                response_deserializer=twin_pb2.SessionResponse.FromString,
+            )
+        )
+        self._loop = asyncio.get_running_loop()
+        self._owed: dict[tuple[str, int], _Owed] = {}
+        self._unsent: list[bytes] = []
+        self._more: asyncio.Future[None] | None = None
+        """The writer waits for this when nothing is unsent."""
+        self._carrier: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def post(self, key: tuple[str, int], owed: _Owed) -> None:
+        """Send a frame; its `answered` is called later, once, with the answer or an error."""
+        last = self._owed.setdefault(key, owed)
+        if last is not owed:
+            while last.next is not None:
+                last = last.next
+            last.next = owed
+        self._unsent.append(owed.data)
+        if self._more is not None:
+            self._more.set_result(None)
+            self._more = None
+        elif self._carrier is None:
+            # in a context of its own: no span of whoever came first is that of all
+            self._carrier = self._loop.create_task(self._carry(), context=contextvars.Context())
+        if self._timer is None:
+            self._timer = self._loop.call_at(owed.due_s, self._look_at_deadlines)
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._carrier is not None:
+            self._carrier.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._carrier
+        await self.channel.close()
+
+    async def _carry(self) -> None:
+        """Write and read until nothing is owed; what is unanswered when a stream breaks is sent
+        over a new one.
+        """
+        give_up = pause = 0.0
+        while True:
+            self._unsent = [frame.data for owed in self._owed.values() for frame in _chain(owed)]
+            call = self._open()
+            writer = self._loop.create_task(self._write(call))
+            heard = False
+            try:
+                while isinstance(response := await call.read(), twin_pb2.SessionResponse):
+                    heard = True
+                    if response.answers:
+                        for answer in response.answers:
+                            self._hear(answer)
+                    else:
+                        self._hear(response)
+                failure: grpc.aio.AioRpcError | None = None
+            except grpc.aio.AioRpcError as error:
+                failure = error
+            finally:
+                writer.cancel()
+                self._more = None
+                call.cancel()
+            if heard or not give_up:
+                give_up, pause = self._loop.time() + self.options.resume_timeout_s, 0.0
+            if self._loop.time() + pause > give_up or not _is_broken(failure):
+                self._fail(partial(LinkSession.lost, failure=failure))
+            if not self._owed:
+                self._carrier = None
+                return
+            await asyncio.sleep(pause)
+            pause = max(0.05, 2 * pause)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        """Send what is unsent, all that there is at a time; ends with the stream."""
+        try:
+            while True:
+                if not self._unsent:
+                    self._more = self._loop.create_future()
+                    await self._more
+                await call.write(self._next_message())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the reader is told why
+
+    def _next_message(self) -> bytes:
+        unsent = self._unsent
+        first = unsent[0]
+        if len(unsent) == 1 or not self.takes_batches:
+            del unsent[0]
+            return first
+        count, size, limit = 1, len(first), min(BATCH_BYTES, self.options.max_message_bytes)
+        while count < len(unsent) and size + len(unsent[count]) + _OVERHEAD_BYTES * count < limit:
+            size += len(unsent[count])
+            count += 1
+        together = unsent[:count]
+        del unsent[:count]
+        return first if count == 1 else codec.join(together, _FRAMES)
+
+    def _hear(self, answer: twin_pb2.SessionResponse) -> None:
+        key = (answer.session, answer.frame)
+        owed = self._owed.pop(key, None)
+        if owed is None:
+            return
+        if owed.next is not None:
+            self._owed[key] = owed.next
+        owed.answered(answer)
+
+    def drop(self, link: Link, why: str) -> None:
+        """Fail what this link still waits for."""
+        self._fail(lambda session: link.lost(why) if session.link is link else None)
+
+    def _fail(self, error_of: Callable[[LinkSession], FederationError | None]) -> None:
+        """Fail every owed frame whose session has an error."""
+        everything, self._owed = self._owed, {}
+        failed: list[tuple[_Owed, FederationError]] = []
+        for key, first in everything.items():
+            kept: _Owed | None = None
+            for owed in _chain(first):
+                error = error_of(owed.session)
+                if error is None:
+                    owed.next = None
+                    if kept is None:
+                        self._owed[key] = owed
+                    else:
+                        kept.next = owed
+                    kept = owed
+                else:
+                    failed.append((owed, error))
+        for owed, error in failed:
+            owed.answered(error)
+
+    def _look_at_deadlines(self) -> None:
+        """Fail what is overdue, and come back when the next frame can be."""
+        self._timer = None
+        now_s = self._loop.time()
+        late = {id(f.session) for o in self._owed.values() for f in _chain(o) if f.due_s <= now_s}
+        if late:
+            why = f"no answer within {self.options.answer_timeout_s:g} s"
+            self._fail(lambda s: s.link.lost(why) if id(s) in late else None)
+        dues_s = [frame.due_s for owed in self._owed.values() for frame in _chain(owed)]
+        if dues_s and self._timer is None:
+            self._timer = self._loop.call_at(min(dues_s), self._look_at_deadlines)
+
+
+def _chain(owed: _Owed) -> Iterator[_Owed]:
+    one: _Owed | None = owed
+    while one is not None:
+        one, after = one, one.next
+        yield one
+        one = after
+
+
+def _is_broken(failure: grpc.aio.AioRpcError | None) -> bool:
+    """Whether the stream went and the twin may still be there; None is a stream that ended."""
+    # gRPC reports a write to a stream that has just died as INTERNAL
+    return failure is None or failure.code() in status.SILENCE | {grpc.StatusCode.INTERNAL}
+
+
+_lines: weakref.WeakKeyDictionary[
+    asyncio.AbstractEventLoop, dict[tuple[str, LinkOptions], _Line]
+] = weakref.WeakKeyDictionary()
+"""The lines in use, by event loop; members of one host process share one."""
+
+
+class Link:
+    """A member's connection to the service of its twin.
+
+    Links of one event loop to one address, with the same options, share a stream. Every failure
+    is a `FederationError`: UNREACHABLE before the twin has answered once, MEMBER_LOST after.
+    """
+
+    def __init__(self, line: _Line, name: str) -> None:
+        self.address = line.address
+        self.name = name
+        self.options = line.options
+        self.line = line
+        self.limit_bytes = line.options.max_message_bytes
+        """The largest frame that both sides take."""
+        self._stub: twin_pb2_grpc.TwinAsyncStub = twin_pb2_grpc.TwinStub(line.channel)
+        self._description: Description | None = None
+        self._sizes: dict[str, int] = {}
+        self._serial = itertools.count(1)
+        self._prefix = uuid.uuid4().hex
+        self._is_closed = False
+
+    @classmethod
+    async def connect(cls, address: str, name: str, options: LinkOptions | None = None) -> Link:
+        """Connect to `address` (`host:port`, or `unix:PATH`) and read its description.
+
+        `name` is for messages. Fails with UNREACHABLE, or UNSUPPORTED when what listens there
+        is no twin.
+        """
+        options = options or LinkOptions()
+        lines = _lines.setdefault(asyncio.get_running_loop(), {})
+        line = lines.get((address, options))
+        if line is None:
+            line = lines[address, options] = _Line(address, options)
+        line.users += 1
+        link = cls(line, name)
         try:
             async with asyncio.timeout(options.connect_timeout_s):
-                await channel.channel_ready()
+                await line.channel.channel_ready()
                 await link.describe()
         except TimeoutError:
             await link.close()
@@ -155,6 +352,9 @@ class Link:
                     twin_pb2.DescribeRequest(), timeout=self.options.answer_timeout_s
                 )
             description = codec.decode_description(answer.description)
+            self.line.takes_batches = answer.takes_batches
+            if answer.max_message_bytes:
+                self.limit_bytes = min(self.limit_bytes, answer.max_message_bytes)
             self._sizes = description.output_sizes()
             self._description = description
         return self._description
@@ -192,79 +392,22 @@ class Link:
         return codec.decode_block(answer.block) if answer.HasField("block") else None
 
     async def close(self) -> None:
-        """Drop the connection. Sessions that were not closed linger at the twin for a while."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await reader
-        self._drop(self._lost("the link was closed"))
-        await self._channel.close()
+        """Give the connection up. Sessions that were not closed linger at the twin for a while."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        line = self.line
+        line.drop(self, "the link was closed")
+        line.users -= 1
+        if line.users == 0:
+            del _lines[asyncio.get_running_loop()][line.address, line.options]
+            await line.close()
 
-    async def exchange(self, request: twin_pb2.SessionRequest) -> twin_pb2.SessionResponse:
-        """Send one frame and wait for its answer, over a new stream if the old one breaks."""
-        key = (request.session, request.frame)
-        answer: asyncio.Future[twin_pb2.SessionResponse] = (
-            asyncio.get_running_loop().create_future()
-        )
-        self._owed[key] = (request, answer)
-        if self._stream is None:
-            self._stream = _Stream(self._stub)
-            self._reader = asyncio.create_task(self._read(self._stream))
-        self._stream.send(request)
-        try:
-            async with asyncio.timeout(self.options.answer_timeout_s):
-                return await answer
-        except TimeoutError:
-            raise self._lost(f"no answer within {self.options.answer_timeout_s:g} s") from None
-        finally:
-            self._owed.pop(key, None)
-
-    async def _read(self, stream: _Stream) -> None:
-        """Hand out answers; when the stream breaks, send what is unanswered over a new one."""
-        loop = asyncio.get_running_loop()
-        give_up = pause = 0.0
-        while True:
-            heard = False
-            try:
-                async for response in stream.call:
-                    heard = True
-                    owed = self._owed.get((response.session, response.frame))
-                    if owed is not None and not owed[1].done():
-                        owed[1].set_result(response)
-                error: FederationError = self._lost("it ended the stream")
-            except grpc.aio.AioRpcError as failure:
-                error = status.from_rpc(failure, self._who, lost=True)
-            finally:
-                stream.end()
-            if heard or not give_up:
-                give_up, pause = loop.time() + self.options.resume_timeout_s, 0.0
-            # gRPC reports a write to a stream that has just died as INTERNAL
-            broken = (
-                error.reason is Reason.MEMBER_LOST or error.metadata.get("grpc_code") == "INTERNAL"
-            )
-            if not broken or loop.time() + pause > give_up:
-                self._drop(error)
-            if not self._owed:
-                self._stream = None
-                return
-            await asyncio.sleep(pause)
-            pause = max(0.05, 2 * pause)
-            stream = self._stream = _Stream(self._stub)
-            for request, _ in self._owed.values():
-                stream.send(request)
-
-    def _drop(self, error: FederationError) -> None:
-        for _, answer in self._owed.values():
-            if not answer.done():
-                answer.set_exception(_anew(error))
-        self._owed.clear()
-
-    def _lost(self, why: str) -> TwinError:
-        return TwinError(Reason.MEMBER_LOST, f"{self._who} was lost: {why}", {"member": self.name})
+    def lost(self, why: str) -> TwinError:
+        return TwinError(Reason.MEMBER_LOST, f"{self.who} was lost: {why}", {"member": self.name})
 
     @property
-    def _who(self) -> str:
+    def who(self) -> str:
         return f"{self.name} at {self.address}"
 
     @asynccontextmanager
@@ -273,7 +416,7 @@ class Link:
             yield
         except grpc.aio.AioRpcError as error:
             lost = self._description is not None
-            raise status.from_rpc(error, self._who, lost=lost) from error
+            raise status.from_rpc(error, self.who, lost=lost) from error
 
 
 class LinkSession:
@@ -298,9 +441,39 @@ class LinkSession:
         self.epoch = epoch
         self.done: tuple[StepResult, ...] = ()
         """What the last `advance` did, also when it failed half-way."""
-        self._link = link
+        self.link = link
         self._sizes = sizes
         self._over: FederationError | None = None
+
+    def begin(self, steps: Sequence[StepInput], done: Callable[[Outcome], None]) -> None:
+        """Send these steps in one frame. `done` is called once from the event loop, never from
+        inside `begin`, with a result for each step or with what went wrong.
+
+        That the results are for the steps asked and keep to the description is for the caller
+        to check; `advance` does. The frame is of the trace whose span is current.
+        """
+        self.done = ()
+        request = twin_pb2.SessionRequest()
+        add = request.advance.steps.add
+        for step in steps:
+            codec.write_step_input(add(), step)
+        if not steps:
+            request.advance.SetInParent()
+        self._post(request, "advanced", lambda answer: done(self._results(answer)))
+
+    def _results(self, answer: twin_pb2.SessionResponse | FederationError) -> Outcome:
+        if isinstance(answer, FederationError):
+            return answer
+        try:
+            results = []
+            for message in answer.advanced.results:
+                results.append(codec.decode_step_result(message))
+                self.done = (*self.done, results[-1])
+        except FederationError as error:
+            return error
+        if answer.HasField("error"):
+            return self._blame(status.decode_error(answer.error))
+        return results
 
     async def advance(self, steps: Sequence[StepInput]) -> list[StepResult]:
         """Do these steps in one frame; the answer has one result for each.
@@ -308,50 +481,37 @@ class LinkSession:
         When a step fails, `done` has the results of those before it. What the twin publishes
         is held to its description, in whatever language it is written.
         """
-        self.done = ()
-        response = await self._ask(
-            twin_pb2.SessionRequest(
-                advance=twin_pb2.SessionRequest.Advance(
-                    steps=[codec.encode_step_input(step) for step in steps]
-                )
-            )
-        )
-        results = []
-        for step, message in zip(steps, response.advanced.results, strict=False):
-            result = codec.decode_step_result(message)
+        outcome: Outcome = await _later(lambda done: self.begin(steps, done))
+        done, self.done = self.done, ()
+        for step, result in zip(steps, done, strict=False):
             self._check(step, result)
-            results.append(result)
-            self.done = tuple(results)
-        if response.HasField("error"):
-            raise self._blame(status.decode_error(response.error))
-        if len(response.advanced.results) != len(steps):
-            raise self._broken(
-                f"answered {len(steps)} steps with {len(response.advanced.results)} results"
-            )
-        return results
+            self.done = (*self.done, result)
+        if isinstance(outcome, FederationError):
+            raise outcome
+        if len(outcome) != len(steps):
+            raise self._broken(f"answered {len(steps)} steps with {len(outcome)} results")
+        return outcome
 
     async def snapshot(self) -> bytes:
         """The whole state of the session, for `restore`. Fails with UNSUPPORTED."""
-        response = await self._ask(
-            twin_pb2.SessionRequest(snapshot=twin_pb2.SessionRequest.Snapshot())
-        )
-        return response.snapshot_taken.state
+        request = twin_pb2.SessionRequest(snapshot=twin_pb2.SessionRequest.Snapshot())
+        return (await self._ask(request, "snapshot_taken")).snapshot_taken.state
 
     async def restore(self, state: bytes) -> None:
         """Continue from a state of a session of the same twin, seed and parameters."""
-        await self._ask(
-            twin_pb2.SessionRequest(restore=twin_pb2.SessionRequest.Restore(state=state))
-        )
+        request = twin_pb2.SessionRequest(restore=twin_pb2.SessionRequest.Restore(state=state))
+        await self._ask(request, "restored")
 
     async def flexibility(self, periods_ns: Sequence[int]) -> LinearBlock | None:
         """What the session could do; None when the twin has nothing to offer."""
-        return await self._link.flexibility(self.id, periods_ns)
+        return await self.link.flexibility(self.id, periods_ns)
 
     async def close(self) -> None:
         """End the session; one that is lost has ended already."""
         if self._over is None:
             with suppress(TwinError):
-                await self._ask(twin_pb2.SessionRequest(close=twin_pb2.SessionRequest.Close()))
+                request = twin_pb2.SessionRequest(close=twin_pb2.SessionRequest.Close())
+                await self._ask(request, "closed")
             self._over = TwinError(
                 Reason.MEMBER_LOST,
                 f"the session of {self.member} is closed",
@@ -360,52 +520,88 @@ class LinkSession:
 
     async def open(self, seed: int, parameters: Mapping[str, float]) -> None:
         """Begin at instant 0; `Link.session` does this."""
-        await self._ask(
-            twin_pb2.SessionRequest(
-                open=twin_pb2.SessionRequest.Open(
-                    member=self.member, seed=seed, parameters=parameters
-                )
-            )
-        )
+        opened = twin_pb2.SessionRequest.Open(member=self.member, seed=seed, parameters=parameters)
+        await self._ask(twin_pb2.SessionRequest(open=opened), "opened")
 
-    async def _ask(self, request: twin_pb2.SessionRequest) -> twin_pb2.SessionResponse:
-        """One frame and its answer. Raises what went wrong, but for a half-done advance."""
+    async def _ask(
+        self, request: twin_pb2.SessionRequest, outcome: str
+    ) -> twin_pb2.SessionResponse:
+        answer: twin_pb2.SessionResponse | FederationError = await _later(
+            lambda done: self._post(request, outcome, done)
+        )
+        if isinstance(answer, FederationError):
+            raise answer
+        return answer
+
+    def _post(
+        self,
+        request: twin_pb2.SessionRequest,
+        outcome: str,
+        done: Callable[[twin_pb2.SessionResponse | FederationError], None],
+    ) -> None:
+        """Send one frame. `done` gets its answer, which has the `outcome` that fits or, to an
+        advance that failed half-way, that and an error; else it gets what went wrong.
+        """
+        line = self.link.line
+        loop = asyncio.get_running_loop()
         if self._over is not None:
-            raise _anew(self._over)
+            loop.call_soon(done, _anew(self._over))
+            return
+        frame = self.frame + 1
         request.session = self.id
-        request.frame = self.frame + 1
+        request.frame = frame
         request.epoch = self.epoch
-        request.traceparent = _traceparent()
-        limit = self._link.options.max_message_bytes
-        if request.ByteSize() > limit:
-            raise ScenarioError(
+        if traceparent := _traceparent():
+            request.traceparent = traceparent
+        data = request.SerializeToString()
+        if len(data) > self.link.limit_bytes:
+            too_large = ScenarioError(
                 Reason.MESSAGE_TOO_LARGE,
-                f"a frame to {self.member} has {request.ByteSize()} bytes; the limit is {limit}",
-                {"member": self.member, "bytes": str(request.ByteSize())},
+                f"a frame to {self.member} has {len(data)} bytes; "
+                f"the limit is {self.link.limit_bytes}",
+                {"member": self.member, "bytes": str(len(data))},
             )
-        self.frame += 1
-        try:
-            response = await self._link.exchange(request)
-        except FederationError as error:
-            self._over = self._blame(error)
-            raise
-        if response.HasField("error"):
-            if EXPECTED in response.error.metadata:
-                self.frame -= 1
-                if response.error.metadata[EXPECTED] == "1" and request.frame > 1:
-                    self._over = TwinError(
-                        Reason.MEMBER_LOST,
-                        f"{self.member} has forgotten its session: its process was restarted",
-                        {"member": self.member},
-                    )
-                    raise self._over
-            if not response.HasField("advanced"):
-                raise self._blame(status.decode_error(response.error))
+            loop.call_soon(done, too_large)
+            return
+        self.frame = frame
+        due_s = loop.time() + self.link.options.answer_timeout_s
+        answered = partial(self._answered, frame, outcome, done)
+        line.post((self.id, frame), _Owed(data, self, answered, due_s))
+
+    def _answered(
+        self,
+        frame: int,
+        wanted: str,
+        done: Callable[[twin_pb2.SessionResponse | FederationError], None],
+        answer: twin_pb2.SessionResponse | FederationError,
+    ) -> None:
+        if isinstance(answer, FederationError):
+            self._over = self._blame(answer)
+            done(answer)
+        elif answer.WhichOneof("outcome") == wanted:
+            # an advance that failed half-way has its error beside its outcome
+            done(answer)
+        elif not answer.HasField("error"):
+            done(self._broken(f"answered {_COMMANDS[wanted]} with {answer.WhichOneof('outcome')}"))
         else:
-            command, outcome = request.WhichOneof("command"), response.WhichOneof("outcome")
-            if (command, outcome) not in _OUTCOMES:
-                raise self._broken(f"answered {command} with {outcome}")
-        return response
+            expected = answer.error.metadata.get(EXPECTED)
+            if expected is not None:
+                self.frame -= 1
+            if expected == "1" and frame > 1:
+                self._over = TwinError(
+                    Reason.MEMBER_LOST,
+                    f"{self.member} has forgotten its session: its process was restarted",
+                    {"member": self.member},
+                )
+                done(_anew(self._over))
+            else:
+                done(self._blame(status.decode_error(answer.error)))
+
+    def lost(self, failure: grpc.aio.AioRpcError | None) -> FederationError:
+        """What a stream that could not be taken up again means for this session."""
+        if failure is None:
+            return self.link.lost("it ended the stream")
+        return status.from_rpc(failure, self.link.who, lost=True)
 
     def _check(self, step: StepInput, result: StepResult) -> None:
         if (result.time_ns, result.micro) != (step.time_ns, step.micro):
@@ -428,15 +624,26 @@ class LinkSession:
         return error
 
 
-_OUTCOMES = frozenset(
-    {
-        ("open", "opened"),
-        ("advance", "advanced"),
-        ("snapshot", "snapshot_taken"),
-        ("restore", "restored"),
-        ("close", "closed"),
-    }
-)
+_COMMANDS = {
+    "opened": "open",
+    "advanced": "advance",
+    "snapshot_taken": "snapshot",
+    "restored": "restore",
+    "closed": "close",
+}
+"""Per outcome the command that it answers."""
+
+
+def _later(begin: Callable[[Callable[[_T], None]], None]) -> asyncio.Future[_T]:
+    """What will be handed to the callback that `begin` is given."""
+    future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+    def done(value: _T) -> None:
+        if not future.done():
+            future.set_result(value)
+
+    begin(done)
+    return future
 
 
 def _anew(error: FederationError) -> FederationError:
@@ -445,6 +652,9 @@ def _anew(error: FederationError) -> FederationError:
 
 
 def _traceparent() -> str:
+    """The trace context of the current span; empty, at no cost, when there is none."""
+    if trace.get_current_span() is trace.INVALID_SPAN:
+        return ""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return carrier.get("traceparent", "")

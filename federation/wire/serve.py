@@ -11,10 +11,13 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,15 +25,19 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
-from federation.telemetry import tracer
+from federation.telemetry import is_tracing, tracer
 from federation.twin import Description, Twin
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
 from federation.wire import codec, status
 from federation.wire.enrol import keep_name
-from federation.wire.link import EXPECTED, MEBIBYTE
+from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
 
-SERVICE = twin_pb2.DESCRIPTOR.services_by_name["Twin"].full_name
+INLINE_S = 1e-3
+"""What a process of a twin's own may spend on a frame in its event loop."""
+
+_ANSWERS = twin_pb2.SessionResponse.DESCRIPTOR.fields_by_name["answers"].number
+_T = TypeVar("_T")
 
 _CLOSED_KEPT = 1024
 """Closed sessions whose last answer is remembered, in case it has to be repeated."""
@@ -47,6 +54,11 @@ class ServeOptions:
     raise it only for a twin that is safe with several. Sessions that no stream has carried for
     `linger_s` are closed. `advertise` is the address (`host:port`) that the broker is told when
     it is not the one listened at; a port of 0 in it stands for the port that was chosen.
+
+    Steps are done in the threads, so that health and other streams are answered meanwhile. A
+    frame that should take less than `inline_s`, as the last ones of its session did, is done in
+    the event loop instead, which spares it two changes of threads: for a process that does
+    nothing else, and models that never wait for something in this process.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +68,7 @@ class ServeOptions:
     threads: int = 1
     linger_s: float = 600.0
     grace_s: float = 2.0
+    inline_s: float = 0.0
     max_message_bytes: int = 64 * MEBIBYTE
 
 
@@ -63,10 +76,14 @@ class ServeOptions:
 class _Hosted:
     """One session as the service keeps it: the twin's, and what makes frames repeatable."""
 
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    is_busy: bool = False
+    """A thread works for it; what else comes waits."""
+    waiting: deque[Callable[[], None]] = field(default_factory=deque)
+    step_s: float = math.inf
+    """What a step of it takes: the last one, or a tenth less than before when that is more."""
     frame: int = 0
     epoch: int = 0
-    answer: twin_pb2.SessionResponse | None = None
+    answer: bytes | None = None
     session: ModelSession | None = None
     opened: twin_pb2.SessionRequest.Open | None = None
     failure: FederationError | None = None
@@ -120,25 +137,156 @@ def _time_problem(last_ns: int, advance: twin_pb2.SessionRequest.Advance) -> str
     return ""
 
 
+class _Stream:
+    """One gRPC stream as the service sees it: takes frames, owes an answer to each."""
+
+    def __init__(
+        self,
+        service: TwinService,
+        context: grpc.aio.ServicerContext[twin_pb2.SessionRequest, bytes],
+    ) -> None:
+        self.carried: dict[str, _Hosted] = {}
+        """The sessions whose frames came over it."""
+        self.owed = 0
+        """Frames that a thread works on, or that wait for one."""
+        self._service = service
+        self._context = context
+        self._task = asyncio.current_task()
+        self._unsent: list[bytes] = []
+        self._takes_batches = self._is_reading = self._is_writing = False
+        self._is_draining = self._is_over = False
+        self._settled: asyncio.Future[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Read until the caller ends the stream or it is drained, then pay what is owed."""
+        try:
+            while not self._is_draining:
+                request = await self._read()
+                if request is None:
+                    break
+                if request.frames:
+                    self._takes_batches = True
+                    for frame in request.frames:
+                        self._service.take(frame, self)
+                else:
+                    self._service.take(request, self)
+                if self._unsent and not self._is_writing:
+                    await self._write()
+            if self.owed:
+                self._settled = asyncio.get_running_loop().create_future()
+                await self._settled
+            if self._writer is not None:
+                await self._writer
+        finally:
+            self._is_over = True
+            if not self.owed:
+                self._service.detach(self.carried)
+
+    async def _read(self) -> twin_pb2.SessionRequest | None:
+        """The next message; None when there is none, or none is wanted."""
+        self._is_reading = True
+        try:
+            request: object = await self._context.read()
+            return request if isinstance(request, twin_pb2.SessionRequest) else None
+        except asyncio.CancelledError:
+            if not self._is_draining or self._task is None:
+                raise
+            self._task.uncancel()
+            return None
+        finally:
+            self._is_reading = False
+
+    def drain(self) -> None:
+        """Take no more frames."""
+        self._is_draining = True
+        if self._is_reading and self._task is not None:
+            self._task.cancel()
+
+    def answer(self, answer: bytes) -> None:
+        """Send an answer at the next opportunity."""
+        self._unsent.append(answer)
+
+    def settle(self, answer: bytes) -> None:
+        """Send an answer that was owed. When the stream is gone, it waits to be asked for again:
+        frames that were taken are carried out all the same.
+        """
+        self.owed -= 1
+        self._unsent.append(answer)
+        if self._is_over:
+            if not self.owed:
+                self._service.detach(self.carried)
+            return
+        if not self._is_writing:
+            self._is_writing = True
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+        if self._settled is not None and not self.owed and not self._settled.done():
+            self._settled.set_result(None)
+
+    async def _write(self) -> None:
+        self._is_writing = True
+        try:
+            while self._unsent and not self._is_over:
+                await self._context.write(self._next_message())
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            _log.debug("a stream to %s broke: %r", self._service.name, error)
+        finally:
+            self._is_writing = False
+
+    def _next_message(self) -> bytes:
+        unsent = self._unsent
+        count = 1
+        if self._takes_batches:
+            size, limit = len(unsent[0]), min(BATCH_BYTES, self._service.limit_bytes)
+            while count < len(unsent) and size + len(unsent[count]) + 16 * count < limit:
+                size += len(unsent[count])
+                count += 1
+        together = unsent[:count]
+        del unsent[:count]
+        return together[0] if count == 1 else codec.join(together, _ANSWERS)
+
+
 class TwinService(twin_pb2_grpc.TwinServicer):
-    """Serves one model. Model code runs in threads of its own, so that health and other
-    streams are answered while a step is computed.
+    """Serves one model. Its code runs in threads of its own or, when it is quick enough, in the
+    event loop, but never for two sessions at once unless `threads` allows it.
     """
 
     def __init__(self, factory: Callable[[], Twin], name: str, options: ServeOptions) -> None:
         self.name = name
+        self.limit_bytes = options.max_message_bytes
         self.description: Description = factory().describe()
         self._described = twin_pb2.DescribeResponse(
-            description=codec.encode_description(self.description)
+            description=codec.encode_description(self.description),
+            max_message_bytes=options.max_message_bytes,
+            takes_batches=True,
         )
         self._factory = factory
         self._options = options
         self._threads = ThreadPoolExecutor(options.threads, thread_name_prefix=f"twin-{name}")
+        self._in_threads = 0
         self._sessions: dict[str, _Hosted] = {}
         self._closed: deque[str] = deque()
-        self._readers: set[asyncio.Task[None]] = set()
-        self._finishing: set[asyncio.Task[None]] = set()
+        self._streams: set[_Stream] = set()
         self._stopped = False
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service; its answers to frames are bytes already."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self.Describe,
+                twin_pb2.DescribeRequest.FromString,
+                twin_pb2.DescribeResponse.SerializeToString,
+            ),
+            "Session": grpc.stream_stream_rpc_method_handler(
+                self.Session, twin_pb2.SessionRequest.FromString
+            ),
+            "Flexibility": grpc.unary_unary_rpc_method_handler(
+                self.Flexibility,
+                twin_pb2.FlexibilityRequest.FromString,
+                twin_pb2.FlexibilityResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     async def Describe(  # noqa: N802
         self,
@@ -147,50 +295,19 @@ class TwinService(twin_pb2_grpc.TwinServicer):
     ) -> twin_pb2.DescribeResponse:
         return self._described
 
-    async def Session(  # noqa: N802
+    async def Session(  # type: ignore[override]  # noqa: N802 - it reads and writes by itself
         self,
-        request_iterator: AsyncIterable[twin_pb2.SessionRequest],
-        context: grpc.aio.ServicerContext[twin_pb2.SessionRequest, twin_pb2.SessionResponse],
-    ) -> AsyncIterator[twin_pb2.SessionResponse]:
-        answers: asyncio.Queue[twin_pb2.SessionResponse | None] = asyncio.Queue()
-        tasks: set[asyncio.Task[None]] = set()
-        carried: dict[str, _Hosted] = {}
-
-        async def handle(request: twin_pb2.SessionRequest) -> None:
-            answers.put_nowait(await self.answer(request, carried))
-
-        async def read() -> None:
-            async for request in request_iterator:
-                task = asyncio.create_task(handle(request))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-
-        async def finish() -> None:
-            # Frames that were taken are carried out even when the stream is gone: their answers
-            # wait to be asked for again.
-            if tasks:
-                await asyncio.wait(tasks)
-            answers.put_nowait(None)
-            self._detach(carried)
-
-        def ended(reader: asyncio.Task[None]) -> None:
-            self._readers.discard(reader)
-            if not reader.cancelled() and reader.exception() is not None:
-                _log.debug("a stream to %s broke", self.name, exc_info=reader.exception())
-            last = asyncio.create_task(finish())
-            self._finishing.add(last)
-            last.add_done_callback(self._finishing.discard)
-
-        reader = asyncio.create_task(read())
-        self._readers.add(reader)
-        reader.add_done_callback(ended)
+        request_iterator: object,
+        context: grpc.aio.ServicerContext[twin_pb2.SessionRequest, bytes],
+    ) -> None:
+        stream = _Stream(self, context)
+        self._streams.add(stream)
         try:
-            while (answer := await answers.get()) is not None:
-                yield answer
+            await stream.serve()
         finally:
-            reader.cancel()
+            self._streams.discard(stream)
 
-    def _detach(self, carried: dict[str, _Hosted]) -> None:
+    def detach(self, carried: dict[str, _Hosted]) -> None:
         """Note that a stream has ended; its sessions wait for another one, for a while."""
         loop = asyncio.get_running_loop()
         for hosted in carried.values():
@@ -206,7 +323,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 _log.info("closing session %s of %s: nobody came back", session_id, self.name)
                 self._sessions.pop(session_id, None)
                 if not self._stopped:
-                    self._threads.submit(self._end, hosted)
+                    self._in_thread(hosted, partial(self._end, hosted), lambda _: None)
 
     async def Flexibility(  # noqa: N802
         self,
@@ -225,10 +342,19 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 raise ScenarioError(
                     Reason.INVALID_FRAME, "a horizon has at least one period, each above 0 ns"
                 )
-            async with hosted.lock:
-                return await asyncio.get_running_loop().run_in_executor(
-                    self._threads, self._flexibility, hosted.session, request
-                )
+            answer: asyncio.Future[twin_pb2.FlexibilityResponse] = (
+                asyncio.get_running_loop().create_future()
+            )
+            session = hosted.session
+            self._in_turn(
+                hosted,
+                lambda: self._in_thread(
+                    hosted,
+                    lambda: self._flexibility(session, request),
+                    lambda done: None if answer.cancelled() else _copy(done, answer),
+                ),
+            )
+            return await answer
         raise AssertionError("abort raises")
 
     def _flexibility(
@@ -240,35 +366,100 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 return twin_pb2.FlexibilityResponse()
             return twin_pb2.FlexibilityResponse(block=codec.encode_block(block))
 
-    async def answer(
-        self, request: twin_pb2.SessionRequest, carried: dict[str, _Hosted]
-    ) -> twin_pb2.SessionResponse:
-        """The one answer to a frame: refused, repeated, or carried out.
-
-        `carried` collects the sessions that came over the same stream.
-        """
+    def take(self, request: twin_pb2.SessionRequest, stream: _Stream) -> None:
+        """Give a frame of `stream` its one answer, now or later: refused, repeated, or done."""
         hosted = self._sessions.get(request.session)
         if hosted is None:
             hosted = _Hosted()
             if hosted.refusal(request) is None:
                 self._sessions[request.session] = hosted
-        async with hosted.lock:
-            refusal = hosted.refusal(request)
-            if refusal is not None:
-                return _refused(request, refusal)
-            if request.session not in carried:
-                carried[request.session] = hosted
-                hosted.streams += 1
-                hosted.detached_s = math.inf
-            if hosted.answer is None or not hosted.repeats(request):
-                hosted.answer = await asyncio.get_running_loop().run_in_executor(
-                    self._threads, self._carry_out, hosted, request
-                )
-                hosted.frame = request.frame
-                if request.HasField("close"):
-                    self._forget_later(request.session)
+        if hosted.is_busy:
+            stream.owed += 1
+            hosted.waiting.append(partial(self._take_owed, hosted, request, stream))
+            return
+        answer = self._at_once(hosted, request, stream)
+        if answer is None:
+            stream.owed += 1
+            self._hand_over(hosted, request, stream)
+        else:
+            stream.answer(answer)
+
+    def _take_owed(
+        self, hosted: _Hosted, request: twin_pb2.SessionRequest, stream: _Stream
+    ) -> None:
+        answer = self._at_once(hosted, request, stream)
+        if answer is None:
+            self._hand_over(hosted, request, stream)
+        else:
+            stream.settle(answer)
+
+    def _at_once(
+        self, hosted: _Hosted, request: twin_pb2.SessionRequest, stream: _Stream
+    ) -> bytes | None:
+        """The answer, if it takes no thread to give it."""
+        refusal = hosted.refusal(request)
+        if refusal is not None:
+            return _refused(request, refusal)
+        if request.session not in stream.carried:
+            stream.carried[request.session] = hosted
+            hosted.streams += 1
+            hosted.detached_s = math.inf
+        if hosted.answer is not None and hosted.repeats(request):
             hosted.epoch = max(hosted.epoch, request.epoch)
             return hosted.answer
+        # one after the other: what the threads do for other sessions comes first
+        if self._in_threads < self._options.threads and request.HasField("advance"):
+            expected_s = hosted.step_s * len(request.advance.steps)
+            if expected_s < self._options.inline_s:
+                answer = self._carry_out(hosted, request)
+                self._keep(hosted, request, answer)
+                return answer
+        return None
+
+    def _hand_over(
+        self, hosted: _Hosted, request: twin_pb2.SessionRequest, stream: _Stream
+    ) -> None:
+        def answered(done: asyncio.Future[bytes]) -> None:
+            answer = done.result()
+            self._keep(hosted, request, answer)
+            stream.settle(answer)
+
+        self._in_thread(hosted, lambda: self._carry_out(hosted, request), answered)
+
+    def _keep(self, hosted: _Hosted, request: twin_pb2.SessionRequest, answer: bytes) -> None:
+        hosted.answer = answer
+        hosted.frame = request.frame
+        hosted.epoch = max(hosted.epoch, request.epoch)
+        if request.HasField("close"):
+            self._forget_later(request.session)
+
+    def _in_turn(self, hosted: _Hosted, begin: Callable[[], None]) -> None:
+        """Begin something when no thread works for the session."""
+        if hosted.is_busy:
+            hosted.waiting.append(begin)
+        else:
+            begin()
+
+    def _in_thread(
+        self, hosted: _Hosted, work: Callable[[], _T], then: Callable[[asyncio.Future[_T]], None]
+    ) -> None:
+        """Work for a session that is not busy in a thread; `then` is called in the event loop,
+        and after it whatever has waited for the session.
+        """
+
+        def ended(done: asyncio.Future[_T]) -> None:
+            self._in_threads -= 1
+            hosted.is_busy = False
+            try:
+                then(done)
+            finally:
+                while hosted.waiting and not hosted.is_busy:
+                    hosted.waiting.popleft()()
+
+        hosted.is_busy = True
+        self._in_threads += 1
+        done = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        done.add_done_callback(ended)
 
     def _forget_later(self, session_id: str) -> None:
         self._closed.append(session_id)
@@ -277,47 +468,58 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             if oldest in self._sessions and self._sessions[oldest].session is None:
                 del self._sessions[oldest]
 
-    def _carry_out(
+    def _carry_out(self, hosted: _Hosted, request: twin_pb2.SessionRequest) -> bytes:
+        """What a frame asks for, and the answer to it."""
+        if not request.traceparent and not is_tracing():
+            return self._answer(hosted, request)[0]
+        parent = _propagator.extract({"traceparent": request.traceparent})
+        name = f"twin.{request.WhichOneof('command')}"
+        with tracer.start_as_current_span(name, context=parent) as span:
+            answer, error = self._answer(hosted, request)
+            if error is not None:
+                span.set_attribute("error.type", error.reason.value)
+            return answer
+
+    def _answer(
         self, hosted: _Hosted, request: twin_pb2.SessionRequest
-    ) -> twin_pb2.SessionResponse:
-        """What a frame asks for; runs in a thread of the model's."""
+    ) -> tuple[bytes, FederationError | None]:
         response = twin_pb2.SessionResponse(session=request.session, frame=request.frame)
         command = request.WhichOneof("command")
-        parent = _propagator.extract({"traceparent": request.traceparent})
-        with tracer.start_as_current_span(f"twin.{command}", context=parent) as span:
-            try:
-                with _blaming(self.name):
-                    match command:
-                        case "open":
-                            self._open(hosted, request.open)
-                            response.opened.SetInParent()
-                        case "advance":
-                            self._advance(hosted, request.advance, response)
-                        case "snapshot":
-                            state = codec.encode_session(_usable(hosted))
-                            response.snapshot_taken.state = state
-                        case "restore":
-                            self._restore(hosted, request.restore.state)
-                            response.restored.SetInParent()
-                        case _:
-                            self._end(hosted)
-                            response.closed.SetInParent()
-            except FederationError as error:
-                span.set_attribute("error.type", error.reason.value)
-                response.error.CopyFrom(status.encode_error(error))
-                if command in ("advance", "restore"):
-                    hosted.failure = error
-        size, limit = response.ByteSize(), self._options.max_message_bytes
-        if size > limit:
-            too_large = ScenarioError(
+        failure: FederationError | None = None
+        try:
+            with _blaming(self.name):
+                match command:
+                    case "advance":
+                        self._advance(hosted, request.advance, response)
+                    case "open":
+                        self._open(hosted, request.open)
+                        response.opened.SetInParent()
+                    case "snapshot":
+                        state = codec.encode_session(_usable(hosted))
+                        response.snapshot_taken.state = state
+                    case "restore":
+                        self._restore(hosted, request.restore.state)
+                        response.restored.SetInParent()
+                    case _:
+                        self._end(hosted)
+                        response.closed.SetInParent()
+        except FederationError as error:
+            failure = error
+            response.error.CopyFrom(status.encode_error(error))
+            if command in ("advance", "restore"):
+                hosted.failure = error
+        answer, limit = response.SerializeToString(), self._options.max_message_bytes
+        if len(answer) > limit:
+            failure = ScenarioError(
                 Reason.MESSAGE_TOO_LARGE,
-                f"the answer of {self.name} to {command} has {size} bytes; the limit is {limit}",
-                {"bytes": str(size)},
+                f"the answer of {self.name} to {command} has {len(answer)} bytes; "
+                f"the limit is {limit}",
+                {"bytes": str(len(answer))},
             )
             if command == "advance":
-                hosted.failure = too_large
-            response = _refused(request, too_large)
-        return response
+                hosted.failure = failure
+            answer = _refused(request, failure)
+        return answer, failure
 
     def _open(self, hosted: _Hosted, opened: twin_pb2.SessionRequest.Open) -> None:
         self._end(hosted)
@@ -340,9 +542,15 @@ class TwinService(twin_pb2_grpc.TwinServicer):
     ) -> None:
         session = _usable(hosted)
         response.advanced.SetInParent()
+        add = response.advanced.results.add
+        began_s = time.perf_counter()
         for step in advance.steps:
             result = session.advance(codec.decode_step_input(step))
-            response.advanced.results.append(codec.encode_step_result(result))
+            codec.write_step_result(add(), result)
+        if advance.steps:
+            took_s = (time.perf_counter() - began_s) / len(advance.steps)
+            usual_s = hosted.step_s if hosted.step_s < math.inf else 0.0
+            hosted.step_s = max(took_s, 0.9 * usual_s)
 
     def _restore(self, hosted: _Hosted, state: bytes) -> None:
         """A fresh object takes the state, so that nothing of the old one shines through."""
@@ -363,8 +571,8 @@ class TwinService(twin_pb2_grpc.TwinServicer):
     def drain(self) -> None:
         """Take no more frames; each stream ends with the answers that it still owes."""
         self._stopped = True
-        for reader in self._readers:
-            reader.cancel()
+        for stream in self._streams:
+            stream.drain()
 
     def stop(self) -> None:
         """End all sessions; waits for a step that is being computed."""
@@ -381,10 +589,18 @@ def _usable(hosted: _Hosted) -> ModelSession:
     return hosted.session
 
 
-def _refused(request: twin_pb2.SessionRequest, error: FederationError) -> twin_pb2.SessionResponse:
+def _refused(request: twin_pb2.SessionRequest, error: FederationError) -> bytes:
     return twin_pb2.SessionResponse(
         session=request.session, frame=request.frame, error=status.encode_error(error)
-    )
+    ).SerializeToString()
+
+
+def _copy(done: asyncio.Future[_T], to: asyncio.Future[_T]) -> None:
+    error = done.exception()
+    if error is None:
+        to.set_result(done.result())
+    else:
+        to.set_exception(error)
 
 
 @contextlib.contextmanager
@@ -406,9 +622,8 @@ def new_server(max_message_bytes: int) -> grpc.aio.Server:
     """A server with the limits that all of ours have, and no services yet."""
     return grpc.aio.server(
         options=[
+            *channel_options(max_message_bytes),
             ("grpc.so_reuseport", 0),
-            ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.max_receive_message_length", max_message_bytes),
             # a caller may ask for a sign of life while a long step is computed
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -452,7 +667,7 @@ async def serving(
 
     service = await asyncio.to_thread(build)
     server = new_server(options.max_message_bytes)
-    twin_pb2_grpc.add_TwinServicer_to_server(service, server)
+    service.register(server)
     try:
         address, healthy = await start_server(server, (SERVICE,), options.host, options.port)
         try:

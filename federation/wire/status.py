@@ -37,6 +37,7 @@ _TABLE: Mapping[Reason, tuple[grpc.StatusCode, _Kind]] = {
     Reason.LOOP_WITHOUT_DELAY: (grpc.StatusCode.INVALID_ARGUMENT, ScenarioError),
     Reason.MISSING_FILE: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.STORE_FAILED: (grpc.StatusCode.UNAVAILABLE, ScenarioError),
+    Reason.JOURNAL_PRUNED: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.MISSING_EXTRA: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.RUN_NOT_FOUND: (grpc.StatusCode.NOT_FOUND, ScenarioError),
     Reason.NAME_LEASED: (grpc.StatusCode.ALREADY_EXISTS, ScenarioError),
@@ -135,17 +136,18 @@ def from_rpc(error: grpc.aio.AioRpcError, who: str, *, lost: bool = False) -> Fe
         return ScenarioError(Reason.MESSAGE_TOO_LARGE, f"{who}: {details}", metadata)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return TwinError(Reason.UNSUPPORTED, f"{who} does not serve this: {details}", metadata)
-    if code in _SILENCE:
+    if code in SILENCE:
         if lost:
             return TwinError(Reason.MEMBER_LOST, f"{who} was lost: {details}", metadata)
         return ScenarioError(Reason.UNREACHABLE, f"{who} can't be reached: {details}", metadata)
     return TwinError(Reason.TWIN_FAILED, f"{who} failed with {code.name}: {details}", metadata)
 
 
-_SILENCE = frozenset(
+SILENCE = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED,
     }
 )
+"""How gRPC says that nobody answered."""

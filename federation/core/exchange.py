@@ -1,0 +1,390 @@
+"""What members tell each other: values, causes and actions, from where they arise to where
+they are seen.
+
+The coordinator and the schedule decide when a member steps; what it is then given, and what
+becomes of its answer, is the same for both and is here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+
+from federation.core.coupling import MAX_CAUSES, Slot, Wire, Wiring
+from federation.core.envelope import Envelope, Pool
+from federation.core.ledger import (
+    ActionRecord,
+    EventRecord,
+    Ledger,
+    Quality,
+    Record,
+    record_head,
+)
+from federation.errors import Reason, TwinError
+from federation.twin import (
+    NOTHING,
+    Action,
+    StepInput,
+    StepResult,
+    Vector,
+    check_finite,
+    has_minus_zero,
+    plain_zeros,
+    undeclared,
+    wrong_shape,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Feed:
+    """What has come over one wire: the visible value and what becomes visible later."""
+
+    wire: Wire
+    inlet: Inlet
+    member: Member
+    delay_ns: int
+    visible: Vector | None = None
+    data: bytes = b""
+    """The bytes of the visible value."""
+    causes: dict[int, str] = field(default_factory=dict)
+    pending: deque[tuple[int, Vector, bytes, Mapping[int, str]]] = field(default_factory=deque)
+    """(visible from, value, its bytes, per entry the event that explains it from then on)."""
+
+
+@dataclass(slots=True, eq=False)
+class Inlet:
+    """An input of a member: all that feeds it, and what the member was last given."""
+
+    name: str
+    slot: Slot
+    is_plain: bool
+    value: Vector
+    data: bytes
+    """The bytes of the value."""
+    feeds: list[Feed] = field(default_factory=list)
+    causes: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    is_behind: bool = False
+    """Something is visible that was not given yet."""
+
+
+@dataclass(slots=True, eq=False)
+class Outlet:
+    """An output of a member: the value last recorded, and whom it feeds."""
+
+    name: str
+    owner: str
+    rank: int
+    size: int
+    head: bytes
+    """What stands before each of its values in the hash."""
+    feeds: list[Feed] = field(default_factory=list)
+    revision: int = 0
+    data: bytes | None = None
+    """The bytes of the value; None before the first."""
+    value: Vector | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """What the federation knows of a member while it runs."""
+
+    name: str
+    rank: int
+    unit: int
+    period_ns: int
+    wakes: bool
+    acts: bool
+    """Whether it may act on others; its inputs are then judged step by step."""
+    inlets: list[Inlet]
+    outlets: dict[str, Outlet]
+    next_ns: int
+    """Its own next instant: of its period, or asked for; NEVER when it asked for none."""
+    granted: tuple[StepInput, ...] = ()
+    """The steps in flight; empty when the member is idle."""
+    awaits: bool = False
+    """Whether anything may be on its way to it that it can't see yet."""
+    orders: deque[tuple[int, str, Action]] = field(default_factory=deque)
+    """Actions on their way to it: (visible from, channel, action)."""
+    untold: dict[str, dict[int, tuple[str, ...]]] = field(default_factory=dict)
+    """Causes that became visible when it had no reason to step."""
+    known_events: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Foreign events that reached it, with the coupling that brought each to each input."""
+    own_events: set[str] = field(default_factory=set)
+
+    def collect(self, time_ns: int, micro: int = 0, relaxation: float = 1.0) -> StepInput:
+        """The inputs that differ from what it saw last, and its due actions."""
+        inputs: dict[str, Vector] = {}
+        untold = self.untold
+        causes: dict[str, dict[int, tuple[str, ...]]] | None = None
+        if untold:
+            causes, self.untold = untold, {}
+        for inlet in self.inlets:
+            rows: Iterable[int] | None = None
+            for feed in inlet.feeds:
+                pending = feed.pending
+                while pending and pending[0][0] <= time_ns:
+                    _, feed.visible, feed.data, news = pending.popleft()
+                    rows = rows or ()
+                    if news:
+                        rows = _rows_of(feed, news, rows)
+            if rows is None and not inlet.is_behind:
+                continue
+            inlet.is_behind = False
+            self.give(inlet, inputs, relaxation if micro else 1.0)
+            if rows:
+                changed = self.explain(inlet, rows)
+                if changed:
+                    causes = {} if causes is None else causes
+                    causes.setdefault(inlet.name, {}).update(changed)
+        actions = self.due(time_ns) if self.orders else ()
+        return StepInput(time_ns, micro, inputs, causes or NOTHING, actions)
+
+    def give(self, inlet: Inlet, inputs: dict[str, Vector], share: float = 1.0) -> None:
+        """Put what is visible at an input into `inputs` if it is not what was given last.
+
+        Of the way to it only `share` is gone.
+        """
+        if inlet.is_plain and share == 1.0:
+            feed = inlet.feeds[0]
+            if feed.visible is None or feed.data == inlet.data:
+                return
+            inlet.value, inlet.data = feed.visible, feed.data
+        else:
+            value = inlet.slot.combined([feed.visible for feed in inlet.feeds])
+            if share < 1.0:
+                value = inlet.value + share * (value - inlet.value)
+            data = value.tobytes()
+            if data == inlet.data:
+                return
+            value.setflags(write=False)
+            inlet.value, inlet.data = value, data
+            inlet.is_behind = share < 1.0
+        inputs[inlet.name] = inlet.value
+
+    def due(self, time_ns: int) -> tuple[Action, ...]:
+        """The actions that are visible at `time_ns`, taken off the list."""
+        actions = tuple(a for visible_ns, _, a in self.orders if visible_ns <= time_ns)
+        if actions:
+            for _, channel, action in self.orders:
+                if action.cause and action in actions:
+                    self.known_events.setdefault(action.cause, {}).setdefault("", channel)
+            self.orders = deque(o for o in self.orders if o[0] > time_ns)
+        return actions
+
+    def explain(self, inlet: Inlet, rows: Iterable[int]) -> dict[int, tuple[str, ...]]:
+        """The new causes of the touched rows, remembering through which coupling they came."""
+        changed: dict[int, tuple[str, ...]] = {}
+        for row in sorted(rows):
+            events: dict[str, str] = {}
+            for feed_index, column in inlet.slot.sources_of[row]:
+                feed = inlet.feeds[feed_index]
+                event = feed.causes.get(column)
+                if event is not None:
+                    events.setdefault(event, feed.wire.coupling.name)
+            kept = tuple(events)[:MAX_CAUSES]
+            if inlet.causes.get(row) != kept:
+                inlet.causes[row] = changed[row] = kept
+                for event in kept:
+                    channels = self.known_events.setdefault(event, {})
+                    channels.setdefault(inlet.name, events[event])
+        return changed
+
+    def catch_up(self, inlet: Inlet, time_ns: int) -> None:
+        """Take in what a loop left below its tolerance, without waking the member."""
+        rows: Iterable[int] | None = None
+        for feed in inlet.feeds:
+            while feed.pending and feed.pending[0][0] <= time_ns:
+                _, feed.visible, feed.data, news = feed.pending.popleft()
+                rows = _rows_of(feed, news, rows or ())
+        if rows is None:
+            return
+        inlet.is_behind = True
+        changed = self.explain(inlet, rows)
+        if changed:
+            self.untold.setdefault(inlet.name, {}).update(changed)
+
+    def stage(self, inlet: Inlet, time_ns: int) -> bool:
+        """Make values visible within a loop; their causes follow when it has settled."""
+        is_rung = False
+        for feed in inlet.feeds:
+            while feed.pending and feed.pending[0][0] <= time_ns and not feed.pending[0][3]:
+                _, feed.visible, feed.data, _ = feed.pending.popleft()
+                inlet.is_behind = is_rung = True
+        return is_rung
+
+    def put_off(self, step: StepInput) -> None:
+        """Keep the causes of a step that is not done after all."""
+        self.untold = {variable: dict(causes) for variable, causes in step.causes.items()}
+
+
+def _rows_of(feed: Feed, news: Mapping[int, str], rows: Iterable[int]) -> set[int]:
+    """`rows` with those whose causes change by `news`, which is noted."""
+    found = set(rows)
+    for column, event in news.items():
+        if feed.causes.get(column) != event:
+            feed.causes[column] = event
+            found.update(feed.wire.targets_of.get(column, ()))
+    return found
+
+
+class Exchange:
+    """The members of a wiring with their ledger: takes answers in and hands them on."""
+
+    def __init__(self, wiring: Wiring, pools: tuple[Pool, ...] = ()) -> None:
+        self.ledger = Ledger()
+        self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
+        self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
+        self.members: dict[str, Member] = {}
+        for name, description in wiring.descriptions.items():
+            rank = wiring.rank[name]
+            policy = description.time
+            inlets = []
+            for slot in wiring.slots[name]:
+                value = slot.initial()
+                value.setflags(write=False)
+                inlets.append(
+                    Inlet(slot.variable.name, slot, slot.is_plain, value, value.tobytes())
+                )
+            self.members[name] = Member(
+                name,
+                rank,
+                wiring.unit_of[name],
+                policy.period_ns,
+                policy.wakes_on_input,
+                any(name == a.source for a in wiring.actuations),
+                inlets,
+                {
+                    output: Outlet(
+                        output,
+                        name,
+                        rank,
+                        size,
+                        record_head(rank, name, output, size, Quality.GOOD),
+                    )
+                    for output, size in description.output_sizes().items()
+                },
+                policy.offset_ns,
+            )
+        for member in self.members.values():
+            for inlet in member.inlets:
+                for wire in inlet.slot.wires:
+                    coupling = wire.coupling
+                    feed = Feed(wire, inlet, member, coupling.delay_ns)
+                    inlet.feeds.append(feed)
+                    self.members[coupling.source].outlets[coupling.output].feeds.append(feed)
+
+    def absorb(self, member: Member, result: StepResult) -> None:
+        """Check a final result, record it, and hand it on to every member that it feeds."""
+        if result.events or result.actions:
+            self.tell(member, result)
+        self.publish(member, result, result.causes)
+
+    def publish(
+        self, member: Member, result: StepResult, causes: Mapping[str, Mapping[int, str]]
+    ) -> None:
+        """Record what has changed of a result's values, and hand it on with its causes."""
+        outputs = result.outputs
+        time_ns = result.time_ns
+        names: Iterable[str] = outputs
+        if causes:
+            names = dict.fromkeys(chain(outputs, causes))
+        for name in names:
+            outlet = member.outlets.get(name)
+            if outlet is None:
+                raise undeclared(member.name, name)
+            value = outputs.get(name)
+            if value is not None:
+                if value.shape != (outlet.size,):
+                    raise wrong_shape(member.name, name, outlet.size, value.size)
+                check_finite(member.name, name, value, time_ns)
+        for name in names:
+            outlet = member.outlets[name]
+            news: Mapping[int, str] = NOTHING
+            if causes:
+                news = causes.get(name, NOTHING)
+                self._check_causes(member, name, news)
+            value = outputs.get(name)
+            is_new = False
+            if value is not None:
+                data = value.tobytes()
+                if data != outlet.data and has_minus_zero(data):
+                    value = plain_zeros(value)
+                    value.setflags(write=False)
+                    data = value.tobytes()
+                if data != outlet.data:
+                    is_new = True
+                    outlet.revision += 1
+                    outlet.value, outlet.data = value, data
+                    record = Record(
+                        time_ns,
+                        result.micro,
+                        member.rank,
+                        member.name,
+                        name,
+                        outlet.revision,
+                        value,
+                    )
+                    self.ledger.add(record, data)
+            present = outlet.value
+            if present is None or outlet.data is None or not (is_new or news):
+                continue
+            for feed in outlet.feeds:
+                feed.pending.append((time_ns + feed.delay_ns, present, outlet.data, news))
+                feed.member.awaits = True
+
+    def _check_causes(self, member: Member, name: str, news: Mapping[int, str]) -> None:
+        for event in news.values():
+            if event not in member.own_events and event not in member.known_events:
+                raise TwinError(
+                    Reason.UNKNOWN_CAUSE,
+                    f"{member.name}.{name} is explained by {event!r}, which is neither an "
+                    f"event of {member.name} nor one that reached it",
+                    {"member": member.name, "variable": name, "cause": event},
+                )
+
+    def tell(self, member: Member, result: StepResult) -> None:
+        """Check and record the events and actions of a result, and send the actions off."""
+        prefix = f"{member.name}/"
+        for event in result.events:
+            if not event.id.startswith(prefix) or event.id in member.own_events:
+                raise TwinError(
+                    Reason.UNKNOWN_CAUSE,
+                    f"{member.name} may not name an event {event.id!r}",
+                    {"member": member.name, "event": event.id},
+                )
+            via = []
+            for cause in event.causes:
+                if cause in member.own_events:
+                    continue
+                channels = member.known_events.get(cause)
+                if channels is None:
+                    raise TwinError(
+                        Reason.UNKNOWN_CAUSE,
+                        f"{event.id} ({event.kind}) names the cause {cause!r}, which is neither "
+                        f"an earlier event of {member.name} nor one that reached it",
+                        {"member": member.name, "event": event.id, "cause": cause},
+                    )
+                told_by = dict(event.through).get(cause, "")
+                via.append((cause, channels.get(told_by) or next(iter(channels.values()))))
+            member.own_events.add(event.id)
+            self.ledger.add(
+                EventRecord(
+                    result.time_ns, result.micro, member.rank, member.name, event, tuple(via)
+                )
+            )
+        if result.actions:
+            seen = {inlet.name: inlet.value for inlet in member.inlets}
+            for action, refusal in self.envelope.screen(member.name, result.actions, seen):
+                self.ledger.add(
+                    ActionRecord(
+                        result.time_ns, result.micro, member.rank, member.name, action, refusal
+                    )
+                )
+                if not refusal:
+                    delay_ns = self._action_delay[member.name, action.member]
+                    channel = f"{member.name} => {action.member}.{action.actuator}"
+                    target = self.members[action.member]
+                    target.orders.append((result.time_ns + delay_ns, channel, action))
+                    target.awaits = True
