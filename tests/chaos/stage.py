@@ -738,28 +738,60 @@ def _not_degraded(
     """Where a run is not as one in which the member fell silent, or its spare took over."""
     if run.state != Run.STATE_SUCCEEDED:
         return [f"it ended as {_ended(run)}"]
-    mark = {
-        "held": broker_pb2.LedgerEntry.QUALITY_HELD,
-        "substituted": broker_pb2.LedgerEntry.QUALITY_SUBSTITUTED,
-    }[quality]
-    marked = [e.time_ns for e in whole if e.value.quality == mark]
-    if not marked:
-        return [f"no value is {quality}"]
-    strangers = {e.member for e in whole if e.value.quality == mark} - {member}
-    problems = [f"values of {strangers} are {quality}"] if strangers else []
-    key = "mute_from_ns" if quality == "held" else "spare_from_ns"
-    _, entries = _reference(seed, member, key, min(marked))
-    expected = {_key(e): _said(e) for e in entries}
+    changes = [e for e in whole if e.member == "federation"]
+    if [(e.occurrence.event.kind, e.occurrence.event.entity) for e in changes] != [
+        (f"member_{quality}", member)
+    ]:
+        return [f"its changes of members are {changes}, not that {member} is {quality}"]
+    from_ns = changes[0].time_ns
+    problems = []
+    if quality == "held":
+        reference = _reference(seed, member, "mute_from_ns", from_ns)
+        expected = [*reference[1], *changes, *_held(reference[1], member, from_ns)]
+    else:
+        mark = broker_pb2.LedgerEntry.QUALITY_SUBSTITUTED
+        reference = _reference(seed, member, "spare_from_ns", from_ns)
+        expected = [_marked(e, member, from_ns, mark) for e in (*reference[1], *changes)]
+    wanted = {_key(e): _said(e) for e in expected}
     for entry in whole:
-        if entry.member != member or entry.value.quality != mark:
-            if expected.pop(_key(entry), None) != _said(entry):
-                problems.append(f"{_key(entry)} is not as with {member} {quality}")
-        elif quality == "substituted":
-            entry.value.quality = broker_pb2.LedgerEntry.QUALITY_GOOD
-            if expected.pop(_key(entry), None) != _said(entry):
-                problems.append(f"{_key(entry)} is not what the spare says")
-    problems += [f"{key} is missing with {member} {quality}" for key in expected]
+        if wanted.pop(_key(entry), None) != _said(entry):
+            problems.append(f"{_key(entry)} is not as with {member} {quality}: {entry}")
+    problems += [f"{key} is missing with {member} {quality}" for key in wanted]
     return problems[:5]
+
+
+def _held(
+    entries: tuple[broker_pb2.LedgerEntry, ...], member: str, from_ns: int
+) -> list[broker_pb2.LedgerEntry]:
+    """The last values of a member that has fallen silent, as they are recorded anew."""
+    last: dict[str, broker_pb2.LedgerEntry] = {}
+    for entry in entries:
+        if entry.member == member and entry.HasField("value"):
+            last[entry.value.values.variable] = entry
+    held = []
+    for entry in last.values():
+        again = broker_pb2.LedgerEntry()
+        again.CopyFrom(entry)
+        again.time_ns, again.micro = from_ns, 0
+        again.value.revision += 1
+        again.value.quality = broker_pb2.LedgerEntry.QUALITY_HELD
+        held.append(again)
+    return held
+
+
+def _marked(
+    entry: broker_pb2.LedgerEntry,
+    member: str,
+    from_ns: int,
+    mark: broker_pb2.LedgerEntry.Quality.ValueType,
+) -> broker_pb2.LedgerEntry:
+    """An entry as it is when values of a member have another quality from an instant on."""
+    if entry.member != member or entry.time_ns < from_ns or not entry.HasField("value"):
+        return entry
+    marked = broker_pb2.LedgerEntry()
+    marked.CopyFrom(entry)
+    marked.value.quality = mark
+    return marked
 
 
 @asynccontextmanager
