@@ -326,7 +326,12 @@ def parser() -> argparse.ArgumentParser:
     server.set_defaults(do=command_serve)
 
     broker = commands.add_parser("broker", help="run a broker")
-    broker.add_argument("--store", default="broker.sqlite", help="its database (broker.sqlite)")
+    broker.add_argument(
+        "--store",
+        default="broker.sqlite",
+        metavar="FILE|URL",
+        help="its SQLite file or its PostgreSQL, postgresql://... (broker.sqlite)",
+    )
     broker.add_argument(
         "--scenarios", type=Path, metavar="DIR", help="where the files of scenarios lie"
     )

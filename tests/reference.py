@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from federation.core.coordinator import NEVER, LoopPolicy
+from federation.core.coordinator import LoopPolicy
 from federation.core.coupling import Coupling, Slot, Wiring
 from federation.core.envelope import Envelope, Pool
+from federation.core.exchange import NEVER
 from federation.core.ledger import ActionRecord, EventRecord, Ledger, Record
 from federation.errors import Reason, TwinError
 from federation.twin import Action, Session, StepInput, StepResult, Vector

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -638,6 +639,194 @@ def test_a_closed_session_stays_closed() -> None:
     bounded(story)
 
 
+# several frames in one message
+
+
+def test_each_frame_of_a_message_of_several_has_its_answer_also_beside_a_refused_one() -> None:
+    local = {}
+    for name in ("a", "b"):
+        session = Session(Reservoirs(), name)
+        session.open(0, {})
+        local[name] = [codec.encode_step_result(session.advance(StepInput(0)))]
+
+    async def story() -> None:
+        async with stubbed() as stub:
+            described = await stub.Describe(twin_pb2.DescribeRequest())
+            assert described.takes_batches
+            assert described.max_message_bytes == ServeOptions().max_message_bytes
+            nested = twin_pb2.SessionRequest(frames=[frame(3, "close", session="a")])
+            call = stub.Session()
+            await call.write(
+                twin_pb2.SessionRequest(
+                    frames=[
+                        frame(1, "open", session="a", member="a"),
+                        frame(2, "advance", session="a", steps=steps(0)),
+                        frame(7, "advance", session="a", steps=steps(1)),
+                        frame(1, "open", session="b", member="b"),
+                        frame(2, "advance", session="c", steps=steps(0)),
+                        frame(2, "advance", session="b", steps=steps(0)),
+                        nested,
+                    ]
+                )
+            )
+            await call.done_writing()
+            got: dict[tuple[str, int], twin_pb2.SessionResponse] = {}
+            async for message in call:
+                for answer in message.answers or [message]:
+                    assert (answer.session, answer.frame) not in got
+                    got[answer.session, answer.frame] = answer
+            for name in ("a", "b"):
+                assert got[name, 1].WhichOneof("outcome") == "opened"
+                assert list(got[name, 2].advanced.results) == local[name]
+            for key in (("a", 7), ("c", 2), ("", 0)):
+                assert got[key].error.reason == "INVALID_FRAME"
+            assert len(got) == 7
+
+    bounded(story)
+
+
+def test_a_caller_that_sends_one_frame_at_a_time_gets_one_answer_at_a_time() -> None:
+    async def story() -> None:
+        async with stubbed() as stub:
+            call = stub.Session()
+            for number in range(8):
+                name = f"s{number}"
+                await call.write(frame(1, "open", session=name, member=name))
+                await call.write(frame(2, "advance", session=name, steps=steps(0)))
+            await call.done_writing()
+            got = [answer async for answer in call]
+            assert not any(answer.answers for answer in got)
+            assert not any(answer.HasField("error") for answer in got)
+            assert sorted((answer.session, answer.frame) for answer in got) == [
+                (f"s{number}", frame_) for number in range(8) for frame_ in (1, 2)
+            ]
+
+    bounded(story)
+
+
+def test_frames_that_leave_together_are_kept_apart_from_a_twin_that_takes_one_at_a_time() -> None:
+    async def story(address: str) -> None:
+        async with await Link.connect(address, "raw") as link:
+            sessions = [await link.session(f"m{i}", i, {}, epoch=1) for i in range(5)]
+            for hour in range(3):
+                step = StepInput(hour * HOUR_NS, inputs={"inflow": np.array([1.0, 2.0])})
+                found = await asyncio.gather(*(s.advance([step]) for s in sessions))
+                assert [len(results) for results in found] == [1] * 5
+                assert found[4][0].outputs["volume"].tolist() == [10.0 + hour, 10.0 + 2 * hour]
+
+    with process(str(ROOT / "tests" / "rawtwin.py"), "--port", "0") as (_, address):
+        bounded(lambda: story(address))
+
+
+def test_members_of_one_process_share_a_stream_until_the_last_leaves() -> None:
+    async def story() -> None:
+        async with linked() as one:
+            other = await Link.connect(one.address, "other")
+            assert one.line is other.line
+            await other.session("b", 2, {}, epoch=1)
+            session = await one.session("a", 1, {}, epoch=1)
+            await other.close()
+            assert len(await session.advance(INPUTS)) == len(INPUTS)
+            third = await Link.connect(one.address, "third")
+            assert third.line is one.line
+            await third.close()
+
+    bounded(story)
+
+
+# where the model's code runs
+
+
+class Placed(Reservoirs):
+    """Reservoirs that remember which thread did each step, and may take their time."""
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        super().open(seed, parameters)
+        self.seed = seed
+        self.begun.clear()
+
+    def advance(self, step: Step) -> None:
+        self.where.append(threading.get_ident())
+        if self.seed == 1:
+            self.begun.set()
+            assert self.gate_of_one.wait(20)
+        if self.seed == 2 and step.time_ns == 3 * HOUR_NS:
+            time.sleep(0.1)
+        super().advance(step)
+
+    where: list[int]
+    begun: threading.Event
+    gate_of_one: threading.Event
+
+
+def placed() -> type[Placed]:
+    fresh = {"where": [], "begun": threading.Event(), "gate_of_one": threading.Event()}
+    return type("Placed", (Placed,), fresh)
+
+
+def test_a_quick_step_is_done_where_it_is_read_and_a_slow_one_in_a_thread() -> None:
+    twin = placed()
+
+    async def story() -> None:
+        async with linked(twin, ServeOptions(inline_s=0.02)) as link:
+            session = await link.session("me", 2, {}, epoch=1)
+            for hour in range(5):
+                await session.advance([StepInput(hour * HOUR_NS)])
+        here = [thread == threading.get_ident() for thread in twin.where]
+        # nothing is known before the first; the slow fourth was not to be foreseen
+        assert here == [False, True, True, True, False]
+
+    bounded(story)
+
+
+def test_while_a_step_takes_long_health_and_repeats_are_answered_and_the_model_is_left_alone() -> (
+    None
+):
+    twin = placed()
+
+    async def story() -> None:
+        async with linked(twin, ServeOptions(inline_s=20.0)) as link:
+            quick = await link.session("quick", 0, {}, epoch=1)
+            await quick.advance([StepInput(0)])
+            slow = await link.session("slow", 1, {}, epoch=1)
+            waits = asyncio.create_task(slow.advance([StepInput(0)]))
+            assert await asyncio.to_thread(twin.begun.wait, 20)
+            async with grpc.aio.insecure_channel(link.address) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                asked = health_pb2.HealthCheckRequest()
+                answer = await health.Check(asked, timeout=10)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                again = frame(2, "advance", session=quick.id, steps=steps(0))
+                stub: twin_pb2_grpc.TwinAsyncStub = twin_pb2_grpc.TwinStub(channel)
+                (repeat,) = await answers(stub, again)
+                assert len(repeat.advanced.results) == 1
+            after = asyncio.create_task(quick.advance([StepInput(HOUR_NS)]))
+            await asyncio.wait([after], timeout=0.1)
+            assert len(twin.where) == 2, "one model at a time"
+            twin.gate_of_one.set()
+            assert len(await waits) == len(await after) == 1
+
+    bounded(story)
+
+
+def test_with_two_threads_a_long_step_holds_nobody_up() -> None:
+    twin = placed()
+
+    async def story() -> None:
+        async with linked(twin, ServeOptions(threads=2, inline_s=20.0)) as link:
+            slow = await link.session("slow", 1, {}, epoch=1)
+            waits = asyncio.create_task(slow.advance([StepInput(0)]))
+            assert await asyncio.to_thread(twin.begun.wait, 20)
+            quick = await link.session("quick", 0, {}, epoch=1)
+            for hour in range(3):
+                assert await quick.advance([StepInput(hour * HOUR_NS)])
+            assert not waits.done()
+            twin.gate_of_one.set()
+            assert len(await waits) == 1
+
+    bounded(story)
+
+
 # errors
 
 
@@ -892,6 +1081,37 @@ def test_a_cut_stream_is_taken_up_again_and_nothing_is_done_twice() -> None:
     bounded(story)
 
 
+def test_a_stream_that_breaks_under_many_frames_loses_none_and_does_none_twice() -> None:
+    local = {}
+    for seed in range(8):
+        session = Session(Reservoirs(), f"m{seed}")
+        session.open(seed, {})
+        local[seed] = [session.advance(step) for step in INPUTS]
+
+    async def story() -> None:
+        async with (
+            serving(Reservoirs, "water", ServeOptions(inline_s=1.0)) as (address, _),
+            Wire(address) as wire,
+            await Link.connect(wire.address, "water", LinkOptions(resume_timeout_s=10)) as link,
+        ):
+            sessions = [await link.session(f"m{seed}", seed, {}, epoch=1) for seed in range(8)]
+            got = {seed: await sessions[seed].advance(INPUTS[:1]) for seed in range(8)}
+            before = Reservoirs.steps_done
+            wire.deaf = True
+            advances = [asyncio.create_task(session.advance(INPUTS[1:])) for session in sessions]
+            while Reservoirs.steps_done < before + 3 * 8:
+                await asyncio.sleep(0.01)
+            await wire.swallowed.wait()
+            wire.deaf = False
+            wire.cut()
+            for seed, advance in enumerate(advances):
+                got[seed] += await advance
+                assert same(got[seed], local[seed])
+            assert Reservoirs.steps_done == before + 3 * 8
+
+    bounded(story)
+
+
 def test_a_session_that_nobody_comes_back_to_is_closed() -> None:
     closed = threading.Event()
 
@@ -986,6 +1206,30 @@ def test_a_twin_that_owes_an_answer_too_long_is_lost() -> None:
                 Reservoirs.gate.set()
         finally:
             Reservoirs.gate = None
+
+    bounded(story)
+
+
+def test_of_members_that_share_a_stream_the_silent_one_is_lost_by_name() -> None:
+    twin = placed()
+
+    async def story() -> None:
+        patience = LinkOptions(answer_timeout_s=0.5)
+        async with linked(twin, ServeOptions(threads=2), patience) as link:
+            other = await Link.connect(link.address, "talker", patience)
+            quick = await other.session("talker", 0, {}, epoch=1)
+            slow = await link.session("dreamer", 1, {}, epoch=1)
+            waits = asyncio.create_task(slow.advance([StepInput(0)]))
+            hours = 0
+            while not waits.done():
+                assert await quick.advance([StepInput(hours * HOUR_NS)])
+                hours += 1
+            with pytest.raises(TwinError, match=r"MEMBER_LOST.*no answer within 0.5 s"):
+                await waits
+            assert waits.exception().metadata["member"] == "water"  # type: ignore[union-attr]
+            assert await quick.advance([StepInput(hours * HOUR_NS)])
+            twin.gate_of_one.set()
+            await other.close()
 
     bounded(story)
 

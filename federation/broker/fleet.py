@@ -14,10 +14,11 @@ from typing import Any
 
 import psutil
 
+from federation.broker.live import substitute_of
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.errors import PlanError, Reason, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
-from federation.scenario.spec import Scenario
+from federation.scenario.spec import Scenario, Service
 
 START_TIMEOUT_S = 180.0
 """How long members may take to start; twins compile code the first time."""
@@ -90,25 +91,52 @@ async def fleet(scenario: Scenario, store: str | Path, logs: Path) -> AsyncItera
     """
     logs.mkdir(parents=True, exist_ok=True)
     started_s = time.perf_counter()
-    own = {name: member for name, member in scenario.members.items() if member.twin}
-    async with BrokerServer(BrokerOptions(store=store)) as broker:
+    own: dict[str, Service] = {n: m for n, m in scenario.members.items() if m.twin}
+    for name, member in scenario.members.items():
+        stand_in = member.on_failure.substitute
+        if stand_in is not None and stand_in.twin:
+            own[substitute_of(name)] = stand_in
+    async with BrokerServer(BrokerOptions(store=store, continues=False)) as broker:
         processes: dict[str, asyncio.subprocess.Process] = {}
         files = {name: logs / f"{name}.log" for name in own}
+
+        async def start(name: str) -> None:
+            service = own[name]
+            config = [f"--config={key}={value}" for key, value in service.config.items()]
+            with files[name].open("ab") as log:
+                processes[name] = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "federation", "serve", str(service.twin)),
+                    *(f"--name={name}", f"--broker={broker.address}", *config),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+
+        async def keep_up(name: str) -> None:
+            """Start a member again whenever its process ends, after a pause that grows."""
+            pause_s = 0.0
+            while True:
+                await processes[name].wait()
+                broker.dismiss(name)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s + 0.1, 5.0)
+                await start(name)
+
+        keeping: list[asyncio.Task[None]] = []
         try:
-            for name, member in own.items():
-                config = [f"--config={key}={value}" for key, value in member.config.items()]
-                with files[name].open("wb") as log:
-                    processes[name] = await asyncio.create_subprocess_exec(
-                        *(sys.executable, "-m", "federation", "serve", str(member.twin)),
-                        *(f"--name={name}", f"--broker={broker.address}", *config),
-                        stdin=asyncio.subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                    )
+            for name in own:
+                files[name].unlink(missing_ok=True)
+                await start(name)
             crew = Fleet(broker, processes, files, started_s)
             await _all_ready(crew, own)
+            for name, member in scenario.members.items():
+                if name in own and member.on_failure.do == "recover":
+                    keeping.append(asyncio.create_task(keep_up(name)))
             yield crew
         finally:
+            for task in keeping:
+                task.cancel()
+            await asyncio.gather(*keeping, return_exceptions=True)
             await asyncio.gather(*(_end(process) for process in processes.values()))
 
 

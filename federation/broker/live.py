@@ -10,21 +10,24 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 from opentelemetry import trace
 
 from federation import telemetry
+from federation.broker.memory import Memory, write_degraded, write_order
 from federation.broker.registry import Lease
-from federation.broker.store import State, Store
+from federation.broker.seats import Degradation, MemberSeat, Saved
+from federation.broker.store import NOT_SETTLED, Frame, Item, State, Store
 from federation.core.coordinator import Coordinator
 from federation.core.ledger import Entry
 from federation.core.messages import (
     Aborted,
     Accepted,
     Commit,
+    Degraded,
     Effect,
     Failed,
     Finished,
@@ -46,8 +49,17 @@ from federation.scenario.run import (
     blame,
     plan_member,
 )
-from federation.scenario.spec import PLANNER, Scenario
-from federation.twin import Action, LinearBlock, Planner, Session, StepInput, StepResult
+from federation.scenario.spec import PLANNER, OnFailure, Scenario
+from federation.twin import (
+    Action,
+    Description,
+    LinearBlock,
+    Planner,
+    Session,
+    StepInput,
+    StepResult,
+)
+from federation.wire import codec
 from federation.wire.link import Link, LinkSession
 
 SETTLE_S = 0.2
@@ -55,6 +67,9 @@ SETTLE_S = 0.2
 
 BACKLOG = 8_192
 """How many final entries may wait for the sink before answers wait with them."""
+
+CONNECT_AGAIN_S = 0.5
+"""How long one attempt to reach a member that was lost may take."""
 
 CLOSE_S = 2.0
 """How long a run waits for its members to close their sessions."""
@@ -70,12 +85,16 @@ _planning = ThreadPoolExecutor(1, thread_name_prefix="planner")
 class Batch:
     """Entries that are final and follow all before, with the Unix times of their arrival.
 
-    With them the ledger is complete up to and including `settled_ns`.
+    With them the ledger is complete up to and including `settled_ns`. `items` are what the run
+    could be continued from, and follow all before; `saved` are states of members that go with
+    what is on record by then.
     """
 
     entries: tuple[Entry, ...]
     receive_ns: tuple[int, ...]
     settled_ns: int
+    items: tuple[Item, ...] = ()
+    saved: tuple[tuple[str, Saved], ...] = ()
 
 
 Sink = Callable[[Batch], Awaitable[None]]
@@ -154,7 +173,7 @@ class Seat(Protocol):
         """End the member's session; a grant that it still has comes to nothing."""
 
 
-class _PlannerSeat:
+class PlannerSession:
     """The planner runs in this process, in the thread for planners."""
 
     def __init__(self, planner: Planner) -> None:
@@ -178,6 +197,15 @@ class _PlannerSeat:
 
         work = self._work(lambda: [self._session.advance(step) for step in steps])
         work.add_done_callback(ended)
+
+    async def advance(self, steps: Sequence[StepInput]) -> Sequence[StepResult]:
+        return await self._work(lambda: [self._session.advance(step) for step in steps])
+
+    async def snapshot(self) -> bytes:
+        return await self._work(lambda: codec.encode_session(self._session))
+
+    async def restore(self, state: bytes) -> None:
+        await self._work(lambda: codec.restore_session(self._session, state))
 
     async def close(self) -> None:
         await self._work(self.planner.close)
@@ -223,6 +251,10 @@ async def prepare(
     return await asyncio.to_thread(wire)
 
 
+Find = Callable[[str], Awaitable[Link]]
+"""A link to where a member's service is now; fails when it is not there yet."""
+
+
 async def run_live(
     scenario: Scenario,
     case: Case,
@@ -235,68 +267,163 @@ async def run_live(
     on_commit: Callable[[int], None] | None = None,
     inbox: Inbox | None = None,
     prepared: Prepared | None = None,
+    find: Find | None = None,
+    memory: Memory | None = None,
 ) -> Outcome:
     """Do one run with members that are services, and the planner in this process.
 
     The digest is that of `run_local`, bit for bit. `links` stay open, the sessions in them are
     closed. `inbox` brings in orders; `prepared` is what `prepare` gave for the same arguments.
-    Raises what aborts the run: MEMBER_LOST when a member goes away. A run that is cancelled
-    ends its sessions first. Of members that are services the CPU time is not known and stays 0;
-    `Outcome.cpu_s` is that of this process, whatever else it did meanwhile.
+    A member that is lost is looked for with `find`, at its old address when that is None.
+    `memory` is what an earlier part of the run left. Raises what aborts the run: MEMBER_LOST
+    when a member goes away for good. A run that is cancelled ends its sessions first. Of
+    members that are services the CPU time is not known and stays 0; `Outcome.cpu_s` is that of
+    this process, whatever else it did meanwhile.
     """
     started, started_cpu = time.perf_counter(), time.process_time()
-    inbox = inbox or Inbox()
-    seats: dict[str, Seat] = {}
+    inbox, memory = inbox or Inbox(), memory or Memory()
+    home: _Home | None = None
     with telemetry.tracer.start_as_current_span(
         "run", attributes={"scenario": scenario.name, "measure": case.measure, "run": case.run}
     ):
         try:
             prepared = prepared or await prepare(scenario, case, factory, links)
-            await _take_seats(prepared, scenario, case, links, epoch, seats)
+            home = _Home(scenario, case, prepared.planner, links, epoch, find)
             shell = _Shell(
                 prepared.experiment.coordinator(),
-                seats,
                 Recorder(prepared.experiment, case, keep_ledger),
                 inbox,
                 sink,
                 on_commit,
+                memory,
             )
+            await shell.seat(scenario, home)
             outcome = await shell.drive()
         finally:
             inbox.close()
-            await asyncio.gather(*(_leave(seat) for seat in seats.values()))
+            if home is not None:
+                await home.leave()
     outcome.wall_s = time.perf_counter() - started
     outcome.cpu_s = time.process_time() - started_cpu
     return outcome
 
 
-async def _take_seats(
-    prepared: Prepared,
-    scenario: Scenario,
-    case: Case,
-    links: Mapping[str, Link],
-    epoch: int,
-    seats: dict[str, Seat],
-) -> None:
-    """Open a session for every member, all at once, and show the planner what they can do."""
+class _Home:
+    """Opens the sessions of one run, where the services of its members are."""
 
-    async def sit(name: str) -> LinkSession:
-        parameters = case.parameters.get(name, {})
-        session = await links[name].session(name, case.member_seed(name), parameters, epoch)
-        seats[name] = session
+    def __init__(
+        self,
+        scenario: Scenario,
+        case: Case,
+        planner: Planner | None,
+        links: Mapping[str, Link],
+        epoch: int,
+        find: Find | None,
+    ) -> None:
+        self.planner = planner
+        self.seats: list[Seat] = []
+        self._scenario = scenario
+        self._case = case
+        self._links = dict(links)
+        self._given = tuple(links.values())
+        self._epoch = epoch
+        self._find = find or self._find_at_old_address
+        self._fresh: dict[str, LinkSession] = {}
+        """Sessions that have not made a step yet."""
+
+    async def open(self, member: str, *, again: bool) -> PlannerSession | LinkSession:
+        if member == PLANNER:
+            return await self._open_planner()
+        if again:
+            return await self._open_again(member, member)
+        session = self._fresh[member] = await self._session(member, self._links[member])
         return session
 
-    sessions = await _all([sit(name) for name in scenario.members])
-    planner = prepared.planner
-    if planner is None:
-        return
-    seat = _PlannerSeat(planner)
-    seats[PLANNER] = seat
-    await seat.open(case.member_seed(PLANNER), case.parameters.get(PLANNER, {}))
-    if periods := planner.periods_ns():
-        blocks = await _all([session.flexibility(periods) for session in sessions])
-        found = zip(scenario.members, blocks, strict=True)
-        await seat.prepare({name: block for name, block in found if block is not None})
+    def begin(self) -> None:
+        """The members make their first steps now."""
+        self._fresh.clear()
+
+    async def open_substitute(self, member: str) -> LinkSession:
+        return await self._open_again(member, substitute_of(member))
+
+    async def leave(self) -> None:
+        """End all sessions, and the links that were found on the way."""
+        await asyncio.gather(*(_leave(seat) for seat in self.seats))
+        found = [link for link in self._links.values() if link not in self._given]
+        await asyncio.gather(*(link.close() for link in found))
+
+    async def _session(self, member: str, link: Link) -> LinkSession:
+        parameters = self._case.parameters.get(member, {})
+        return await link.session(member, self._case.member_seed(member), parameters, self._epoch)
+
+    async def _open_again(self, member: str, service: str) -> LinkSession:
+        """A session where the service is found, which is waited for."""
+        limit_s = self._scenario.members[member].on_failure.back_within_s
+        why = "it has not come up"
+        try:
+            async with asyncio.timeout(limit_s):
+                pause_s = 0.02
+                while True:
+                    try:
+                        link = await self._find(service)
+                        before = self._links.get(service)
+                        if before is not link:
+                            self._links[service] = link
+                            if before is not None and before not in self._given:
+                                await before.close()
+                        return await self._session(member, link)
+                    except FederationError as error:
+                        if error.reason not in _AWAY:
+                            raise
+                        why = error.message
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 0.5)
+        except TimeoutError:
+            raise TwinError(
+                Reason.MEMBER_LOST,
+                f"{service} was not back within {limit_s:g} s: {why}",
+                {"member": member},
+            ) from None
+
+    async def _find_at_old_address(self, service: str) -> Link:
+        link = self._links.get(service)
+        if link is None:
+            raise ScenarioError(
+                Reason.UNKNOWN_MEMBER, f"there is no link to {service}", {"member": service}
+            )
+        options = replace(link.options, connect_timeout_s=CONNECT_AGAIN_S)
+        return await Link.connect(link.address, service, options)
+
+    async def _open_planner(self) -> PlannerSession:
+        """The planner is shown, before it starts, what the members can do."""
+        assert self.planner is not None
+        session = PlannerSession(self.planner)
+        await session.open(self._case.member_seed(PLANNER), self._case.parameters.get(PLANNER, {}))
+        if periods := self.planner.periods_ns():
+            members = tuple(self._scenario.members)
+            blocks = await _all([self._flexibility(name, periods) for name in members])
+            found = zip(members, blocks, strict=True)
+            await session.prepare({name: block for name, block in found if block is not None})
+        return session
+
+    async def _flexibility(self, member: str, periods_ns: Sequence[int]) -> LinearBlock | None:
+        """What a member could do, asked of a session that has not made a step."""
+        if member in self._fresh:
+            return await self._fresh[member].flexibility(periods_ns)
+        session = await self._session(member, self._links[member])
+        try:
+            return await session.flexibility(periods_ns)
+        finally:
+            await session.close()
+
+
+_AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)
+"""Errors of a service that may still come up."""
+
+
+def substitute_of(member: str) -> str:
+    """The name under which the service that stands in for a member is found."""
+    return f"{member}-substitute"
 
 
 async def _all(work: Sequence[Coroutine[object, object, _T]]) -> list[_T]:
@@ -325,6 +452,8 @@ class _Place:
     granted: int = 0
     span: trace.Span | None = None
     steps: int = 0
+    on_record: int = 0
+    """How many of its first steps are on record already."""
     wall_s: float = 0.0
     cpu_s: float = 0.0
 
@@ -339,18 +468,15 @@ class _Shell:
     def __init__(
         self,
         coordinator: Coordinator,
-        seats: Mapping[str, Seat],
         recorder: Recorder,
         inbox: Inbox,
         sink: Sink | None,
         on_commit: Callable[[int], None] | None,
+        memory: Memory,
     ) -> None:
         self._coordinator = coordinator
         self._places: dict[str, _Place] = {}
-        for name, seat in seats.items():
-            place = _Place(name, seat, _ignore)
-            place.answered = partial(self._answered, place)
-            self._places[name] = place
+        self._memory = memory
         self._recorder = recorder
         self._inbox = inbox
         self._sink = sink
@@ -363,6 +489,9 @@ class _Shell:
         """Answers that wait until the sink has caught up."""
         self._unkept: list[Entry] = []
         """Entries that are final and have not been given to the sink."""
+        self._items: list[Item] = []
+        self._saved: list[tuple[str, Saved]] = []
+        """What the run could be continued from and has not been given to the sink."""
         self._keeping: asyncio.Task[None] | None = None
         self._verdict: Finished | Aborted | None = None
         self._receive_ns: dict[tuple[str, int], int] = {}
@@ -370,10 +499,38 @@ class _Shell:
         self._foremost_ns = 0
         self._settled_ns = -1
 
+    async def seat(self, scenario: Scenario, home: _Home) -> None:
+        """Give every member its place; sessions are opened all at once."""
+
+        async def sit(name: str, description: Description) -> Seat:
+            member = scenario.members.get(name)
+            policy = OnFailure() if member is None else member.on_failure
+            past = self._memory.pasts.get(name)
+            if policy == OnFailure() and past is None:
+                return await home.open(name, again=False)
+            seat = MemberSeat(name, description.output_sizes(), policy, home, self, past)
+            await seat.open()
+            return seat
+
+        async def place(name: str, description: Description) -> None:
+            seat = await sit(name, description)
+            home.seats.append(seat)
+            place = _Place(name, seat, _ignore)
+            place.answered = partial(self._answered, place)
+            if (past := self._memory.pasts.get(name)) is not None:
+                place.on_record = past.steps
+            self._places[name] = place
+
+        descriptions = self._coordinator.wiring.descriptions
+        await _all([place(n, d) for n, d in descriptions.items() if n != PLANNER])
+        if PLANNER in descriptions:  # it is shown what the others can do
+            await place(PLANNER, descriptions[PLANNER])
+        home.begin()
+
     async def drive(self) -> Outcome:
         ticking = self._loop.create_task(self._tick())
         try:
-            self._do(self._coordinator.start, None)
+            self._do(lambda: self._coordinator.start(self._memory.orders), None)
             self._inbox.attach(self._take)
             digest = await self._end
         finally:
@@ -390,8 +547,32 @@ class _Shell:
         }
         return outcome
 
+    # -- what is said besides answers ------------------------------------------------------
+
+    def saved(self, member: str, state: Saved) -> None:
+        self._saved.append((member, state))
+
+    def degraded(self, member: str, change: Degradation, *, is_new: bool) -> None:
+        event = Degraded(member, change.time_ns, change.quality, change.error)
+        if is_new:
+            _log.warning("%s is %s: %s", member, change.quality.name.lower(), change.error)
+            self._items.append(write_degraded(event))
+        self._do(lambda: self._coordinator.handle(event), None)
+
+    def recovered(self, member: str, error: FederationError, wall_s: float) -> None:
+        _log.warning("%s was lost and is back after %.2f s: %s", member, wall_s, error)
+        self._recorder.outcome.recoveries.append((member, str(error), wall_s))
+
     def _take(self, event: Input, verdict: asyncio.Future[Effect] | None) -> None:
-        self._do(lambda: self._coordinator.handle(event), verdict)
+        if isinstance(event, Failed) and isinstance(
+            seat := self._places[event.member].seat, MemberSeat
+        ):
+            seat.lose(event.error)
+            return
+        effects = self._do(lambda: self._coordinator.handle(event), verdict)
+        for effect in effects:
+            if isinstance(effect, Accepted) and isinstance(event, Ordered):
+                self._items.append(write_order(replace(event, time_ns=effect.time_ns)))
 
     def _answered(self, place: _Place, results: Results) -> None:
         """Take what became of a grant."""
@@ -401,7 +582,7 @@ class _Shell:
         place.wall_s += wall_s
         place.steps += place.granted
         telemetry.step_duration.record(wall_s, {"member": place.name})
-        if isinstance(place.seat, _PlannerSeat):
+        if isinstance(place.seat, PlannerSession):
             place.cpu_s = place.seat.cpu_s
         answer: Stepped | Failed
         if isinstance(results, FederationError):
@@ -424,15 +605,25 @@ class _Shell:
                 now_ns = time.time_ns()
                 for result in answer.results:
                     self._receive_ns[answer.member, result.time_ns] = now_ns
+                self._record(self._places[answer.member], answer.results)
             self._foremost_ns = max(self._foremost_ns, answer.results[-1].time_ns)
         self._do(lambda: self._coordinator.handle(answer), None)
 
+    def _record(self, place: _Place, results: Sequence[StepResult]) -> None:
+        """Keep for the journal what is not on record yet."""
+        known = place.on_record - (place.steps - len(results))
+        if known < len(results):
+            new = results[max(known, 0) :]
+            self._items.append(Frame(place.name, place.steps, codec.encode_results(new)))
+
     def _do(
         self, decide: Callable[[], Sequence[Effect]], verdict: asyncio.Future[Effect] | None
-    ) -> None:
+    ) -> Sequence[Effect]:
         """Do what the coordinator asks for. What goes wrong here ends the run."""
+        effects: Sequence[Effect] = ()
         try:
-            for effect in decide():
+            effects = decide()
+            for effect in effects:
                 match effect:
                     case Grant():
                         self._grant(effect)
@@ -447,6 +638,7 @@ class _Shell:
         except Exception as error:
             if not self._end.done():
                 self._end.set_exception(error)
+        return effects
 
     def _grant(self, grant: Grant) -> None:
         place = self._places[grant.member]
@@ -498,12 +690,16 @@ class _Shell:
     def _commit(self) -> Batch | None:
         """What is final and was not handed on, if there is news."""
         settled_ns = self._coordinator.now_ns - 1
-        if not self._unkept and settled_ns == self._settled_ns:
+        self._unkept.extend(self._coordinator.ledger.settle(settled_ns + 1))
+        is_news = self._unkept or self._items or self._saved
+        if not is_news and settled_ns == self._settled_ns:
             return None
         self._settled_ns = settled_ns
         entries, self._unkept = tuple(self._unkept), []
         self._recorder.take(entries)
         telemetry.run_lag.record((self._foremost_ns - settled_ns - 1) / 1e9)
+        items, self._items = tuple(self._items), []
+        saved, self._saved = tuple(self._saved), []
         if self._sink is None:
             if self._on_commit is not None:
                 self._on_commit(settled_ns + 1)
@@ -511,7 +707,7 @@ class _Shell:
         now_ns = time.time_ns()
         came = tuple(self._receive_ns.get((e.owner, e.time_ns), now_ns) for e in entries)
         self._receive_ns = {k: t for k, t in self._receive_ns.items() if k[1] > settled_ns}
-        return Batch(entries, came, settled_ns)
+        return Batch(entries, came, settled_ns, items, saved)
 
     def _finish(self) -> None:
         """End the run if the coordinator has, now that all that it left is kept."""
@@ -527,7 +723,11 @@ class _Shell:
         """Have what is settled handed on, however little it is."""
         while True:
             await asyncio.sleep(SETTLE_S)
-            self._keep(self._coordinator.ledger.settle(self._coordinator.now_ns))
+            now_s = time.monotonic()
+            for place in self._places.values():
+                if isinstance(place.seat, MemberSeat):
+                    place.seat.look(now_s)
+            self._keep(())
 
 
 def _ignore(results: Results) -> None:
@@ -556,9 +756,15 @@ class LiveRun:
     epoch: int
     keep_ledger: bool = False
     on_commit: Callable[[int], None] | None = None
+    find: Find | None = None
+    memory: Memory | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     unkept: FederationError | None = None
     """Why the run failed, if not even that could be stored."""
+    stored: int = 0
+    """How many entries of the ledger an earlier life of the broker has stored."""
+    settled_ns: int = NOT_SETTLED
+    """The instant up to which they are complete."""
     _inbox: Inbox = field(default_factory=Inbox)
     _task: asyncio.Task[Outcome] | None = None
     _ended_by: str = ""
@@ -586,6 +792,8 @@ class LiveRun:
                     on_commit=self.on_commit,
                     inbox=self._inbox,
                     prepared=self.prepared,
+                    find=self.find,
+                    memory=self.memory,
                 )
             await self._change(State.SUCCEEDED, digest=outcome.digest)
             return outcome
@@ -649,10 +857,21 @@ class LiveRun:
         await asyncio.wait([self._task])
 
     async def _keep(self, batch: Batch) -> None:
-        await asyncio.to_thread(
-            self.store.append, self.name, batch.entries, batch.receive_ns, batch.settled_ns
-        )
+        await asyncio.to_thread(self._store, batch)
         self._announce()
+
+    def _store(self, batch: Batch) -> None:
+        skip = min(self.stored, len(batch.entries))
+        self.stored -= skip
+        self.store.append(
+            self.name,
+            batch.entries[skip:],
+            batch.receive_ns[skip:],
+            max(batch.settled_ns, self.settled_ns),
+            batch.items,
+        )
+        for member, saved in batch.saved:
+            self.store.keep_snapshot(self.name, member, saved.steps, saved.time_ns, saved.state)
 
     async def _change(
         self, state: State, *, digest: str = "", error: FederationError | None = None

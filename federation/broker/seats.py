@@ -30,7 +30,7 @@ REPLAY_STEPS = 64
 ATTEMPTS = 3
 """How often a step is tried in fresh sessions before its error is believed."""
 
-Answer = tuple[StepResult, ...] | FederationError
+Answer = Sequence[StepResult] | FederationError
 Done = Callable[[Answer], None]
 
 
@@ -67,26 +67,28 @@ class Degradation:
 
 
 class Home(Protocol):
-    """Opens a session where a member's service now is, or the one that stands in for it.
+    """Opens a session where a member's service is, or the one that stands in for it.
 
-    Both wait for the service for as long as they think fit, and fail with a `FederationError`.
+    `again` says that the member is lost where it was: its service is looked for, and waited for
+    as long as its policy says. What goes wrong is a `FederationError`.
     """
 
-    async def open(self, member: str) -> Session: ...
+    async def open(self, member: str, *, again: bool) -> Session: ...
 
     async def open_substitute(self, member: str) -> Session: ...
 
 
 class Witness(Protocol):
-    """Hears what another life of the broker would have to know to continue the run."""
+    """Hears what becomes of a member, besides its answers."""
 
-    def answered(self, member: str, results: tuple[StepResult, ...]) -> None: ...
+    def saved(self, member: str, state: Saved) -> None:
+        """A state of the member that it can begin from again."""
 
-    def saved(self, member: str, state: Saved) -> None: ...
+    def degraded(self, member: str, change: Degradation, *, is_new: bool) -> None:
+        """The quality of its values changes with its next answer; new, or from the record."""
 
-    def degraded(self, member: str, change: Degradation) -> None: ...
-
-    def recovered(self, member: str, error: FederationError, wall_s: float) -> None: ...
+    def recovered(self, member: str, error: FederationError, wall_s: float) -> None:
+        """It was lost for this reason, and `wall_s` later it had done its step after all."""
 
 
 @dataclass(slots=True)
@@ -94,6 +96,8 @@ class Past:
     """What is on record of a member: its answers with changes of quality, and a saved state."""
 
     items: deque[StepResult | Degradation] = field(default_factory=deque)
+    steps: int = 0
+    """How many answers there are."""
     saved: Saved | None = None
 
 
@@ -130,7 +134,7 @@ class MemberSeat:
     async def open(self) -> None:
         """Open the member's session, unless there is a past to go through first."""
         if not self._past.items:
-            self._session = await self._home.open(self.member)
+            self._session = await self._home.open(self.member, again=False)
 
     def begin(self, steps: Sequence[StepInput], done: Done) -> None:
         """Do these steps; `done` hears the answers, or the error that ends the run."""
@@ -139,8 +143,7 @@ class MemberSeat:
         while items and len(known) < len(steps):
             item = items.popleft()
             if isinstance(item, Degradation):
-                self._witness.degraded(self.member, item)
-                self._degrade(item.quality)
+                self._degrade(item, is_new=False)
             else:
                 self._track.add(steps[len(known)], item)
                 known.append(item)
@@ -202,11 +205,18 @@ class MemberSeat:
         except FederationError as error:
             self._fail(error)
         else:
-            self._witness.answered(self.member, results)
             self._answer(results)
 
     def _checked(self, answer: Sequence[StepResult]) -> tuple[StepResult, ...]:
-        """The answers with their events numbered on, held to the member's description."""
+        """The answers with their events numbered on, held to what was asked and described."""
+        asked = [(step.time_ns, step.micro) for step in self._rest]
+        answered = [(result.time_ns, result.micro) for result in answer]
+        if asked != answered:
+            raise TwinError(
+                Reason.INVALID_FRAME,
+                f"{self.member} was given the steps {asked} and answered for {answered}",
+                {"member": self.member},
+            )
         for result in answer:
             check_outputs(self.member, self._sizes, result)
         return tuple(self._track.renumbered(self.member, result) for result in answer)
@@ -231,8 +241,7 @@ class MemberSeat:
                 held = self._policy.do == "hold"
                 quality = Quality.HELD if held else Quality.SUBSTITUTED
                 change = Degradation(self._rest[0].time_ns, quality, error)
-                self._witness.degraded(self.member, change)
-                self._degrade(quality)
+                self._degrade(change, is_new=True)
                 if held:
                     self._answer(_unchanged(self._rest))
                 else:
@@ -245,8 +254,9 @@ class MemberSeat:
         if done is not None:
             done(error)
 
-    def _degrade(self, quality: Quality) -> None:
-        self._quality = quality
+    def _degrade(self, change: Degradation, *, is_new: bool) -> None:
+        self._witness.degraded(self.member, change, is_new=is_new)
+        self._quality = change.quality
         self._track.begin_anew()
 
     def _leave(self, session: Session) -> None:
@@ -314,7 +324,6 @@ class MemberSeat:
                 self._track.arrived()
                 if error is not None:
                     self._witness.recovered(self.member, error, time.perf_counter() - began_s)
-                self._witness.answered(self.member, results)
                 self._answer(results)
                 return
         assert error is not None
@@ -323,7 +332,7 @@ class MemberSeat:
     async def _open(self) -> Session:
         if self._quality is Quality.SUBSTITUTED:
             return await self._home.open_substitute(self.member)
-        return await self._home.open(self.member)
+        return await self._home.open(self.member, again=True)
 
     async def _redo(self, session: Session) -> None:
         """Do again what is not in the saved state; the answers must be the known ones."""
@@ -411,7 +420,7 @@ class _Track:
         for name, news in first.causes.items():
             causes.setdefault(name, {}).update(news)
         inputs = {**self._inputs, **first.inputs}
-        return (replace(first, inputs=inputs, causes=causes), *steps[1:])
+        return (first._replace(inputs=inputs, causes=causes), *steps[1:])
 
     def renumbered(self, member: str, result: StepResult) -> StepResult:
         """An answer with the serials of its events after those of the session before."""
@@ -424,8 +433,7 @@ class _Track:
                 return event
             return f"{prefix}{int(event.removeprefix(prefix)) + self._shift}"
 
-        return replace(
-            result,
+        return result._replace(
             causes={
                 name: {index: new(event) for index, event in entries.items()}
                 for name, entries in result.causes.items()

@@ -18,14 +18,15 @@ from typing import Self
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from federation.broker.live import LiveRun, prepare
+from federation.broker.live import CONNECT_AGAIN_S, Find, LiveRun, prepare, substitute_of
+from federation.broker.memory import recall, write_case
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
 from federation.broker.service import BrokerService
 from federation.broker.store import Run, State, Store, Stored
 from federation.core.ledger import ActionRecord, EventRecord
-from federation.errors import Reason, ScenarioError, TwinError
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
-from federation.scenario.spec import Scenario, parse
+from federation.scenario.spec import Scenario, Service, parse
 from federation.scenario.study import cases
 from federation.v1 import (
     broker_pb2,
@@ -66,8 +67,9 @@ class BrokerOptions:
 
     `scenario_folder` is where the maps of documents that come over the wire are looked for; no
     file outside it is read. `planner` builds the planner of a scenario that has repairs. Of the
-    runs that were asked for, `parallel_runs` go on at a time. `link` says how patient the broker
-    is with twins.
+    runs that were asked for, `parallel_runs` go on at a time. A broker that `continues`
+    takes up the runs that an earlier life of it left unfinished; else they are marked as failed.
+    `link` says how patient it is with twins.
     """
 
     host: str = "127.0.0.1"
@@ -76,6 +78,7 @@ class BrokerOptions:
     scenario_folder: Path | None = None
     planner: PlannerFactory | None = None
     parallel_runs: int = 4
+    continues: bool = True
     lease_ttl_s: float = DEFAULT_TTL_NS / 1e9
     max_message_bytes: int = 64 * MEBIBYTE
     grace_s: float = 2.0
@@ -94,7 +97,12 @@ class BrokerServer:
         self.address = ""
         self.epoch = 0
         self.given_up = 0
-        """How many runs an earlier life of the broker left unfinished."""
+        """How many runs of an earlier life of the broker were marked as failed."""
+        self.continued: tuple[str, ...] = ()
+        """The runs of an earlier life of the broker that go on."""
+        self._continuing: set[asyncio.Task[None]] = set()
+        self._ahead: dict[str, asyncio.Event] = {}
+        """Runs that go on as soon as their members are there, or have failed by then."""
         self.store: Store
         self.registry: Registry
         self._live: dict[str, LiveRun] = {}
@@ -107,23 +115,36 @@ class BrokerServer:
             self.store = await asyncio.to_thread(Store, self.options.store)
             stack.push_async_callback(asyncio.to_thread, self.store.close)
             self.epoch = self.store.next_epoch()
-            self.given_up = self.store.give_up_unfinished(
-                TwinError(
-                    Reason.MEMBER_LOST,
-                    "the broker was restarted while the run was going on; runs are not continued: "
-                    "start it again",
-                    {"member": "broker"},
-                ),
-                time.time_ns(),
-            )
+            unfinished = await asyncio.to_thread(self._unfinished)
             self.registry = Registry(
                 f"{self.store.id[:8]}-{self.epoch}",
                 round(self.options.lease_ttl_s * 1e9),
                 self.store.lease_epoch,
             )
             await self._listen(stack)
+            self.continued = tuple(run.name for run in unfinished)
+            for run in unfinished:
+                self._ahead[run.name] = asyncio.Event()
+                continuing = asyncio.create_task(self._continue(run))
+                self._continuing.add(continuing)
+                continuing.add_done_callback(self._continuing.discard)
+            stack.push_async_callback(_all_ended, self._continuing)
             self._stack = stack.pop_all()
         return self
+
+    def _unfinished(self) -> list[Run]:
+        """The runs to continue; the others that were left unfinished are over."""
+        if self.options.continues:
+            return self.store.unfinished()
+        self.given_up = self.store.give_up_unfinished(
+            TwinError(
+                Reason.MEMBER_LOST,
+                "the broker ended while the run was going on, and this one does not continue runs",
+                {"member": "broker"},
+            ),
+            time.time_ns(),
+        )
+        return []
 
     async def __aexit__(
         self,
@@ -168,6 +189,12 @@ class BrokerServer:
         except TimeoutError:
             missing = [name for name in wanted if not self._lease(name)]
             raise self._unknown(missing[0] if missing else wanted[0]) from None
+
+    def dismiss(self, name: str) -> None:
+        """End the lease of a member that is known to be gone, so that another may come."""
+        lease = self._lease(name)
+        if lease is not None:
+            self.registry.leave(lease.id)
 
     def note_arrival(self) -> None:
         self._arrived.set()
@@ -245,15 +272,7 @@ class BrokerServer:
         if not 0 <= case.seed < 1 << 63:
             raise ScenarioError(Reason.SCENARIO_INVALID, f"{case.seed} is no seed: 0..2^63 - 1")
         leases: dict[str, Lease] = {}
-        addresses: dict[str, str] = {}
-        for name, member in scenario.members.items():
-            if member.address is None:
-                lease = self._lease(name)
-                if lease is None:
-                    raise self._unknown(name)
-                leases[name] = lease
-            addresses[name] = member.address or leases[name].member.address
-        links = await self._connect(addresses)
+        links = await self._connect(self._addresses(scenario, leases))
         try:
             prepared = await prepare(scenario, case, factory, links)
             experiment = prepared.experiment
@@ -276,6 +295,7 @@ class BrokerServer:
                     tuple((*figure, units[figure]) for figure in figures),
                     tuple((a.source, a.target, a.delay_ns) for a in experiment.wiring.actuations),
                 ),
+                (write_case(case),),
             )
         except BaseException:
             await asyncio.gather(*(link.close() for link in links.values()))
@@ -291,11 +311,99 @@ class BrokerServer:
             self.epoch,
             keep_ledger,
             on_commit,
+            self._finder(scenario, leases),
         )
-        self._live[run.name] = live
+        return live, await self._start(live)
+
+    async def _start(self, live: LiveRun) -> asyncio.Task[Outcome]:
+        self._live[live.name] = live
         task = await live.start(self._turn)
         task.add_done_callback(lambda _: self._forget(live))
-        return live, task
+        return task
+
+    async def _continue(self, run: Run) -> None:
+        try:
+            await self._take_up(run)
+        finally:
+            self._ahead.pop(run.name).set()
+
+    async def _take_up(self, run: Run) -> None:
+        """Go on with a run of an earlier life, when its members are there again."""
+        leases: dict[str, Lease] = {}
+        links: dict[str, Link] = {}
+        try:
+            memory = await asyncio.to_thread(recall, self.store, run.name)
+            if memory.case is None:
+                raise ScenarioError(
+                    Reason.STORE_FAILED, f"the record of {run.name} does not say what it ran"
+                )
+            scenario = await asyncio.to_thread(
+                parse, run.document, "scenario", self.options.scenario_folder
+            )
+            by_name = [name for name, m in scenario.members.items() if m.address is None]
+            wait_s = max(m.on_failure.back_within_s for m in scenario.members.values())
+            await self.members_ready(by_name, wait_s)
+            links = await self._connect(self._addresses(scenario, leases))
+            prepared = await prepare(scenario, memory.case, self.options.planner, links)
+        except FederationError as error:
+            await asyncio.gather(*(link.close() for link in links.values()))
+            await asyncio.to_thread(
+                self.store.change, run.name, State.FAILED, error=error, end_ns=time.time_ns()
+            )
+            return
+        live = LiveRun(
+            run.name,
+            scenario,
+            memory.case,
+            prepared,
+            links,
+            leases,
+            self.store,
+            self.epoch,
+            find=self._finder(scenario, leases),
+            memory=memory,
+            stored=run.entries,
+            settled_ns=run.settled_ns,
+        )
+        await self._start(live)
+
+    def _addresses(self, scenario: Scenario, leases: dict[str, Lease]) -> dict[str, str]:
+        """Where the members are. Notes the leases of those that are found by their names."""
+        addresses: dict[str, str] = {}
+        for name, member in scenario.members.items():
+            if member.address is None:
+                leases[name] = self._leased(name)
+            addresses[name] = member.address or leases[name].member.address
+        return addresses
+
+    def _leased(self, name: str) -> Lease:
+        lease = self._lease(name)
+        if lease is None:
+            raise self._unknown(name)
+        return lease
+
+    def _finder(self, scenario: Scenario, leases: dict[str, Lease]) -> Find:
+        """Finds a member, or a substitute, where it is registered at the time."""
+        services: dict[str, Service] = dict(scenario.members)
+        for name, member in scenario.members.items():
+            if member.on_failure.substitute is not None:
+                services[substitute_of(name)] = member.on_failure.substitute
+        options = replace(
+            self.options.link,
+            max_message_bytes=self.options.max_message_bytes,
+            connect_timeout_s=CONNECT_AGAIN_S,
+        )
+
+        async def find(name: str) -> Link:
+            address = services[name].address
+            if address is None:
+                lease = self._leased(name)
+                if name in leases:
+                    leases[name] = lease
+                address = lease.member.address
+            return await Link.connect(address, name, options)
+
+        return find
 
     def _forget(self, live: LiveRun) -> None:
         if live.unkept is None:
@@ -345,7 +453,14 @@ class BrokerServer:
         """A run that has not ended, or None when it has. Fails with RUN_NOT_FOUND."""
         if (await self.find(name)).state.is_over:
             return None
+        if name in self._ahead:
+            await self._ahead[name].wait()
         return self._live.get(name)
+
+    def _changes(self, name: str) -> asyncio.Event | None:
+        """What will be set when there is news of a run; None when there will be none."""
+        live = self._live.get(name)
+        return self._ahead.get(name) if live is None else live.changed
 
     async def follow(
         self, name: str, cursor: str, members: Sequence[str], variables: Sequence[str]
@@ -372,8 +487,7 @@ class BrokerServer:
                 )
             )
         while True:
-            live = self._live.get(name)
-            changed = None if live is None else live.changed
+            changed = self._changes(name)
             found, end, run = await asyncio.to_thread(
                 self.store.entries, name, after, members=members, variables=variables
             )
@@ -416,13 +530,16 @@ class BrokerServer:
     async def follow_run(self, name: str) -> AsyncIterator[Run]:
         """A run as it is, and again at every change, until it has ended."""
         while True:
-            live = self._live.get(name)
-            changed = None if live is None else live.changed
+            changed = self._changes(name)
             run = await self.find(name)
             yield run
             if changed is None or run.state.is_over:
                 return
             await changed.wait()
+
+
+async def _all_ended(tasks: set[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*(_ended(task) for task in tuple(tasks)))
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
@@ -750,8 +867,8 @@ async def serve_broker(options: BrokerOptions | None = None) -> None:
         loop.add_signal_handler(number, stopped.set)
     async with BrokerServer(options) as broker:
         _say(f"broker at {broker.address} (pid {os.getpid()})")
-        if broker.given_up:
-            _say(f"{broker.given_up} unfinished runs of the broker before were marked as failed")
+        if broker.continued:
+            _say(f"continuing {', '.join(broker.continued)} as soon as the members are there")
         await stopped.wait()
 
 

@@ -20,12 +20,13 @@ import numpy as np
 
 from federation.core.coupling import Wiring
 from federation.core.envelope import Pool
-from federation.core.exchange import Exchange, Member
+from federation.core.exchange import NEVER, Exchange, Member
 from federation.core.ledger import ActionRecord, Entry, EventRecord
 from federation.core.messages import (
     Aborted,
     Accepted,
     Commit,
+    Degraded,
     Effect,
     Failed,
     Finished,
@@ -36,9 +37,6 @@ from federation.core.messages import (
 )
 from federation.errors import FederationError, Reason, TwinError
 from federation.twin import NOTHING, Action, Event, StepInput, StepResult
-
-NEVER = (1 << 63) - 1
-"""Later than every instant of a run."""
 
 OPERATOR = "operator"
 """Under which name orders of people stand in the ledger."""
@@ -138,10 +136,15 @@ class Coordinator:
 
     # -- the two doors ---------------------------------------------------------------
 
-    def start(self) -> tuple[Effect, ...]:
-        """The grants that can be given before anything has happened."""
+    def start(self, orders: Iterable[Ordered] = ()) -> tuple[Effect, ...]:
+        """The grants that can be given before anything has happened.
+
+        `orders` are known beforehand, with the instants at which they take effect.
+        """
         self._refresh(self._units)
-        return self._advance(self._units)
+        verdicts = [self._take_order(order) for order in orders]
+        self._refresh(self._units)
+        return (*verdicts, *self._advance(self._units))
 
     def handle(self, event: Input) -> tuple[Effect, ...]:
         """Take one event and say what follows from it.
@@ -155,6 +158,9 @@ class Coordinator:
             return self._abort(event.error)
         if isinstance(event, Ordered):
             return self._order(event)
+        if isinstance(event, Degraded):
+            self._exchange.degrade(event)
+            return ()
         name, results = event
         member = self._members[name]
         try:
@@ -331,14 +337,24 @@ class Coordinator:
         )
 
     def _order(self, event: Ordered) -> tuple[Effect, ...]:
-        """Let an operator act: at the first instant that no grant has passed yet."""
+        verdict = self._take_order(event)
+        if isinstance(verdict, Refused):
+            return (verdict,)
+        again = self._moved(self._units[self._members[event.action.member].unit])
+        return (verdict, *self._advance(again))
+
+    def _take_order(self, event: Ordered) -> Accepted | Refused:
+        """Let an operator act: at the first instant that no grant has passed yet, or later."""
         refusal = self._exchange.envelope.fault(event.action)
         if refusal:
-            return (Refused(refusal),)
+            return Refused(refusal)
         member = self._members[event.action.member]
-        time_ns = max(self.now_ns, member.granted[-1].time_ns + 1 if member.granted else 0)
+        first_ns = max(self.now_ns, member.granted[-1].time_ns + 1 if member.granted else 0)
+        time_ns = first_ns if event.time_ns is None else event.time_ns
+        if time_ns < first_ns:
+            return Refused(f"{event.action.member} is at {first_ns} ns already")
         if time_ns > self.horizon_ns:
-            return (Refused("the run has nothing left to do"),)
+            return Refused("the run has nothing left to do")
         self._orders_taken += 1
         event_id = f"{OPERATOR}/{self._orders_taken}"
         action = replace(event.action, cause=event_id)
@@ -351,8 +367,7 @@ class Coordinator:
         self.ledger.add(ActionRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, action))
         channel = f"{OPERATOR} => {action.member}.{action.actuator}"
         member.orders.append((time_ns, channel, action))
-        again = self._moved(self._units[member.unit])
-        return (Accepted(event_id, time_ns), *self._advance(again))
+        return Accepted(event_id, time_ns)
 
     def _abort(self, error: FederationError) -> tuple[Effect, ...]:
         self._over = True

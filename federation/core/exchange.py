@@ -22,10 +22,12 @@ from federation.core.ledger import (
     Record,
     record_head,
 )
+from federation.core.messages import Degraded
 from federation.errors import Reason, TwinError
 from federation.twin import (
     NOTHING,
     Action,
+    Event,
     StepInput,
     StepResult,
     Vector,
@@ -35,6 +37,15 @@ from federation.twin import (
     undeclared,
     wrong_shape,
 )
+
+NEVER = (1 << 63) - 1
+"""Later than every instant of a run."""
+
+FEDERATION = "federation"
+"""Under which name changes of members stand in the ledger."""
+
+FEDERATION_RANK = -2
+"""A change of members comes before the orders and steps of its instant."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +123,9 @@ class Member:
     known_events: dict[str, dict[str, str]] = field(default_factory=dict)
     """Foreign events that reached it, with the coupling that brought each to each input."""
     own_events: set[str] = field(default_factory=set)
+    quality: Quality = Quality.GOOD
+    degraded_ns: int = NEVER
+    """From when on its values are of this quality."""
 
     def collect(self, time_ns: int, micro: int = 0, relaxation: float = 1.0) -> StepInput:
         """The inputs that differ from what it saw last, and its due actions."""
@@ -237,6 +251,8 @@ class Exchange:
         self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
         self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
         self.members: dict[str, Member] = {}
+        self._changes = 0
+        """How many changes of members there were."""
         for name, description in wiring.descriptions.items():
             rank = wiring.rank[name]
             policy = description.time
@@ -325,6 +341,7 @@ class Exchange:
                         name,
                         outlet.revision,
                         value,
+                        Quality.GOOD if time_ns < member.degraded_ns else member.quality,
                     )
                     self.ledger.add(record, data)
             present = outlet.value
@@ -333,6 +350,28 @@ class Exchange:
             for feed in outlet.feeds:
                 feed.pending.append((time_ns + feed.delay_ns, present, outlet.data, news))
                 feed.member.awaits = True
+
+    def degrade(self, change: Degraded) -> None:
+        """Note that a member's values are of another quality from an instant on.
+
+        What it has published and now holds is recorded anew, as held.
+        """
+        member = self.members[change.member]
+        time_ns, member.quality = change.time_ns, change.quality
+        member.degraded_ns = time_ns
+        self._changes += 1
+        text = f"{member.name} is {change.quality.name.lower()}: {change.error}"
+        event_id = f"{FEDERATION}/{self._changes}"
+        kind = f"member_{change.quality.name.lower()}"
+        what = Event(event_id, time_ns, kind, member.name, text)
+        self.ledger.add(EventRecord(time_ns, 0, FEDERATION_RANK, FEDERATION, what, ()))
+        if change.quality is not Quality.HELD:
+            return
+        for name, outlet in member.outlets.items():
+            if outlet.value is not None:
+                outlet.revision += 1
+                place = (time_ns, 0, member.rank, member.name, name)
+                self.ledger.add(Record(*place, outlet.revision, outlet.value, Quality.HELD))
 
     def _check_causes(self, member: Member, name: str, news: Mapping[int, str]) -> None:
         for event in news.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from federation.core.ledger import Entry
+from federation.core.ledger import Entry, Quality
 from federation.errors import FederationError
 from federation.twin import Action, StepInput, StepResult
 
@@ -28,14 +28,32 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Degraded:
+    """From its step at `time_ns` on, a member's values are of another quality.
+
+    It comes before the answer to that step. A held member publishes nothing any more; one that
+    is substituted is answered for by another model.
+    """
+
+    member: str
+    time_ns: int
+    quality: Quality
+    error: FederationError
+
+
+@dataclass(frozen=True, slots=True)
 class Ordered:
-    """An operator asks for a setpoint in a run that is going on."""
+    """An operator asks for a setpoint in a run that is going on.
+
+    It takes effect at `time_ns`, when that is still ahead; at once when that is None.
+    """
 
     operator: str
     action: Action
+    time_ns: int | None = None
 
 
-Input = Stepped | Failed | Ordered
+Input = Stepped | Failed | Degraded | Ordered
 
 # effects out
 

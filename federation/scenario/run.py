@@ -75,6 +75,8 @@ class Outcome:
     costs: dict[str, MemberCost] = field(default_factory=dict)
     wall_s: float = 0.0
     cpu_s: float = 0.0
+    recoveries: list[tuple[str, str, float]] = field(default_factory=list)
+    """Members that were lost and came back: who, why, and after how many seconds."""
     failure: FederationError | None = None
 
     @property

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
@@ -320,6 +321,23 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
         message.actions.append(encode_action(action))
     if result.next_ns is not None:
         message.next_ns = result.next_ns
+
+
+def encode_results(results: Iterable[StepResult]) -> bytes:
+    """Results as a journal keeps them: a serialised `SessionResponse.Advanced`."""
+    message = twin_pb2.SessionResponse.Advanced()
+    for result in results:
+        write_step_result(message.results.add(), result)
+    return message.SerializeToString()
+
+
+def decode_results(data: bytes) -> list[StepResult]:
+    """Fails with INVALID_FRAME when `data` holds no results."""
+    try:
+        message = twin_pb2.SessionResponse.Advanced.FromString(data)
+    except DecodeError as error:
+        raise ScenarioError(Reason.INVALID_FRAME, f"these are no results: {error}") from None
+    return [decode_step_result(result) for result in message.results]
 
 
 def decode_step_result(message: twin_pb2.StepResult) -> StepResult:

@@ -58,6 +58,7 @@ _TABLE: Mapping[Reason, tuple[grpc.StatusCode, _Kind]] = {
     Reason.INVALID_DESCRIPTION: (grpc.StatusCode.INTERNAL, TwinError),
     Reason.TWIN_FAILED: (grpc.StatusCode.INTERNAL, TwinError),
     Reason.MEMBER_LOST: (grpc.StatusCode.UNAVAILABLE, TwinError),
+    Reason.REPLAY_DIFFERS: (grpc.StatusCode.INTERNAL, TwinError),
     Reason.UNSUPPORTED: (grpc.StatusCode.UNIMPLEMENTED, TwinError),
     Reason.NO_PLAN: (grpc.StatusCode.FAILED_PRECONDITION, PlanError),
     Reason.PLAN_INFEASIBLE: (grpc.StatusCode.FAILED_PRECONDITION, PlanError),

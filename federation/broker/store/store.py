@@ -11,28 +11,22 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from federation.broker import chunks
-from federation.broker.chunks import Outline
-from federation.broker.database import Cursor, Database, Sqlite
-from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
+from federation.broker.store import chunks, kept
+from federation.broker.store.chunks import Outline
+from federation.broker.store.database import Cursor, Database, Sqlite
+from federation.broker.store.kept import Item, Run, Snapshot, State, Stored
+from federation.core.ledger import ActionRecord, Entry, Record
 from federation.errors import FederationError, Reason, ScenarioError
-from federation.twin import Action, Event
-from federation.v1 import error_pb2
-from federation.wire import status
 
 T = TypeVar("T")
 
 SCHEMA = 2
-
-NOT_SETTLED = -1
-"""The settled instant of a run in which nothing is settled yet, not even instant 0."""
 
 PAGE = 1024
 """How many entries one read takes at most, when the caller names no other limit."""
@@ -42,158 +36,10 @@ FOLDED_BYTES = 1 << 23
 FOLDED_BATCHES = 1 << 12
 """After so many values, bytes or batches a run's values are sorted by variable."""
 
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE runs (
-    id {integer} PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    state TEXT NOT NULL,
-    settled_ns {integer} NOT NULL,
-    entries {integer} NOT NULL,    -- how many there are; they are numbered from 1
-    items {integer} NOT NULL,      -- of the journal, numbered from 1
-    end_ns {integer},              -- Unix time, as all instants that are not of a run
-    facts TEXT NOT NULL,           -- JSON: what doesn't change
-    ending TEXT NOT NULL           -- JSON: digest, error, by whom and why
-);
-CREATE TABLE series (              -- the shared variables of a run, numbered from 0
-    run {integer} NOT NULL, id {integer} NOT NULL, owner TEXT NOT NULL, variable TEXT NOT NULL,
-    latest {integer} NOT NULL,     -- the first number of its last chunk, or 0
-    PRIMARY KEY (run, id)
-);
-CREATE TABLE batches (             -- values as they came, in the order of the ledger
-    run {integer} NOT NULL, first {integer} NOT NULL, last {integer} NOT NULL,
-    amount {integer} NOT NULL,     -- how many values are among these numbers
-    data {bytes} NOT NULL,
-    PRIMARY KEY (run, first)
-);
-CREATE TABLE chunks (              -- values of one variable each, sorted out of many batches
-    id {integer} PRIMARY KEY, run {integer} NOT NULL, series {integer} NOT NULL,
-    fold {integer} NOT NULL,       -- the first number of those batches
-    first {integer} NOT NULL, last {integer} NOT NULL,
-    start_ns {integer} NOT NULL, end_ns {integer} NOT NULL,  -- the earliest and latest value
-    amount {integer} NOT NULL, width {integer} NOT NULL,
-    summary {bytes}
-);
-CREATE INDEX chunk_by_number ON chunks (run, fold);
-CREATE INDEX chunk_by_series ON chunks (run, series, first);
-CREATE TABLE vectors (chunk {integer} PRIMARY KEY, data {bytes} NOT NULL);
-CREATE TABLE happenings (          -- events and actions
-    run {integer} NOT NULL, number {integer} NOT NULL, what TEXT NOT NULL,
-    owner TEXT NOT NULL, kind TEXT NOT NULL, entity TEXT NOT NULL,
-    data {bytes} NOT NULL,
-    PRIMARY KEY (run, number)
-);
-CREATE INDEX happening_by_kind ON happenings (run, what, kind);
-CREATE TABLE journal (
-    run {integer} NOT NULL, first {integer} NOT NULL, last {integer} NOT NULL,
-    data {bytes} NOT NULL,
-    PRIMARY KEY (run, first)
-);
-CREATE TABLE snapshots (
-    run {integer} NOT NULL, member TEXT NOT NULL, number {integer} NOT NULL,
-    time_ns {integer} NOT NULL, state {bytes} NOT NULL,
-    PRIMARY KEY (run, member, number)
-);
-CREATE TABLE sessions (
-    run {integer} NOT NULL, member TEXT NOT NULL,
-    session TEXT NOT NULL,         -- JSON: what the broker must know to find it again
-    PRIMARY KEY (run, member)
-);
-"""
+_FOLDED, _AT_ONCE = 0, 1
+"""The lanes of chunks. In each, what is kept at one time follows all that was kept before."""
 
-_RUN = "name, state, settled_ns, entries, items, end_ns, facts, ending"
 _CHUNK = "id, series, width, first, last"
-_ITEM = struct.Struct("<BIqQ")
-_FRAME, _NOTE = 0, 1
-_EVENT, _ACTION = "event", "action"
-
-
-class State(StrEnum):
-    """Where a run stands."""
-
-    PENDING = "pending"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def is_over(self) -> bool:
-        return self not in (State.PENDING, State.RUNNING)
-
-
-_UNFINISHED = tuple(state.value for state in State if not state.is_over)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What is known about a run besides its ledger and its journal.
-
-    `figures` are the `(member, variable, unit)` of its KPIs, `delays` the `(source, target,
-    delay_ns)` after which an action takes effect. `settled_ns` is the instant up to which the
-    stored ledger is complete; `entries` and `items` are how many the ledger and the journal
-    have ever had. `ended_by` and `ended_because` are for the record of a run that somebody
-    ended.
-    """
-
-    name: str
-    scenario: str
-    measure: str
-    document: str
-    seed: int
-    horizon_ns: int
-    create_ns: int
-    figures: tuple[tuple[str, str, str], ...] = ()
-    delays: tuple[tuple[str, str, int], ...] = ()
-    state: State = State.PENDING
-    settled_ns: int = NOT_SETTLED
-    entries: int = 0
-    digest: str = ""
-    error: FederationError | None = None
-    end_ns: int | None = None
-    ended_by: str = ""
-    ended_because: str = ""
-    items: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A ledger entry with its place in the run's ledger and when the broker got it."""
-
-    number: int
-    receive_ns: int
-    entry: Entry
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """A member's answer to its frame of this number (from 1), as it is on the wire."""
-
-    member: str
-    number: int
-    answer: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What else decides how a run goes on: an order, a membership change. `time_ns` of the run."""
-
-    kind: str
-    time_ns: int
-    body: bytes
-
-
-Item = Frame | Note
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The state of a member's session after its frame `number`, at the run's `time_ns`."""
-
-    member: str
-    number: int
-    time_ns: int
-    state: bytes
 
 
 @dataclass
@@ -201,7 +47,8 @@ class _Open:
     """What a writer keeps in mind of a run: its variables, and how much isn't folded yet."""
 
     entries: int
-    series: dict[tuple[str, str], int]
+    series: dict[tuple[str, str], tuple[int, int]]
+    """The number and the lane of each variable, by owner and name."""
     batches: int
     values: int
     bytes: int
@@ -215,7 +62,8 @@ class Store:
     `FederationError`.
 
     Values are first kept as they came, a row per `append`, and after a while sorted into chunks
-    of one variable each, with summaries, so that both writers and readers of a history are quick.
+    of one variable each, with summaries, so that both writers and readers of a history are
+    quick. Long vectors are chunks at once, and are written but once.
     """
 
     def __init__(self, path: str | Path = ":memory:", *, patience_s: float = 5.0) -> None:
@@ -236,7 +84,7 @@ class Store:
     def _adopt(self, db: Cursor) -> None:
         tables = self._db.tables(db)
         if not tables:
-            text = re.sub("--.*", "", _TABLES.format(**self._db.types))
+            text = re.sub("--.*", "", kept.TABLES.format(**self._db.types))
             for statement in filter(str.strip, text.split(";")):
                 db.execute(statement)
             facts = {"schema": SCHEMA, "store": uuid.uuid4().hex}
@@ -301,19 +149,22 @@ class Store:
 
     # -- writing -----------------------------------------------------------------------
 
-    def create(self, run: Run) -> Run:
-        """Keep a new run. Its name becomes `runs/` and then `run.name`, made a resource id,
-        with a number that no run had before."""
+    def create(self, run: Run, journal: Sequence[Item] = ()) -> Run:
+        """Keep a new run and the beginning of its journal.
+
+        Its name becomes `runs/` and then `run.name`, made a resource id, with a number that no
+        run had before.
+        """
         stem = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40] or "run"
 
         def body(db: Cursor) -> Run:
             (known,) = db.execute("SELECT value FROM meta WHERE key = 'runs'").fetchone()
             id_ = int(known) + 1
-            named = replace(run, name=f"runs/{stem}-{id_}")
+            named = replace(run, name=f"runs/{stem}-{id_}", items=len(journal))
             db.execute("UPDATE meta SET value = ? WHERE key = 'runs'", (str(id_),))
-            marks = ", ".join("?" * (1 + len(_RUN.split(","))))
+            marks = ", ".join("?" * (1 + len(kept.RUN.split(","))))
             db.execute(
-                f"INSERT INTO runs (id, {_RUN}) VALUES ({marks})",
+                f"INSERT INTO runs (id, {kept.RUN}) VALUES ({marks})",
                 (
                     id_,
                     named.name,
@@ -322,10 +173,13 @@ class Store:
                     named.entries,
                     named.items,
                     named.end_ns,
-                    _facts(named),
-                    _ending(named.digest, named.error, named.ended_by, named.ended_because),
+                    kept.facts(named),
+                    kept.ending(named.digest, named.error, named.ended_by, named.ended_because),
                 ),
             )
+            if journal:
+                row = (id_, 1, len(journal), _pack_items(journal))
+                db.execute("INSERT INTO journal VALUES (?, ?, ?, ?)", row)
             return named
 
         return self._write(body)
@@ -350,7 +204,7 @@ class Store:
             known = self._open.pop(id_, None)
             if known is None or known.entries != number:
                 known = _look(db, id_, number)
-            values: list[tuple[int, int, int, Record]] = []
+            values: tuple[list[chunks.Value], list[chunks.Value]] = ([], [])
             happenings: list[tuple[object, ...]] = []
             fresh: list[tuple[object, ...]] = []
             first = number + 1
@@ -358,30 +212,35 @@ class Store:
                 number += 1
                 if isinstance(entry, Record):
                     name = (entry.owner, entry.variable)
-                    series = known.series.get(name)
-                    if series is None:
-                        series = known.series[name] = len(known.series)
-                        fresh.append((id_, series, *map(_plain, name), 0))
-                    values.append((number, received, series, entry))
+                    place = known.series.get(name)
+                    if place is None:
+                        lane = _AT_ONCE if entry.value.size >= chunks.WIDE else _FOLDED
+                        place = known.series[name] = (len(known.series), lane)
+                        fresh.append((id_, place[0], *map(kept.plain, name), lane, 0))
+                    series, lane = place
+                    values[lane].append((number, received, series, entry))
                 else:
-                    happenings.append((id_, number, *_happening(entry, received)))
+                    happenings.append((id_, number, *kept.happening(entry, received)))
             if fresh:
-                db.executemany("INSERT INTO series VALUES (?, ?, ?, ?, ?)", fresh)
+                db.executemany("INSERT INTO series VALUES (?, ?, ?, ?, ?, ?)", fresh)
             if happenings:
                 db.executemany("INSERT INTO happenings VALUES (?, ?, ?, ?, ?, ?, ?)", happenings)
-            if values:
-                data = chunks.pack_batch(values)
+            if values[_FOLDED]:
+                data = chunks.pack_batch(values[_FOLDED])
+                amount = len(values[_FOLDED])
                 db.execute(
-                    "INSERT INTO batches VALUES (?, ?, ?, ?, ?)",
-                    (id_, first, number, len(values), data),
+                    "INSERT INTO batches VALUES (?, ?, ?, ?, ?)", (id_, first, number, amount, data)
                 )
                 known.batches += 1
-                known.values += len(values)
+                known.values += amount
                 known.bytes += len(data)
+            if values[_AT_ONCE]:
+                found = chunks.of_each(values[_AT_ONCE])
+                self._keep_chunks(db, id_, _AT_ONCE, first, found)
             if journal:
                 db.execute(
                     "INSERT INTO journal VALUES (?, ?, ?, ?)",
-                    (id_, items + 1, items + len(journal), _pack_items(journal)),
+                    (id_, items + 1, items + len(journal), kept.pack_items(journal)),
                 )
             db.execute(
                 "UPDATE runs SET entries = ?, items = ?, settled_ns = ? WHERE id = ?",
@@ -419,7 +278,7 @@ class Store:
             id_, _, _ = self._id(db, run)
             db.execute(
                 "UPDATE runs SET state = ?, end_ns = ?, ending = ? WHERE id = ?",
-                (str(state), end_ns, _ending(digest, error, ended_by, ended_because), id_),
+                (str(state), end_ns, kept.ending(digest, error, ended_by, ended_because), id_),
             )
             if state.is_over:
                 self._open.pop(id_, None)
@@ -434,7 +293,7 @@ class Store:
         def body(db: Cursor) -> int:
             return db.execute(
                 "UPDATE runs SET state = ?, ending = ?, end_ns = ? WHERE state IN (?, ?)",
-                (str(State.FAILED), _ending("", error, "", ""), now_ns, *_UNFINISHED),
+                (str(State.FAILED), kept.ending("", error, "", ""), now_ns, *kept.UNFINISHED),
             ).rowcount
 
         return self._write(body)
@@ -446,28 +305,33 @@ class Store:
         ).fetchall()
         if not rows:
             return
-        heads, vectors = self._unpacked(run, rows)
+        found = chunks.split(*self._unpacked(run, rows))
+        self._keep_chunks(db, id_, _FOLDED, rows[0][0], found)
+        db.execute("DELETE FROM batches WHERE run = ?", (id_,))
+
+    def _keep_chunks(
+        self, db: Cursor, id_: int, lane: int, fold: int, found: Sequence[chunks.Chunk]
+    ) -> None:
         (last_id,) = db.execute("SELECT coalesce(max(id), 0) FROM chunks").fetchone()
         latest: dict[int, int] = {}
-        found: list[tuple[object, ...]] = []
+        known: list[tuple[object, ...]] = []
         packed: list[tuple[int, bytes]] = []
-        for number, chunk in enumerate(chunks.split(heads, vectors), last_id + 1):
+        for number, chunk in enumerate(found, last_id + 1):
             times, numbers = chunk.heads["time_ns"], chunk.heads["number"]
             amount, width = chunk.vectors.shape
-            place = (id_, chunk.series, rows[0][0], int(numbers[0]), int(numbers[-1]))
+            place = (id_, chunk.series, lane, fold, int(numbers[0]), int(numbers[-1]))
             span = (int(times.min()), int(times.max()))
             sums = chunks.summary(chunk.vectors) if amount >= chunks.SUMMED else None
-            found.append((number, *place, *span, amount, width, sums))
+            known.append((number, *place, *span, amount, width, sums))
             packed.append((number, chunk.packed()))
-            latest[chunk.series] = int(numbers[0])
-        marks = ", ".join("?" * 11)
-        db.executemany(f"INSERT INTO chunks VALUES ({marks})", found)
+            latest[chunk.series] = max(latest.get(chunk.series, 0), int(numbers[0]))
+        marks = ", ".join("?" * 12)
+        db.executemany(f"INSERT INTO chunks VALUES ({marks})", known)
         db.executemany("INSERT INTO vectors VALUES (?, ?)", packed)
         db.executemany(
-            "UPDATE series SET latest = ? WHERE run = ? AND id = ?",
-            [(first, id_, series) for series, first in latest.items()],
+            "UPDATE series SET latest = ? WHERE run = ? AND id = ? AND latest < ?",
+            [(first, id_, series, first) for series, first in latest.items()],
         )
-        db.execute("DELETE FROM batches WHERE run = ?", (id_,))
 
     # -- going on after a fall ------------------------------------------------------------
 
@@ -476,9 +340,9 @@ class Store:
 
         def body(db: Cursor) -> list[Run]:
             rows = db.execute(
-                f"SELECT {_RUN} FROM runs WHERE state IN (?, ?) ORDER BY id", _UNFINISHED
+                f"SELECT {kept.RUN} FROM runs WHERE state IN (?, ?) ORDER BY id", kept.UNFINISHED
             ).fetchall()
-            return [_run_of(row) for row in rows]
+            return [kept.run_of(row) for row in rows]
 
         return self._db.read(body)
 
@@ -505,7 +369,7 @@ class Store:
                 if first > after + 1:
                     break
                 with self._naming(f"the journal of {run}, items {first} to {last}"):
-                    found = _unpack_items(data, last - first + 1)
+                    found = kept.unpack_items(data, last - first + 1)
                 for number, item in enumerate(found, first):
                     if number > after:
                         yield number, item
@@ -532,7 +396,7 @@ class Store:
 
         def body(db: Cursor) -> None:
             id_, _, _ = self._id(db, run)
-            who = (id_, _plain(member))
+            who = (id_, kept.plain(member))
             db.execute(
                 "DELETE FROM snapshots WHERE run = ? AND member = ? AND number = ?", (*who, number)
             )
@@ -554,7 +418,7 @@ class Store:
         def body(db: Cursor) -> list[Any]:
             id_, _, _ = self._id(db, run)
             only, values = (
-                ("", [id_]) if member is None else (" AND member = ?", [id_, _plain(member)])
+                ("", [id_]) if member is None else (" AND member = ?", [id_, kept.plain(member)])
             )
             return db.execute(
                 f"SELECT member, number, time_ns, state FROM snapshots WHERE run = ?{only} "
@@ -564,7 +428,7 @@ class Store:
 
         found = []
         for name, number, time_ns, sealed in self._db.read(body):
-            name = _said(name)
+            name = kept.said(name)
             with self._naming(f"the snapshot of {name} of {run} after frame {number}"):
                 found.append(Snapshot(name, number, time_ns, bytes(chunks.unseal(sealed))))
         return found
@@ -578,7 +442,7 @@ class Store:
         def body(db: Cursor) -> None:
             id_, _, _ = self._id(db, run)
             for member, session in sessions.items():
-                who = (id_, _plain(member))
+                who = (id_, kept.plain(member))
                 db.execute("DELETE FROM sessions WHERE run = ? AND member = ?", who)
                 if session:
                     db.execute("INSERT INTO sessions VALUES (?, ?, ?)", (*who, json.dumps(session)))
@@ -593,7 +457,7 @@ class Store:
             query = "SELECT member, session FROM sessions WHERE run = ? ORDER BY member"
             return db.execute(query, (id_,)).fetchall()
 
-        return {_said(m): tuple(json.loads(text)) for m, text in self._db.read(body)}
+        return {kept.said(m): tuple(json.loads(text)) for m, text in self._db.read(body)}
 
     # -- reading -----------------------------------------------------------------------
 
@@ -605,12 +469,12 @@ class Store:
         """Runs, the newest first, and what to pass as `before` for those that follow."""
         rows = self._db.read(
             lambda db: db.execute(
-                f"SELECT id, {_RUN} FROM runs WHERE id < ? ORDER BY id DESC LIMIT ?",
+                f"SELECT id, {kept.RUN} FROM runs WHERE id < ? ORDER BY id DESC LIMIT ?",
                 ((1 << 62) if before is None else before, limit + 1),
             ).fetchall()
         )
         more = rows[limit - 1][0] if len(rows) > limit else None
-        return [_run_of(row[1:]) for row in rows[:limit]], more
+        return [kept.run_of(row[1:]) for row in rows[:limit]], more
 
     def entries(
         self,
@@ -640,12 +504,14 @@ class Store:
                     "WHERE run = ? AND first <= ?), 0)",
                     (id_, end, id_, after + 1),
                 )
-                values.read_chunks(
-                    db,
-                    "run = ? AND last > ? AND first <= ? AND fold <= ? AND fold >= coalesce("
-                    "(SELECT max(fold) FROM chunks WHERE run = ? AND fold <= ?), 0)",
-                    (id_, after, end, end, id_, after + 1),
-                )
+                for lane in (_FOLDED, _AT_ONCE):
+                    values.read_chunks(
+                        db,
+                        "run = ? AND lane = ? AND last > ? AND first <= ? AND fold <= ? AND fold "
+                        ">= coalesce((SELECT max(fold) FROM chunks WHERE run = ? AND lane = ? AND "
+                        "fold <= ?), 0)",
+                        (id_, lane, after, end, end, id_, lane, after + 1),
+                    )
             rest = _happened(db, "run = ? AND number > ? AND number <= ?", (id_, after, end))
             return known, end, values, rest
 
@@ -670,7 +536,7 @@ class Store:
             id_, _, _ = self._id(db, run)
             values = _Values(_names(db, id_, owners, names))
             values.read_batches(db, "run = ?", (id_,))
-            latest = "SELECT latest FROM series WHERE run = ? AND id = series"
+            latest = "SELECT latest FROM series WHERE run = ? AND id = chunks.series"
             values.read_chunks(db, f"run = ? AND first = ({latest})", (id_, id_))
             return known, values, _happened(db, "run = ?", (id_,))
 
@@ -740,7 +606,7 @@ class Store:
 
         Of all entities, or of the one with this index. Where the summary of a chunk says all
         that a bucket needs, its values aren't read: the time goes with the number of buckets
-        and of chunks (of up to 1024 values), not with that of values.
+        and of chunks (of about 16 kB), not with that of values.
         """
         width_ns = -(-(end_ns - start_ns + 1) // buckets)
 
@@ -780,9 +646,9 @@ class Store:
 
         def body(db: Cursor) -> list[Any]:
             id_, _, _ = self._id(db, run)
-            where, values = "run = ? AND what = ? AND kind = ?", [id_, _EVENT, _plain(kind)]
+            where, values = "run = ? AND what = ? AND kind = ?", [id_, kept.EVENT, kept.plain(kind)]
             if entity is not None:
-                where, values = f"{where} AND entity = ?", [*values, _plain(entity)]
+                where, values = f"{where} AND entity = ?", [*values, kept.plain(entity)]
             return _happened(db, where, values)
 
         return self._happenings(run, self._db.read(body))
@@ -793,7 +659,7 @@ class Store:
         def body(db: Cursor) -> list[Any]:
             id_, _, _ = self._id(db, run)
             return _happened(
-                db, "run = ? AND what = ? AND owner = ?", (id_, _ACTION, _plain(owner))
+                db, "run = ? AND what = ? AND owner = ?", (id_, kept.ACTION, kept.plain(owner))
             )
 
         found = self._happenings(run, self._db.read(body))
@@ -819,7 +685,7 @@ class Store:
         def chosen(db: Cursor) -> list[Any]:
             rows = db.execute(
                 "SELECT id, name, end_ns FROM runs WHERE state NOT IN (?, ?) ORDER BY id DESC",
-                _UNFINISHED,
+                kept.UNFINISHED,
             ).fetchall()[keep_runs:]
             return [
                 (id_, name)
@@ -884,16 +750,16 @@ class Store:
         found = []
         for number, what, data in rows:
             with self._naming(f"the ledger of {run}, entry {number}"):
-                stored = _happened_as(number, what, data)
+                stored = kept.happened(number, what, data)
             if not owners or stored.entry.owner in owners:
                 found.append(stored)
         return found
 
     def _run(self, db: Cursor, name: str) -> Run:
-        row = db.execute(f"SELECT {_RUN} FROM runs WHERE name = ?", (name,)).fetchone()
+        row = db.execute(f"SELECT {kept.RUN} FROM runs WHERE name = ?", (name,)).fetchone()
         if row is None:
             raise _no_run(name)
-        return _run_of(row)
+        return kept.run_of(row)
 
     def _id(self, db: Cursor, name: str) -> tuple[int, int, int]:
         """Its id, and how many entries and journal items it has."""
@@ -971,11 +837,22 @@ class _Values:
 
 
 def _database(path: str, patience_s: float) -> Database:
-    return Sqlite(path, patience_s)
+    if not path.startswith(("postgresql://", "postgres://")):
+        return Sqlite(path, patience_s)
+    try:
+        from federation.broker.store.postgres import Postgres
+    except ImportError:
+        raise ScenarioError(
+            Reason.MISSING_EXTRA,
+            "a store in PostgreSQL needs psycopg: install multitwin[postgres]",
+            {"extra": "postgres"},
+        ) from None
+    return Postgres(path, patience_s)
 
 
 def _look(db: Cursor, id_: int, entries: int) -> _Open:
-    names = {name: series for series, name in _names(db, id_, (), ()).items()}
+    rows = db.execute("SELECT owner, variable, id, lane FROM series WHERE run = ?", (id_,))
+    names = {(kept.said(o), kept.said(v)): (series, lane) for o, v, series, lane in rows.fetchall()}
     query = "SELECT count(*), coalesce(sum(amount), 0), coalesce(sum(length(data)), 0) FROM batches"
     batches, values, size = db.execute(f"{query} WHERE run = ?", (id_,)).fetchone()
     return _Open(entries, names, int(batches), int(values), int(size))
@@ -990,8 +867,11 @@ def _names(
     for column, wanted in (("owner", owners), ("variable", variables)):
         if wanted:
             query += f" AND {column} IN ({', '.join('?' * len(wanted))})"
-            values += map(_plain, wanted)
-    return {series: (_said(o), _said(v)) for series, o, v in db.execute(query, values).fetchall()}
+            values += map(kept.plain, wanted)
+    return {
+        series: (kept.said(o), kept.said(v))
+        for series, o, v in db.execute(query, values).fetchall()
+    }
 
 
 def _happened(db: Cursor, where: str, values: Sequence[object]) -> list[Any]:
@@ -1011,117 +891,9 @@ def _drop(db: Cursor, id_: int, journal_only: bool) -> int:
     return count
 
 
-# -- rows ----------------------------------------------------------------------------------
-
-
 def _number(stored: Stored) -> int:
     return stored.number
 
 
-def _plain(text: str) -> str:
-    """Any text, even with a zero in it, in characters that every database takes."""
-    return json.dumps(text)[1:-1]
-
-
-def _said(plain: str) -> str:
-    return str(json.loads(f'"{plain}"'))
-
-
 def _no_run(name: str) -> ScenarioError:
     return ScenarioError(Reason.RUN_NOT_FOUND, f"there is no run {name!r}", {"run": name})
-
-
-def _facts(run: Run) -> str:
-    seed = str(run.seed)  # of 64 bits, without a sign
-    known = (run.scenario, run.measure, run.document, seed, run.horizon_ns, run.create_ns)
-    return json.dumps([*known, run.figures, run.delays])
-
-
-def _ending(digest: str, error: FederationError | None, by: str, because: str) -> str:
-    told = error and {"reason": error.reason, "message": error.message, "metadata": error.metadata}
-    return json.dumps([digest, told, by, because])
-
-
-def _run_of(row: Sequence[Any]) -> Run:
-    name, state, settled_ns, entries, items, end_ns, facts, ending = row
-    scenario, measure, document, seed, horizon_ns, create_ns, figures, delays = json.loads(facts)
-    digest, error, by, because = json.loads(ending)
-    return Run(
-        name,
-        scenario,
-        measure,
-        document,
-        int(seed),
-        horizon_ns,
-        create_ns,
-        tuple((m, v, u) for m, v, u in figures),
-        tuple((s, t, d) for s, t, d in delays),
-        State(state),
-        settled_ns,
-        entries,
-        digest,
-        error and status.decode_error(error_pb2.Error(**error)),
-        end_ns,
-        by,
-        because,
-        items,
-    )
-
-
-def _happening(entry: EventRecord | ActionRecord, receive_ns: int) -> tuple[object, ...]:
-    """Its kind, owner, kind of event or actuator, entity, and all of it, sealed."""
-    place = (receive_ns, entry.time_ns, entry.micro, entry.rank, entry.owner)
-    if isinstance(entry, EventRecord):
-        event = entry.event
-        what, kind, entity = _EVENT, event.kind, event.entity
-        body: tuple[object, ...] = (event.id, event.time_ns, event.text, event.causes, entry.via)
-    else:
-        action = entry.action
-        what, kind, entity = _ACTION, action.actuator, action.entity
-        setpoint = struct.pack("<d", action.value).hex()  # a refused one may be NaN
-        body = (action.member, setpoint, action.cause, entry.refusal)
-    text = json.dumps([*place, kind, entity, *body])
-    return what, _plain(entry.owner), _plain(kind), _plain(entity), chunks.seal(text.encode())
-
-
-def _happened_as(number: int, what: str, data: bytes) -> Stored:
-    receive_ns, time_ns, micro, rank, owner, kind, entity, *rest = json.loads(
-        bytes(chunks.unseal(data))
-    )
-    if what == _EVENT:
-        id_, event_ns, text, causes, via = rest
-        event = Event(id_, event_ns, kind, entity, text, tuple(causes))
-        channels = tuple((cause, channel) for cause, channel in via)
-        return Stored(number, receive_ns, EventRecord(time_ns, micro, rank, owner, event, channels))
-    member, setpoint, cause, refusal = rest
-    (value,) = struct.unpack("<d", bytes.fromhex(setpoint))
-    action = Action(member, kind, entity, value, cause)
-    return Stored(number, receive_ns, ActionRecord(time_ns, micro, rank, owner, action, refusal))
-
-
-def _pack_items(items: Sequence[Item]) -> bytes:
-    parts: list[bytes] = []
-    for item in items:
-        if isinstance(item, Frame):
-            what, name, number, body = _FRAME, item.member, item.number, item.answer
-        else:
-            what, name, number, body = _NOTE, item.kind, item.time_ns, item.body
-        label = name.encode()
-        parts += (_ITEM.pack(what, len(label), number, len(body)), label, body)
-    return chunks.seal(b"".join(parts))
-
-
-def _unpack_items(sealed: bytes, count: int) -> list[Item]:
-    data = chunks.unseal(sealed)
-    found: list[Item] = []
-    place = 0
-    while place < len(data):
-        what, label, number, size = _ITEM.unpack_from(data, place)
-        place += _ITEM.size
-        name = str(data[place : place + label], "utf-8")
-        place += label + size
-        body = bytes(data[place - size : place])
-        found.append(Frame(name, number, body) if what == _FRAME else Note(name, number, body))
-    if len(found) != count:
-        raise chunks.DamagedError(f"{len(found)} of them are there")
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,14 +19,14 @@ Floats = NDArray[np.float64]
 Heads = NDArray[np.void]
 """One structured row per value: everything of a `Record` but its vector."""
 
-LONGEST = 1024
-"""How many values of one variable a chunk has at most."""
-
-BYTES = 1 << 16
-"""How large the vectors of a chunk are, where neither LONGEST nor SHORTEST says otherwise."""
+BYTES = 16000
+"""How large a chunk should be: a little less than a page of SQLite, with 4 bytes for each head."""
 
 SHORTEST = 128
 """A chunk isn't cut below so many values only because its vectors are long."""
+
+WIDE = 512
+"""A vector of so many numbers or more is worth a chunk, even if it's the only one in it."""
 
 SUMMED = 64
 """A chunk of fewer values has no summary: five rows of it would be no small part of the chunk."""
@@ -54,9 +55,12 @@ class DamagedError(ValueError):
     """Bytes that are not what was written."""
 
 
-def seal(data: bytes) -> bytes:
-    """`data` behind its checksum."""
-    return _COUNT.pack(zlib.crc32(data)) + data
+def seal(*parts: bytes | memoryview) -> bytes:
+    """All parts in one, behind their checksum."""
+    check = 0
+    for part in parts:
+        check = zlib.crc32(part, check)
+    return b"".join([_COUNT.pack(check), *parts])
 
 
 def unseal(sealed: bytes) -> memoryview:
@@ -70,9 +74,12 @@ def unseal(sealed: bytes) -> memoryview:
 # -- batches: values as they came ----------------------------------------------------------
 
 
-def pack_batch(values: Sequence[tuple[int, int, int, Record]]) -> bytes:
-    """`(number, receive_ns, series, record)` in the order of the ledger, sealed."""
-    heads = b"".join(
+Value = tuple[int, int, int, Record]
+"""`(number, receive_ns, series, record)`."""
+
+
+def _pack_heads(values: Sequence[Value]) -> bytes:
+    return b"".join(
         [
             _pack_head(
                 number,
@@ -88,8 +95,12 @@ def pack_batch(values: Sequence[tuple[int, int, int, Record]]) -> bytes:
             for number, receive_ns, series, record in values
         ]
     )
-    vectors = b"".join([codec.encode_vector(record.value) for *_, record in values])
-    return seal(_COUNT.pack(len(values)) + heads + vectors)
+
+
+def pack_batch(values: Sequence[Value]) -> bytes:
+    """Values in the order of the ledger, sealed."""
+    vectors = [codec.encode_vector(record.value) for *_, record in values]
+    return seal(_COUNT.pack(len(values)), _pack_heads(values), b"".join(vectors))
 
 
 def unpack_batches(batches: Iterable[bytes]) -> tuple[Heads, Floats]:
@@ -142,8 +153,8 @@ class Chunk:
     def packed(self) -> bytes:
         """All of it but the series, sealed."""
         heads = [_pack_ints(self.heads[name].astype(np.int64)) for name in _COLUMNS]
-        vectors = self.vectors.astype("<f8", copy=False).tobytes()
-        return seal(b"".join([_COUNT.pack(len(self.heads)), *heads, vectors]))
+        vectors = np.ascontiguousarray(self.vectors, "<f8").reshape(-1).data
+        return seal(_COUNT.pack(len(self.heads)), *heads, vectors.cast("B"))
 
 
 def unpack_chunk(sealed: bytes, series: int, width: int) -> Chunk:
@@ -174,13 +185,32 @@ def split(heads: Heads, vectors: Floats, wanted: NDArray[np.bool_] | None = None
         if first == end:
             continue
         width = int(widths[first])
-        longest = min(LONGEST, max(SHORTEST, BYTES // (8 * max(1, width))))
+        longest = max(SHORTEST, BYTES // (8 * width + 4))
         columns = np.arange(width)
         for low in range(first, end, longest):
             high = min(low + longest, end)
             rows = vectors[starts[low:high, None] + columns]
             found.append(Chunk(heads[low:high], _frozen(rows)))
     return found
+
+
+def of_each(values: Sequence[Value]) -> list[Chunk]:
+    """A chunk of each variable's values, however many there are."""
+    of: dict[int, list[Value]] = {}
+    for value in values:
+        of.setdefault(value[2], []).append(value)
+    parts = [
+        list(part)
+        for series in of.values()
+        for _, part in itertools.groupby(series, lambda value: value[3].value.size)
+    ]
+    return [
+        Chunk(
+            np.frombuffer(_pack_heads(part), _HEAD),
+            np.stack([record.value for *_, record in part]),
+        )
+        for part in parts
+    ]
 
 
 def _frozen(vectors: Floats) -> Floats:
@@ -284,17 +314,21 @@ class Parts:
         )
 
     def _cut(self, rows: Sequence[tuple[Ints, Ints, Floats]]) -> None:
-        """Sum up neighbours in one bucket."""
+        """Sum up neighbours in one row and one bucket."""
         if not rows:
             return
+        # between two of these others may come
+        row = np.repeat(np.arange(len(rows)), [len(number) for number, _, _ in rows])
         number, time_ns, vectors = (np.concatenate(column) for column in zip(*rows, strict=True))
         inside = (time_ns >= self._start_ns) & (time_ns <= self._end_ns)
         if not inside.all():
-            number, time_ns, vectors = number[inside], time_ns[inside], vectors[inside]
+            row, number, time_ns = row[inside], number[inside], time_ns[inside]
+            vectors = vectors[inside]
         # the difference of two instants may need all 64 bits
         since = time_ns.view(np.uint64) - np.uint64(self._start_ns % (1 << 64))
         bucket = (since // np.uint64(min(self._width_ns, (1 << 64) - 1))).astype(np.int64)
-        starts = np.flatnonzero(np.diff(bucket, prepend=-1))
+        changes = (np.diff(bucket, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0)
+        starts = np.flatnonzero(changes)
         amount = np.diff(starts, append=len(bucket))
         vectors = vectors[:, self._columns]
         sums = np.stack(_reduced(starts, *((vectors,) * 5)), axis=1)

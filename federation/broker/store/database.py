@@ -14,7 +14,7 @@ from federation.errors import FederationError, Reason, ScenarioError
 
 T = TypeVar("T")
 
-FREED = 4096
+FREED = 1024
 """How many free pages SQLite gives back at a time, so that others get their turn."""
 
 
@@ -83,7 +83,8 @@ class Sqlite:
         except sqlite3.Error as error:
             raise self._failed("opened", error) from None
         try:
-            # only before the first table is there
+            # these two only before the first table is there; long rows want long pages
+            self._db.execute("PRAGMA page_size=16384")
             self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
