@@ -79,6 +79,12 @@ class TearLog:
 
 
 @dataclass(frozen=True)
+class SpoilStore:
+    """The broker is killed, its database spoilt, and it must refuse to start; then the database
+    is as it was, and the broker returns."""
+
+
+@dataclass(frozen=True)
 class MoveClock:
     """The wall clock of a process jumps."""
 
@@ -95,7 +101,18 @@ class Order:
 
 
 Fault = (
-    Kill | Pause | Misplay | Late | Cut | Strike | Meddle | FillDisk | TearLog | MoveClock | Order
+    Kill
+    | Pause
+    | Misplay
+    | Late
+    | Cut
+    | Strike
+    | Meddle
+    | FillDisk
+    | TearLog
+    | SpoilStore
+    | MoveClock
+    | Order
 )
 
 
@@ -142,8 +159,9 @@ class Degraded:
 
 
 @dataclass(frozen=True)
-class Ordered:
-    """The run ends well, and every order that was accepted stands in its ledger."""
+class Obeyed:
+    """The run ends with the ledger that it has when its orders are known beforehand, and every
+    order that was accepted is among them."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ class OutOfSpace:
     undisturbed ledger, and takes new ones."""
 
 
-End = Undisturbed | Failed | Degraded | Ordered | OutOfSpace
+End = Undisturbed | Failed | Degraded | Obeyed | OutOfSpace
 
 Route = Literal["name", "address", "meddler"]
 """How the broker finds a member: registered, behind a proxy; by the proxy's address; by the
@@ -180,6 +198,5 @@ class Plan:
     policies: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {name: recovering(name) for name in MEMBERS}
     )
-    routes: Mapping[str, Route] = field(default_factory=dict)
     route: Route = "name"
     bound_s: float = 60.0

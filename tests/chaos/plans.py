@@ -25,13 +25,14 @@ from tests.chaos.faults import (
     Meddle,
     Misplay,
     MoveClock,
+    Obeyed,
     Order,
-    Ordered,
     OutOfSpace,
     Pause,
     Phase,
     Plan,
     Route,
+    SpoilStore,
     Strike,
     TearLog,
     recovering,
@@ -241,6 +242,13 @@ def _policies() -> Iterator[Plan]:
             route="meddler",
         )
     yield Plan(
+        "substitute-never-answers",
+        (Cue(member, 4, Misplay("raise")), Cue(f"{member}-substitute", 1, Late())),
+        Failed(LOST, member),
+        {member: {"do": "substitute", **patience}},
+        bound_s=20.0,
+    )
+    yield Plan(
         "late-under-hold",
         (Cue(member, 5, Late(2.0)),),
         Degraded(member, "held"),
@@ -265,10 +273,11 @@ def _store(steps: Mapping[str, int]) -> Iterator[Plan]:
         yield Plan(f"disk-full-{k}", (Cue("mill", k, FillDisk()),), OutOfSpace())
     for index, group in enumerate(_spread(steps["tower"])):
         yield Plan(f"torn-log-{index}", tuple(Cue("tower", k, TearLog()) for k in group))
+    yield Plan("store-spoilt", tuple(Cue("mill", k, SpoilStore()) for k in (3, 11)))
     for index, group in enumerate(((2, 9), (5, 12))):
         orders = [Order(f"S{i}", 1.0) for i in range(2)]
         cues = tuple(Cue("mill", k, order) for k, order in zip(group, orders, strict=True))
-        yield Plan(f"orders-{index}", cues, Ordered())
+        yield Plan(f"orders-{index}", cues, Obeyed())
 
 
 def named(all_plans: Sequence[Plan], only: str) -> list[Plan]:

@@ -19,7 +19,9 @@ from typing import Any
 
 import grpc
 
-from federation.core.ledger import Entry
+from federation.broker.live import substitute_of
+from federation.core.ledger import ActionRecord, Entry
+from federation.core.messages import Ordered
 from federation.errors import Reason
 from federation.twin import Action
 from federation.v1 import (
@@ -45,11 +47,12 @@ from tests.chaos.faults import (
     Meddle,
     Misplay,
     MoveClock,
+    Obeyed,
     Order,
-    Ordered,
     OutOfSpace,
     Pause,
     Plan,
+    SpoilStore,
     Strike,
     TearLog,
     Undisturbed,
@@ -62,8 +65,6 @@ from tests.chaos.world import MEMBERS
 READY_S = 30.0
 PACE_S = 0.01
 """What every step takes at least, so that a run is told while it goes on."""
-
-SPARES = {"mill": "SpareMill", "town": "SpareTown"}
 
 RETRY_S = 0.03
 
@@ -208,7 +209,7 @@ class Take:
     told: Told = field(default_factory=Told)
     release: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the take is over: nobody is kept waiting."""
-    work: set[asyncio.Task[None]] = field(default_factory=set)
+    work: set[asyncio.Future[Any]] = field(default_factory=set)
     clocks: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -222,7 +223,7 @@ class Stage:
         self.processes: dict[str, Process] = {}
         self.proxies: dict[str, Proxy] = {}
         self.meddlers: dict[str, Meddler] = {}
-        self.ports = {name: _free_port() for name in (*MEMBERS, *map(_spare, SPARES))}
+        self.ports = {name: _free_port() for name in (*MEMBERS, *map(substitute_of, world.SPARES))}
         self._nursery = nursery
         self._env = {world.PROMPTER: str(folder / "prompter")}
         self._takes = 0
@@ -276,12 +277,10 @@ class Stage:
         if name == BROKER:
             argv = ["chaos-broker", str(self.store), str(self.port)]
         else:
-            member = name.removeprefix("spare-")
-            kind = world.CLASSES[name].__name__ if name in MEMBERS else SPARES[member]
-            argv = ["serve", f"tests.chaos.world:{kind}", "--name", name]
-            argv += ["--port", str(self.ports[name])]
+            player = world.CLASSES.get(name) or _SUBSTITUTES[name]
+            argv = ["serve", f"tests.chaos.world:{player.__name__}", "--name", name]
+            argv += ["--port", str(self.ports[name]), "--broker", f"127.0.0.1:{self.port}"]
             if name in MEMBERS:
-                argv += ["--broker", f"127.0.0.1:{self.port}"]
                 argv += ["--advertise", f"127.0.0.1:{self.proxies[name].port}"]
         self.processes[name] = self._nursery.spawn(
             name, argv, self.folder / f"{name}.log", clock, self._env
@@ -301,10 +300,7 @@ class Stage:
         async with asyncio.timeout(READY_S):
             while True:
                 with suppress(grpc.aio.AioRpcError):
-                    answer = await self._broker.ListMembers(
-                        broker_pb2.ListMembersRequest(), timeout=2
-                    )
-                    if {m.name for m in answer.members} >= set(MEMBERS):
+                    if await self._members() >= set(self.ports):
                         return
                 await asyncio.sleep(0.05)
 
@@ -322,11 +318,12 @@ class Stage:
         try:
             async with asyncio.timeout(plan.bound_s):
                 run = await self._run(take, seed)
-                whole = await self._whole(take)
                 if isinstance(plan.end, OutOfSpace):
-                    run, whole = await self._after_space(take, run)
-                for task in list(take.work):
-                    await asyncio.wait([task])
+                    run = await self._after_space(take, run, seed)
+                take.release.set()
+                while take.work:
+                    await asyncio.wait(take.work)
+                whole = await self._whole(take)
         except TimeoutError:
             verdict.is_hung = True
             verdict.problems.append(f"no end within {plan.bound_s:g} s; told {take.told.messages}")
@@ -336,6 +333,8 @@ class Stage:
                     verdict.problems.append(f"it is at {run.time_ns} ns: {run.state} {run.error}")
             for name in (BROKER, *MEMBERS):
                 await self.processes[name].kill()
+        except grpc.aio.AioRpcError as error:
+            verdict.problems.append(f"a call ended with {error.code()}: {error.details()}")
         else:
             self._judge(verdict, take, run, whole, seed)
         take.release.set()
@@ -349,16 +348,20 @@ class Stage:
         await self.reset()
         return verdict
 
+    async def _members(self) -> set[str]:
+        request = broker_pb2.ListMembersRequest()
+        answer = await self._broker.ListMembers(request, timeout=2)
+        return {member.name for member in answer.members}
+
     def _document(self, take: Take) -> str:
         members: dict[str, dict[str, Any]] = {}
         for name in MEMBERS:
-            said: dict[str, Any] = {}
             policy = dict(take.plan.policies.get(name, {"do": "fail"}))
-            if policy.get("do") == "substitute":
-                address = f"127.0.0.1:{self.ports[_spare(name)]}"
-                policy["substitute"] = {"address": address}
-            said["on_failure"] = policy
-            match take.plan.routes.get(name, take.plan.route):
+            if policy["do"] == "substitute":
+                player = world.SPARES[name].__name__
+                policy["substitute"] = {"class": f"tests.chaos.world:{player}"}
+            said: dict[str, Any] = {"on_failure": policy}
+            match take.plan.route:
                 case "address":
                     said["address"] = f"127.0.0.1:{self.proxies[name].port}"
                 case "meddler":
@@ -370,6 +373,10 @@ class Stage:
         request = scenario_pb2.CreateRunRequest(document=self._document(take), seed=seed)
         created = await self._until_told(lambda: self._scenarios.CreateRun(request, timeout=20))
         take.told.name = created.run.name
+        return await self._attend(take)
+
+    async def _attend(self, take: Take) -> Run:
+        """Read the run's ledger until it ends; what it is then."""
         watching = asyncio.create_task(self._watch(take))
         try:
             return await self._follow(take)
@@ -430,15 +437,17 @@ class Stage:
                 return found
             await asyncio.sleep(RETRY_S)
 
-    async def _after_space(self, take: Take, run: Run) -> tuple[Run, list[broker_pb2.LedgerEntry]]:
+    async def _after_space(self, take: Take, run: Run, seed: int) -> Run:
         """What becomes of a run that failed on a full disk, with space and in a new life."""
         if run.state != Run.STATE_FAILED or run.error.reason != Reason.STORE_FAILED:
             take.problems.append(f"on a full disk it ended as {_ended(run)}")
         self._free_disk()
+        another = Take(0, take.plan, {})
+        end = await self._run(another, seed)
+        take.problems += _differs(end, await self._whole(another), _reference(seed))
         await self.processes[BROKER].kill()
         self._begin(BROKER)
-        run = await self._follow(take)
-        return run, await self._whole(take)
+        return await self._attend(take)
 
     # -- faults ------------------------------------------------------------------------
 
@@ -460,13 +469,19 @@ class Stage:
     async def _act(self, take: Take, key: tuple[str, int, str]) -> str:
         """Carry out what is due at this cue; what the twin that asked has to do."""
         due, later = take.left.get(key, []), []
+        if not due:
+            return ""
         answer = ""
         for cue, times in due:
             if times > 1:
                 later.append((cue, times - 1))
         take.left[key] = later
         for cue, _ in due:
-            answer = await self._happen(take, cue) or answer
+            # what has begun is ended, also when nobody waits for it any more
+            happening = asyncio.ensure_future(self._happen(take, cue))
+            take.work.add(happening)
+            happening.add_done_callback(take.work.discard)
+            answer = await asyncio.shield(happening) or answer
         return answer
 
     async def _happen(self, take: Take, cue: Cue) -> str:
@@ -505,6 +520,8 @@ class Stage:
                 take.fired.append(what)
             case TearLog():
                 await self._tear_log(take, what)
+            case SpoilStore():
+                await self._spoil_store(take, what)
             case MoveClock(whom, ahead_s):
                 set_clock(self.folder / f"{whom}.clock", ahead_s)
                 take.clocks.append((whom, ahead_s))
@@ -513,7 +530,7 @@ class Stage:
         return ""
 
     def _go(self, take: Take, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        task: asyncio.Future[Any] = asyncio.ensure_future(work)
         take.work.add(task)
         task.add_done_callback(take.work.discard)
 
@@ -531,6 +548,26 @@ class Stage:
         if size > 4096:
             os.truncate(log, size - 1500)  # in the middle of a page
             take.fired.append(what)
+        self._begin(BROKER)
+
+    async def _spoil_store(self, take: Take, what: str) -> None:
+        if not await self.processes[BROKER].kill():
+            return
+        files = [Path(f"{self.store}{suffix}") for suffix in ("", "-wal", "-shm")]
+        whole = {file: file.read_bytes() for file in files if file.exists()}
+        for file in whole:
+            file.unlink()
+        self.store.write_bytes(b"\0spoilt" * 1000)
+        self._begin(BROKER)
+        async with asyncio.timeout(READY_S):
+            code = await asyncio.shield(self.processes[BROKER].ended)
+        said = (self.folder / "broker.log").read_text(encoding="utf-8").splitlines()[-1]
+        if code == 2 and Reason.STORE_FAILED in said:
+            take.fired.append(what)
+        else:
+            take.problems.append(f"with a spoilt store the broker ended with {code}: {said}")
+        for file, data in whole.items():
+            file.write_bytes(data)
         self._begin(BROKER)
 
     async def _order(self, take: Take, entity: str, value: float, what: str) -> None:
@@ -624,9 +661,8 @@ class Stage:
             case Degraded(member, quality):
                 problems += _not_degraded(run, whole, seed, member, quality)
                 kind = "declared"
-            case Ordered():
-                if run.state != Run.STATE_SUCCEEDED:
-                    problems.append(f"it ended as {_ended(run)}")
+            case Obeyed():
+                problems += _differs(run, whole, _reference_with_orders(seed, whole))
                 kind = "declared"
         verdict.problems += problems
         if not problems:
@@ -660,8 +696,7 @@ class _away:  # noqa: N801 - reads as a statement
         return isinstance(error, grpc.aio.AioRpcError) and error.code() in _AWAY
 
 
-def _spare(name: str) -> str:
-    return f"spare-{name}"
+_SUBSTITUTES = {substitute_of(name): player for name, player in world.SPARES.items()}
 
 
 def _free_port() -> int:
@@ -713,6 +748,16 @@ def _reference(
     return outcome.digest, tuple(map(codec.encode_entry, entries))
 
 
+def _reference_with_orders(
+    seed: int, whole: list[broker_pb2.LedgerEntry]
+) -> tuple[str, tuple[broker_pb2.LedgerEntry, ...]]:
+    """The run in one process with the orders that are in a ledger."""
+    given = [codec.decode_entry(entry) for entry in whole if entry.member == "operator"]
+    orders = [Ordered("Ann", e.action, e.time_ns) for e in given if isinstance(e, ActionRecord)]
+    digest, entries = world.reference_with_orders(seed, orders)
+    return digest, tuple(map(codec.encode_entry, entries))
+
+
 def _differs(
     run: Run,
     whole: list[broker_pb2.LedgerEntry],
@@ -744,7 +789,6 @@ def _not_degraded(
     ]:
         return [f"its changes of members are {changes}, not that {member} is {quality}"]
     from_ns = changes[0].time_ns
-    problems = []
     if quality == "held":
         reference = _reference(seed, member, "mute_from_ns", from_ns)
         expected = [*reference[1], *changes, *_held(reference[1], member, from_ns)]
@@ -753,9 +797,11 @@ def _not_degraded(
         reference = _reference(seed, member, "spare_from_ns", from_ns)
         expected = [_marked(e, member, from_ns, mark) for e in (*reference[1], *changes)]
     wanted = {_key(e): _said(e) for e in expected}
-    for entry in whole:
-        if wanted.pop(_key(entry), None) != _said(entry):
-            problems.append(f"{_key(entry)} is not as with {member} {quality}: {entry}")
+    problems = [
+        f"{_key(entry)} is not as with {member} {quality}: {entry}"
+        for entry in whole
+        if wanted.pop(_key(entry), None) != _said(entry)
+    ]
     problems += [f"{key} is missing with {member} {quality}" for key in wanted]
     return problems[:5]
 

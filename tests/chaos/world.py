@@ -11,15 +11,17 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import yaml
 
-from federation.scenario.run import Case, Outcome, run_local
-from federation.scenario.spec import parse
+from federation.core.ledger import Entry
+from federation.core.messages import Aborted, Commit, Finished, Grant, Ordered, Stepped
+from federation.scenario.run import Case, Outcome, bind, local_sessions, run_local
+from federation.scenario.spec import Scenario, parse
 from federation.scenario.study import cases
 from federation.twin import (
     MINUTE_NS,
@@ -83,6 +85,8 @@ class Player(Twin):
     """
 
     member = ""
+    prompted_as = ""
+    """By which name the prompter knows it, if not by its member's."""
 
     def __init__(self, mute_from_ns: int = NEVER_NS, spare_from_ns: int = NEVER_NS) -> None:
         self.mute_from_ns = mute_from_ns
@@ -137,7 +141,7 @@ class Player(Twin):
     def cue(self, step: Step, at: str) -> None:
         answer = _line.ask(
             {
-                "member": self.member,
+                "member": self.prompted_as or self.member,
                 "take": self.take,
                 "step": self.number,
                 "at": at,
@@ -289,6 +293,8 @@ class Town(Saved):
 class SpareMill(Mill):
     """Stands in for the mill: steady, and without a past."""
 
+    prompted_as = "mill-substitute"
+
     def begin(self, seed: int) -> None:
         return None
 
@@ -302,6 +308,8 @@ class SpareMill(Mill):
 
 class SpareTown(Town):
     """Stands in for the town: asks for what the level suggests."""
+
+    prompted_as = "town-substitute"
 
     def play(self, step: Step) -> None:
         step.publish("demand", 10.0 - step["level"][0])
@@ -342,24 +350,39 @@ def document(
     )
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What a run leaves when nothing happens to it."""
-
-    outcome: Outcome
-
-    @property
-    def digest(self) -> str:
-        return self.outcome.digest
-
-
 def reference(seed: int, config: Mapping[str, Mapping[str, int]] | None = None) -> Outcome:
     """The run in one process; `config` is what members are constructed with."""
-    said = {name: {"config": dict((config or {}).get(name, {}))} for name in MEMBERS}
-    scenario = parse(document(said))
-    return run_local(scenario, case(seed), None, keep_ledger=True)
+    return run_local(_scenario(config or {}), case(seed), None, keep_ledger=True)
+
+
+def reference_with_orders(seed: int, orders: Sequence[Ordered]) -> tuple[str, list[Entry]]:
+    """The digest and the ledger of the run in one process, with orders at known instants."""
+    scenario, its_case = _scenario({}), case(seed)
+    sessions = local_sessions(scenario)
+    experiment = bind(scenario, {n: s.description for n, s in sessions.items()}, None, its_case)
+    for name, session in sessions.items():
+        session.open(its_case.member_seed(name), {})
+    coordinator = experiment.coordinator()
+    entries: list[Entry] = []
+    waiting = deque(coordinator.start(orders))
+    while waiting:
+        match waiting.popleft():
+            case Grant(member, steps):
+                results = tuple([sessions[member].advance(step) for step in steps])
+                waiting.extend(coordinator.handle(Stepped(member, results)))
+            case Commit(found):
+                entries.extend(found)
+            case Finished(digest):
+                return digest, entries
+            case Aborted(error):
+                raise error
+    raise AssertionError("the coordinator stopped without an end")
+
+
+def _scenario(config: Mapping[str, Mapping[str, int]]) -> Scenario:
+    return parse(document({name: {"config": dict(config.get(name, {}))} for name in MEMBERS}))
 
 
 def case(seed: int) -> Case:
-    (found,) = cases(parse(document({name: {} for name in MEMBERS})), ["none"], 1, seed)
+    (found,) = cases(_scenario({}), ["none"], 1, seed)
     return found
