@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyomo.contrib.solver.solvers.highs import Highs
 
 from federation.__main__ import planner as build_planner
 from federation.core.coupling import Coupling
 from federation.errors import PlanError, Reason
+from federation.plan.algebra import pyomo_model
 from federation.plan.crews import CrewPlanner, Family
-from federation.plan.joint import Schedule, _models, joint_model
-from federation.plan.visits import Task, crews_engaged
+from federation.plan.engine import engine_of, make_whole, optimum_usd
+from federation.plan.joint import Schedule, joint_model, with_visits
+from federation.plan.visits import Task, crews_engaged, possible_visits, share_available
 from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import parse
 from federation.twin import (
@@ -313,6 +316,23 @@ def test_a_plan_keeps_to_its_crews_and_promises_what_they_can_do(
     assert bill - 1e-3 <= schedule.cost_usd <= bill + 0.1 * (schedule.idle_cost_usd - bill) + 1e-3
 
 
+def test_pyomo_and_the_arrays_state_one_problem() -> None:
+    """Four repairs on paths that share parts, and one crew that is at work already."""
+    block = feeders([9.0, 4.0, 1.0], [[0, 1], [1, 2], [3]])
+    tasks = [Task("grid", f"f{i}", 9.0 + i, 1.0, crews=float(i == 2)) for i in range(4)]
+    model = joint_model({"grid": block}, [], PERIODS_NS, STARTS_NS, 2.0)
+    visits = possible_visits(tasks, model.crews, model.starts_h, 72.0)
+    share = share_available(visits, model.lengths_h)
+    engaged = crews_engaged(visits, tasks, model.starts_h, 72.0)
+    problem = with_visits(model.joined, tasks, visits, share, engaged, model.crews)
+    engine = engine_of(problem)
+    make_whole(engine, np.flatnonzero(problem.integer))
+    stated = pyomo_model(problem)
+    answer = Highs().solve(stated, rel_gap=0.0)
+    assert answer.incumbent_objective < -100.0
+    assert optimum_usd(engine) == pytest.approx(answer.incumbent_objective, rel=1e-4)
+
+
 class Street(Twin):
     """Five feeders that all fail at once; the last is the biggest and the farthest."""
 
@@ -397,7 +417,6 @@ def test_the_number_of_crews_counts() -> None:
 
 
 def test_a_run_does_not_depend_on_the_runs_before_it() -> None:
-    _models().clear()
     alone = run("plan").digest
     run("plan", 5.0, 11.0)
     run("plan", 1.0, 2.5)

@@ -39,18 +39,6 @@ class Joined:
     coefficient: Vector
     available: Mapping[tuple[str, str], Indices]
 
-    def like(self, other: Joined) -> bool:
-        """Whether the two differ in bounds and costs only."""
-        return (
-            list(self.available) == list(other.available)
-            and np.array_equal(self.integer, other.integer)
-            and np.array_equal(self.row_index, other.row_index)
-            and np.array_equal(self.column_index, other.column_index)
-            and np.array_equal(self.coefficient, other.coefficient)
-            and np.array_equal(np.isfinite(self.row_low), np.isfinite(other.row_low))
-            and np.array_equal(np.isfinite(self.row_high), np.isfinite(other.row_high))
-        )
-
 
 def join(blocks: Mapping[str, LinearBlock], couplings: Sequence[Coupling]) -> Joined:
     """One problem from the blocks, in the order of their members' names."""

@@ -10,39 +10,43 @@ work left, period p and slot q:
 
 A component is thus available for exactly the part of a period that follows its repair,
 however long the periods. Crews that are at a component stay: one of its visits is chosen, the
-one that lets them go on alone or one where others join them. Only the most promising repairs
-(see `relax`) are given to the solver; the bound holds for all.
+one that lets them go on alone or one where others join them. Only the visits that a
+relaxation used (see `relax`) are given to the solver; the bound holds for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
+import highspy
 import numpy as np
-import pyomo.environ as pyo
-from pyomo.contrib.solver.common.results import Results, SolutionStatus, TerminationCondition
-from pyomo.contrib.solver.solvers.highs import Highs
-from pyomo.core.expr.numeric_expr import LinearExpression
+from numpy.typing import NDArray
 
 from federation.core.coupling import Coupling
 from federation.errors import PlanError, Reason
-from federation.plan.joining import Joined, join
-from federation.plan.relaxation import UNIT_USD, relax
+from federation.plan.engine import UNIT_USD, cost_usd, engine_of, make_whole, no_plan, optimum_usd
+from federation.plan.joining import Indices, Joined, join
+from federation.plan.relaxation import relax
 from federation.plan.visits import Task, Visit, crews_engaged, possible_visits, share_available
 from federation.twin import HOUR_NS, LinearBlock, Vector
 
-MOST_REPAIRS = 48
-"""Repairs that the solver chooses from, besides those under way. With 60 it took a fifth more
-time, and what was lost in six coupled runs fell by less than a hundredth."""
-
 GAP = 0.05
-"""The solver stops when no plan with the repairs that it was given can save more than this share
-of what could be saved at all. `Schedule.gap` is wider: its bound allows for all repairs, and for
-repairs in parts; 3 to 50 % in the earthquake of Shelby County."""
+"""The solver stops when no plan with the visits that it was given can save more than this share
+of what could be saved at all. `Schedule.gap` is wider: its bound allows for all visits, and for
+repairs in parts."""
 
-LEAST_PROMISE = 1e-4
+OPTIONS = {
+    "mip_rel_gap": 0.0,
+    "mip_max_nodes": 1,
+    "mip_allow_restart": False,
+    "mip_allow_cut_separation_at_nodes": False,
+    "mip_heuristic_run_feasibility_jump": False,
+    "mip_heuristic_run_rens": False,
+    "mip_heuristic_run_rins": False,
+}
+"""One node, whose plan comes from the search near the relaxation by reduced costs. Without that
+search a third less was saved; what is switched off took time and found nothing better."""
 
 
 @dataclass(frozen=True)
@@ -71,90 +75,19 @@ class Schedule:
         return max(self.cost_usd - self.bound_usd, 0.0) / possible
 
 
+@dataclass(frozen=True)
 class JointModel:
-    """The joint model of a run: the members' rows stay, the visits come and go.
+    """The joint model of a run: the members' rows stay, the visits come and go."""
 
-    The bounds and costs of the members' blocks are data of a run, so that one model serves
-    many runs (`load`). Every solve starts from nothing but its own data.
-    """
-
-    def __init__(
-        self, joined: Joined, periods_ns: Sequence[int], starts_ns: Sequence[int], crews: float
-    ) -> None:
-        self.crews = crews
-        self.lengths_h = np.array(periods_ns, dtype=float) / HOUR_NS
-        self.starts_h = [start / HOUR_NS for start in starts_ns]
-        self._joined = joined
-        self.model = model = pyo.ConcreteModel()
-        count = len(joined.low)
-        model.x = pyo.Var(range(count))
-        self._columns = [model.x[i] for i in range(count)]
-        for index in np.flatnonzero(joined.integer).tolist():
-            self._columns[index].domain = pyo.Integers
-        model.row_low = pyo.Param(_finite(joined.row_low), mutable=True, initialize=0.0)
-        model.row_high = pyo.Param(_finite(joined.row_high), mutable=True, initialize=0.0)
-        model.price = pyo.Param(range(count), mutable=True, initialize=0.0)
-        model.rows = pyo.ConstraintList()
-        self._add_rows()
-        prices = [model.price[i] for i in range(count)]
-        model.cost = pyo.Objective(expr=_sum(prices, self._columns))
-        self._solver = Highs()
-        config = self._solver.config
-        config.load_solutions = False
-        config.raise_exception_on_nonoptimal_result = False
-        config.rel_gap = 0.0
-        config.threads = 1
-        config.solver_options.update(
-            mip_max_nodes=1,
-            random_seed=0,
-            mip_allow_restart=False,
-            mip_heuristic_run_rens=False,
-            mip_heuristic_run_rins=False,
-        )
-        for name in config.auto_updates:
-            config.auto_updates[name] = False
-        self._load(joined)
-        self._solver.set_instance(model)
-
-    def load(self, joined: Joined) -> None:
-        """Take the bounds and costs of another run, of blocks that are alike."""
-        self._load(joined)
-        self._solver.update_parameters()
-        self._solver.update_variables(self._columns)
-
-    def _load(self, joined: Joined) -> None:
-        self._joined, model = joined, self.model
-        for column, low, high in zip(
-            self._columns, joined.low.tolist(), joined.high.tolist(), strict=True
-        ):
-            column.setlb(low if np.isfinite(low) else None)
-            column.setub(high if np.isfinite(high) else None)
-        for param, values in (
-            (model.row_low, joined.row_low),
-            (model.row_high, joined.row_high),
-            (model.price, joined.cost / UNIT_USD),
-        ):
-            for index in _finite(values):
-                param[index].set_value(float(values[index]))
-
-    def _add_rows(self) -> None:
-        joined, model = self._joined, self.model
-        order = np.argsort(joined.row_index, kind="stable")
-        columns = joined.column_index[order].tolist()
-        coefficients = joined.coefficient[order].tolist()
-        count = len(joined.row_low)
-        low, high = dict(model.row_low.items()), dict(model.row_high.items())
-        starts = np.searchsorted(joined.row_index[order], np.arange(count + 1)).tolist()
-        for row in range(count):
-            part = slice(starts[row], starts[row + 1])
-            if columns[part]:
-                body = _sum(coefficients[part], [self._columns[j] for j in columns[part]])
-                model.rows.add((low.get(row), body, high.get(row)))
+    joined: Joined
+    lengths_h: Vector
+    starts_h: tuple[float, ...]
+    crews: float
 
     def solve(self, tasks: Sequence[Task]) -> Schedule:
         """Plan for these tasks from now on; raises NO_PLAN or PLAN_INFEASIBLE."""
         for task in tasks:
-            if (task.member, task.component) not in self._joined.available:
+            if (task.member, task.component) not in self.joined.available:
                 raise PlanError(
                     Reason.NO_PLAN,
                     f"no block of {task.member} knows the component {task.component!r}",
@@ -164,98 +97,114 @@ class JointModel:
         visits = possible_visits(tasks, self.crews, self.starts_h, horizon_h)
         share = share_available(visits, self.lengths_h)
         engaged = crews_engaged(visits, tasks, self.starts_h, horizon_h)
-        relaxed = relax(self._joined, tasks, visits, share, engaged, self.crews)
-        ranked = np.argsort(-relaxed.promise, kind="stable")[:MOST_REPAIRS]
-        promising = relaxed.promise > LEAST_PROMISE
-        promising[np.setdiff1d(np.arange(len(tasks)), ranked)] = False
-        under_way = np.array([task.crews > 0 for task in tasks], dtype=bool)
-        kept = [
-            k for k, visit in enumerate(visits) if promising[visit.task] or under_way[visit.task]
-        ]
-        self._solver.config.abs_gap = GAP * (relaxed.idle_cost_usd - relaxed.bound_usd) / UNIT_USD
-        results, chosen = self._choose(tasks, [visits[k] for k in kept], share[kept], engaged[kept])
-        cost_usd = float(results.incumbent_objective) * UNIT_USD
-        bound_usd = relaxed.bound_usd
-        if len(kept) == len(visits):
-            bound_usd = max(bound_usd, float(results.objective_bound) * UNIT_USD)
+        problem = with_visits(self.joined, tasks, visits, share, engaged, self.crews)
+        engine = engine_of(problem)
+        relaxed = relax(engine, self.joined, visits, engaged)
+        kept = relaxed.used | np.array([not v.sent for v in visits], dtype=bool)
+        gap_usd = GAP * (relaxed.idle_cost_usd - relaxed.bound_usd)
+        chosen = _choose(engine, problem, kept, gap_usd)
+        plan_usd, bound_usd = cost_usd(engine), relaxed.bound_usd
+        if kept.all() and problem.integer.any():
+            bound_usd = max(bound_usd, float(engine.getInfo().mip_dual_bound) * UNIT_USD)
+        optimal = engine.getModelStatus() == highspy.HighsModelStatus.kOptimal
         return Schedule(
-            results.termination_condition.name,
-            results.solution_status.name,
+            "convergenceCriteriaSatisfied" if optimal else "iterationLimit",
+            "optimal" if optimal else "feasible",
             relaxed.idle_cost_usd,
-            cost_usd,
-            min(bound_usd, cost_usd),
-            tuple(sorted(chosen, key=lambda v: (v.start_h, v.end_h, v.task))),
+            plan_usd,
+            min(bound_usd, plan_usd),
+            tuple(
+                sorted(
+                    (visits[k] for k in chosen.tolist()),
+                    key=lambda v: (v.start_h, v.end_h, v.task),
+                )
+            ),
         )
 
-    def _choose(
-        self, tasks: Sequence[Task], visits: Sequence[Visit], share: Vector, engaged: Vector
-    ) -> tuple[Results, list[Visit]]:
-        """Solve with these visits, whose columns and rows are then taken away again."""
-        model, solver = self.model, self._solver
-        model.chosen = pyo.Var(range(len(visits)), domain=pyo.Binary)
-        model.crew_rows = pyo.ConstraintList()
-        chosen = [model.chosen[k] for k in range(len(visits))]
-        of_task: dict[int, list[int]] = {}
-        for k, visit in enumerate(visits):
-            of_task.setdefault(visit.task, []).append(k)
-        closed = []
-        for index, task in enumerate(tasks):
-            own = of_task.get(index, [])
-            for p, column in enumerate(self._joined.available[task.member, task.component]):
-                available = self._columns[column]
-                leaving = [k for k in own if share[k, p] > 0.0]
-                if leaving:
-                    parts = [1.0, *(-share[leaving, p]).tolist()]
-                    body = _sum(parts, [available, *(chosen[k] for k in leaving)])
-                    model.crew_rows.add((None, body, 0.0))
-                else:
-                    closed.append(available)
-            if own:
-                body = _sum([1.0] * len(own), [chosen[k] for k in own])
-                model.crew_rows.add((1.0 if task.crews else None, body, 1.0))
-        for crews in engaged.T:
-            busy = np.flatnonzero(crews).tolist()
-            if busy:
-                body = _sum(crews[busy].tolist(), [chosen[k] for k in busy])
-                model.crew_rows.add((None, body, self.crews))
-        usual = [column.ub for column in closed]
-        for column in closed:
-            column.setub(0.0)
-        rows = list(model.crew_rows.values())
-        solver.update_variables(closed)
-        solver.add_constraints(rows)
-        solver._solver_model.clearSolver()
-        results = solver.solve(model)
-        try:
-            termination = results.termination_condition
-            if results.solution_status not in (SolutionStatus.optimal, SolutionStatus.feasible):
-                reason = Reason.NO_PLAN
-                if termination is TerminationCondition.provenInfeasible:
-                    reason = Reason.PLAN_INFEASIBLE
-                raise PlanError(reason, f"the solver stopped with {termination.name} and no plan")
-            value = results.solution_loader.get_vars(chosen) if chosen else {}
-            return results, [v for v, y in zip(visits, chosen, strict=True) if value[y] > 0.5]
-        finally:
-            for column, high in zip(closed, usual, strict=True):
-                column.setub(high)
-            solver.update_variables(closed)
-            solver.remove_constraints(rows)
-            model.del_component(model.chosen)
-            model.del_component(model.crew_rows)
+    def idle_cost_usd(self, tasks: Sequence[Task]) -> float:
+        """What it costs over the horizon when the crews at these tasks end them and rest."""
+        high = self.joined.high.copy()
+        close_h = np.cumsum(self.lengths_h)
+        for task in tasks:
+            end_h = task.work_h / task.crews if task.crews else np.inf
+            share = np.clip((close_h - end_h) / self.lengths_h, 0.0, 1.0)
+            columns = self.joined.available[task.member, task.component]
+            high[columns] = np.minimum(high[columns], share)
+        engine = engine_of(replace(self.joined, high=high))
+        make_whole(engine, np.flatnonzero(self.joined.integer))
+        return optimum_usd(engine)
 
 
-def _finite(values: Vector) -> list[int]:
-    return [int(i) for i in np.flatnonzero(np.isfinite(values))]
+def with_visits(
+    joined: Joined,
+    tasks: Sequence[Task],
+    visits: Sequence[Visit],
+    share: Vector,
+    engaged: Vector,
+    crews: float,
+) -> Joined:
+    """The problem with a column per visit and the rows that the visits are subject to.
+
+    Rows follow those of `joined`: per task and period what is available, per task that one
+    visit is enough, per slot that no more crews are engaged than there are.
+    """
+    count, periods, slots = len(visits), share.shape[1], engaged.shape[1]
+    of_task = np.array([v.task for v in visits], dtype=np.int64)
+    column = len(joined.low) + np.arange(count, dtype=np.int64)
+    available = [joined.available[t.member, t.component] for t in tasks]
+    cell = len(joined.row_low) + np.arange(len(tasks) * periods).reshape(-1, periods)
+    once = len(joined.row_low) + cell.size + np.arange(len(tasks))
+    slot = len(joined.row_low) + cell.size + once.size + np.arange(slots)
+    terms: list[tuple[Indices, Indices, Vector]] = [
+        (joined.row_index, joined.column_index, joined.coefficient),
+        (cell.ravel(), np.array(available, dtype=np.int64).ravel(), np.ones(cell.size)),
+        (cell[of_task].ravel(), np.repeat(column, periods), -share.ravel()),
+        (once[of_task], column, np.ones(count)),
+        (np.tile(slot, count), np.repeat(column, slots), engaged.ravel()),
+    ]
+    row, place, value = (np.concatenate(part) for part in zip(*terms, strict=True))
+    under_way = np.array([task.crews > 0 for task in tasks], dtype=bool)
+    return replace(
+        joined,
+        low=np.append(joined.low, np.zeros(count)),
+        high=np.append(joined.high, np.ones(count)),
+        cost=np.append(joined.cost, np.zeros(count)),
+        integer=np.append(joined.integer, np.ones(count, dtype=bool)),
+        row_low=np.concatenate(
+            [
+                joined.row_low,
+                np.full(cell.size, -np.inf),
+                np.where(under_way, 1.0, -np.inf),
+                np.full(slots, -np.inf),
+            ]
+        ),
+        row_high=np.concatenate(
+            [joined.row_high, np.zeros(cell.size), np.ones(len(tasks)), np.full(slots, crews)]
+        ),
+        row_index=row[value != 0.0],
+        column_index=place[value != 0.0],
+        coefficient=value[value != 0.0],
+    )
 
 
-def _sum(coefficients: Sequence[float], columns: Sequence[pyo.Var]) -> LinearExpression:
-    return LinearExpression(constant=0.0, linear_coefs=coefficients, linear_vars=columns)
-
-
-@lru_cache(maxsize=1)
-def _models() -> dict[tuple[object, ...], JointModel]:
-    """The model that was built last in this process, if any."""
-    return {}
+def _choose(
+    engine: highspy.Highs, problem: Joined, kept: NDArray[np.bool_], gap_usd: float
+) -> Indices:
+    """Solve with whole visits, of which only those kept are possible; which are chosen."""
+    first, count = len(problem.low) - kept.size, kept.size
+    places = np.arange(first, first + count, dtype=np.int32)
+    engine.changeColsCost(count, places, np.zeros(count))
+    engine.changeColsBounds(count, places, np.zeros(count), kept.astype(np.float64))
+    make_whole(engine, np.flatnonzero(problem.integer))
+    engine.setOptionValue("mip_abs_gap", gap_usd / UNIT_USD)
+    for name, value in OPTIONS.items():
+        engine.setOptionValue(name, value)
+    engine.clearSolver()
+    engine.run()
+    info = engine.getInfo()
+    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        raise no_plan(engine)
+    return np.flatnonzero(np.array(engine.getSolution().col_value)[first:] > 0.5)
 
 
 def joint_model(
@@ -265,14 +214,10 @@ def joint_model(
     starts_ns: Sequence[int],
     crews: float,
 ) -> JointModel:
-    """A model of these blocks; the last one of this process when only its data differ."""
-    joined = join(blocks, couplings)
-    key = (tuple(periods_ns), tuple(starts_ns))
-    model = _models().get(key)
-    if model is not None and model._joined.like(joined):
-        model.crews = crews
-        model.load(joined)
-        return model
-    _models().clear()
-    _models()[key] = JointModel(joined, periods_ns, starts_ns, crews)
-    return _models()[key]
+    """The model of these blocks, joined along these couplings."""
+    return JointModel(
+        join(blocks, couplings),
+        np.array(periods_ns, dtype=np.float64) / HOUR_NS,
+        tuple(start / HOUR_NS for start in starts_ns),
+        crews,
+    )

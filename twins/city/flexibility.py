@@ -8,7 +8,18 @@ Water is a transport problem: for junction j and period t of length h_t
 
 with flows f of mains, |f| <= F a (a the availability of the main), pumps q <= Q a and
 q <= Q e (e the power they get), tanks o, |o| <= F a, whose stores
-v_t = v_{t-1} - h_t o_t stay between 0 and full. Pressure is left out. A road that is not
+v_t = v_{t-1} - h_t o_t stay between 0 and full. Pressure is left out.
+
+F is no more than what the pumps, tanks and junctions on the two sides of a main give and take
+(see `beyond`), and no more than a full tank in one period for a tank. A junction that nothing
+unbreakable leads to is served by the ways w to it, mains, pumps and tanks:
+
+.. math::
+    s_{jt} \le \sum_{w \to j} \min(F_w, d_j) a_{wt}
+
+Neither takes anything away where every a is 0 or 1, but without them a hundredth of a main
+would carry all that hangs on it, and the relaxed plan would promise what no crew can do. A
+road that is not
 available costs its usual flow times the detour round it: an estimate, blind to the
 congestion that the detours cause and to roads that close together.
 """
@@ -241,6 +252,23 @@ def build_block(
     limit = tank_most[of_tank]
     draft.require("tank_gives", names, [(out[of_tank], 1.0), (part[tanks], -limit)], -np.inf, 0.0)
     draft.require("tank_takes", names, [(out[of_tank], 1.0), (part[tanks], limit)], 0.0, np.inf)
+    # a junction lives by the ways that lead to it: what of its demand each can carry
+    ways_to = np.concatenate([head, tail, pump_to, tank_to])
+    of_way = np.full(ways_to.size, -1)
+    of_way[of_main] = of_way[len(mains) + of_main] = damageable
+    of_way[2 * len(mains) + of_pump] = pumps
+    of_way[2 * len(mains) + len(pump_to) + of_tank] = tanks
+    design = np.repeat(water.pump_design[:, None], period_h.size, axis=1)
+    carried = np.minimum(np.concatenate([forth, back, design, tank_most]), demand[ways_to])
+    useful = carried.max(axis=1) > 0.0
+    sure = ways_to[useful & (of_way < 0)]
+    junctions = np.setdiff1d(np.flatnonzero(demand[:, 0] > 0.0), sure)
+    ways = np.flatnonzero(useful & np.isin(ways_to, junctions))
+    names = tuple(water.junctions[j] for j in junctions)
+    reached = draft.require("reached", names, [(served[junctions], 1.0)], -np.inf, 0.0)
+    row = reached[np.searchsorted(junctions, ways_to[ways])]
+    draft.extend(row, part[of_way[ways]], -carried[ways])
+
     start = np.zeros((len(water.tanks), period_h.size))
     start[:, 0] = first
     stored = draft.require(

@@ -58,7 +58,8 @@ class Store:
     """A SQLite file, ":memory:", or a PostgreSQL database by its `postgresql://` URL.
 
     Calls may come from any thread; they take turns. What a writing call has returned from is
-    stored, whole; what it has failed with isn't, not even in part. Every failure is a
+    stored, whole; what it has failed with isn't, not even in part (whole or not at all, if a
+    server went away for good while it committed: `run(...).entries` tells). Every failure is a
     `FederationError`.
 
     Values are first kept as they came, a row per `append`, and after a while sorted into chunks
@@ -178,7 +179,7 @@ class Store:
                 ),
             )
             if journal:
-                row = (id_, 1, len(journal), _pack_items(journal))
+                row = (id_, 1, len(journal), kept.pack_items(journal))
                 db.execute("INSERT INTO journal VALUES (?, ?, ?, ?)", row)
             return named
 
