@@ -302,7 +302,7 @@ class MemberSeat:
         """Bring a fresh session to where the member is, and let it do what is due.
 
         A step that fails the same way in every fresh session is the twin's own fault, and its
-        error is the answer.
+        error is the answer. A service that is lost again was not there to be at fault.
         """
         began_s = time.perf_counter()
         for _ in range(ATTEMPTS):
@@ -317,7 +317,9 @@ class MemberSeat:
             except FederationError as failure:
                 is_same = error is not None and str(failure) == str(error)
                 error = failure
-                if is_same or failure.reason in _FINAL:
+                if is_same and failure.reason is not Reason.MEMBER_LOST:
+                    break
+                if failure.reason in _FINAL:
                     break
             else:
                 self._session = session
