@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check bench published proto lock system clean
+.PHONY: demo test check bench chaos published proto lock system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -26,6 +26,9 @@ check: $(INSTALLED) system  ## format, lint, types, import rules, contract
 
 bench: $(INSTALLED)  ## ratios with peers on the same work in one run
 	$(BIN)/python -m benchmarks.run
+
+chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how it took them
+	$(BIN)/python -m tests.chaos
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 
