@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import WARM_STEPS, check, print_seconds
+from benchmarks import WARM_STEPS, Cost, Meter, check, print_seconds
 from federation.broker.fleet import fleet, run_cases
 from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import Scenario
@@ -73,21 +73,24 @@ def ring(n: int, m: int, t: int) -> Scenario:
 CASE = Case(0, 1, "none")
 
 
-def local(n: int, m: int, t: int) -> float:
+def local(n: int, m: int, t: int) -> Cost:
     run_local(ring(n, m, WARM_STEPS), CASE, None)
-    return _seconds(run_local(ring(n, m, t), CASE, None), n * t)
+    meter = Meter()
+    return meter.cost(_seconds(run_local(ring(n, m, t), CASE, None), n * t))
 
 
-def sockets(n: int, m: int, t: int) -> float:
+def sockets(n: int, m: int, t: int) -> Cost:
     return asyncio.run(_sockets(n, m, t))
 
 
-async def _sockets(n: int, m: int, t: int) -> float:
+async def _sockets(n: int, m: int, t: int) -> Cost:
     """As the command does it: a broker here with its store in a file, members beside it."""
     with tempfile.TemporaryDirectory() as folder:
         async with fleet(ring(n, m, t), Path(folder) / "broker.sqlite", Path(folder)) as crew:
             await run_cases(crew, ring(n, m, WARM_STEPS), [CASE], None)
-            return _seconds((await run_cases(crew, ring(n, m, t), [CASE], None))[0], n * t)
+            meter = Meter()
+            (outcome,) = await run_cases(crew, ring(n, m, t), [CASE], None)
+            return meter.cost(_seconds(outcome, n * t))
 
 
 def _seconds(outcome: Outcome, steps: int) -> float:
