@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,7 @@ import psutil
 from benchmarks import print_seconds
 from benchmarks.ring import CASE, RingTwin, ring
 from federation.broker.fleet import fleet, run_cases
-from federation.scenario.run import run_local
+from federation.scenario.run import Outcome, run_local
 from federation.scenario.spec import Scenario
 from federation.twin import Step
 
@@ -32,20 +34,10 @@ class FirstGrant(RingTwin):
         super().advance(step)
 
 
-class Remembered(RingTwin):
-    """Keeps when the first step of the latest twin began, in Unix time."""
-
-    began_s = 0.0
-
-    def advance(self, step: Step) -> None:
-        if step.time_ns == 0:
-            type(self).began_s = time.time()
-        super().advance(step)
-
-
 def local(n: int) -> float:
-    run_local(_ring_of(Remembered, n), CASE, None)
-    return Remembered.began_s - psutil.Process().create_time()
+    with redirect_stdout(StringIO()) as said:
+        outcome = run_local(_ring(n), CASE, None)
+    return _last_grant_s(outcome, said.getvalue(), n) - psutil.Process().create_time()
 
 
 def sockets(n: int) -> float:
@@ -53,28 +45,33 @@ def sockets(n: int) -> float:
 
 
 async def _sockets(n: int) -> float:
-    scenario = _ring_of(FirstGrant, n)
+    scenario = _ring(n)
     with tempfile.TemporaryDirectory() as folder:
         started_s = time.time()
         async with fleet(scenario, Path(folder) / "broker.sqlite", Path(folder)) as crew:
             (outcome,) = await run_cases(crew, scenario, [CASE], None)
-            if outcome.error:
-                raise RuntimeError(outcome.error)
-            said = "\n".join(log.read_text(encoding="utf-8") for log in crew.logs.values())
+            said = "".join(log.read_text(encoding="utf-8") for log in crew.logs.values())
+    return _last_grant_s(outcome, said, n) - started_s
+
+
+def _ring(n: int) -> Scenario:
+    """Two steps of the ring whose twins tell of their first grant."""
+    plain = ring(n, 10, 2)
+    told = {
+        name: member.model_copy(update={"twin": "benchmarks.startup:FirstGrant"})
+        for name, member in plain.members.items()
+    }
+    return plain.model_copy(update={"members": told})
+
+
+def _last_grant_s(outcome: Outcome, said: str, n: int) -> float:
+    """When the last of the twins had its first grant, in Unix time."""
+    if outcome.error:
+        raise RuntimeError(outcome.error)
     grants = [float(line[len(MARK) :]) for line in said.splitlines() if line.startswith(MARK)]
     if len(grants) != n:
         raise RuntimeError(f"{len(grants)} twins of {n} told of their first grant")
-    return max(grants) - started_s
-
-
-def _ring_of(twin: type[RingTwin], n: int) -> Scenario:
-    """Two steps of the ring with another class of twins."""
-    plain = ring(n, 10, 2)
-    path = f"benchmarks.startup:{twin.__name__}"
-    members = {
-        name: member.model_copy(update={"twin": path}) for name, member in plain.members.items()
-    }
-    return plain.model_copy(update={"members": members})
+    return max(grants)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 SPAN_S = 1.0
 """About how long the steps of one run should take."""
 
-TIMEOUT_S = 150.0
+TIMEOUT_S = 240.0
 """How long one run may take, the start of its processes included."""
 
 MOST_STEPS = 200_000
