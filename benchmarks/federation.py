@@ -26,6 +26,8 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from statistics import median
 
 from benchmarks.parts import PARTS
@@ -135,10 +137,12 @@ def main() -> None:
 
 def _measure(options: argparse.Namespace, parts: Sequence[str]) -> None:
     tables = []
+    peers = (name for name in ("helics", "mosaik") if find_spec(name))
+    say(", ".join(f"{name} {version(name)}" for name in peers))
     for mode in (mode for mode in CONTENDERS if mode in parts):
         for name, contender in CONTENDERS[mode].items():
             if name in options.contenders and not contender.is_here:
-                say(f"{name} is not installed and left out; multitwin[bench] brings the peers")
+                say(f"{name} is not here and left out; multitwin[bench] brings HELICS and mosaik")
         rings = []
         for n, m in options.cases:
             rings.append(ring(mode, n, m, options.contenders, options.repeat))

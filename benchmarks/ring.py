@@ -4,51 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import WARM_STEPS, Cost, Meter, check, print_seconds
+from benchmarks import WARM_STEPS, Cost, Meter, print_seconds
 from federation.broker.fleet import fleet, run_cases
 from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import Scenario
-from federation.twin import (
-    MINUTE_NS,
-    Causality,
-    Description,
-    Entity,
-    Step,
-    TimePolicy,
-    Twin,
-    Variable,
-)
-
-
-class RingTwin(Twin):
-    """One place in the ring; a step is a minute."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def describe(self) -> Description:
-        return Description(
-            model="ring",
-            version="1",
-            domain="benchmark",
-            entities=tuple(Entity(f"e{i}", "cell") for i in range(self.size)),
-            variables=(
-                Variable("before", "cell", "1", Causality.INPUT),
-                Variable("after", "cell", "1", Causality.OUTPUT),
-            ),
-            time=TimePolicy(period_ns=MINUTE_NS),
-        )
-
-    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
-        return None
-
-    def advance(self, step: Step) -> None:
-        value = step["before"]
-        check(value[0], step.time_ns // MINUTE_NS)
-        step.publish("after", value + 1.0)
 
 
 def ring(n: int, m: int, t: int) -> Scenario:
@@ -59,7 +20,7 @@ def ring(n: int, m: int, t: int) -> Scenario:
             "region": "nowhere",
             "horizon_h": (t - 1) / 60,
             "members": {
-                f"m{i}": {"class": "benchmarks.ring:RingTwin", "config": {"size": m}}
+                f"m{i}": {"class": "benchmarks.ring_twin:RingTwin", "config": {"size": m}}
                 for i in range(n)
             },
             "couplings": [

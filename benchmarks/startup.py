@@ -16,22 +16,11 @@ from pathlib import Path
 import psutil
 
 from benchmarks import print_seconds
-from benchmarks.ring import CASE, RingTwin, ring
+from benchmarks.ring import CASE, ring
+from benchmarks.ring_twin import MARK
 from federation.broker.fleet import fleet, run_cases
 from federation.scenario.run import Outcome, run_local
 from federation.scenario.spec import Scenario
-from federation.twin import Step
-
-MARK = "granted at "
-
-
-class FirstGrant(RingTwin):
-    """Tells on standard output when its first step began, in Unix time."""
-
-    def advance(self, step: Step) -> None:
-        if step.time_ns == 0:
-            print(f"{MARK}{time.time():.6f}", flush=True)
-        super().advance(step)
 
 
 def local(n: int) -> float:
@@ -58,7 +47,7 @@ def _ring(n: int) -> Scenario:
     """Two steps of the ring whose twins tell of their first grant."""
     plain = ring(n, 10, 2)
     told = {
-        name: member.model_copy(update={"twin": "benchmarks.startup:FirstGrant"})
+        name: member.model_copy(update={"twin": "benchmarks.ring_twin:FirstGrant"})
         for name, member in plain.members.items()
     }
     return plain.model_copy(update={"members": told})

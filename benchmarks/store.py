@@ -28,18 +28,18 @@ from unittest.mock import patch
 import grpc
 import numpy as np
 
-from benchmarks.ring import CASE, RingTwin, ring
+from benchmarks.ring import CASE, ring
+from benchmarks.ring_twin import PACE_S
 from federation.broker.fleet import Fleet, fleet
 from federation.broker.store import Run, Store
 from federation.core.ledger import Entry, Record
 from federation.scenario.spec import Scenario
-from federation.twin import MINUTE_NS, Step
+from federation.twin import MINUTE_NS
 from federation.v1 import broker_pb2, broker_pb2_grpc
 
 SIZE = 10
 """Numbers in a vector."""
 
-PACE_S = 0.05
 STEPS = 120
 FEWEST = 40
 """Instants of a run that all subscribers must have followed."""
@@ -104,14 +104,6 @@ def keep(store: Store, run: str, todo: Sequence[Entry], batch: int) -> None:
 # -- watch ---------------------------------------------------------------------------------
 
 
-class PacedTwin(RingTwin):
-    """Takes its time for a step."""
-
-    def advance(self, step: Step) -> None:
-        time.sleep(PACE_S)
-        super().advance(step)
-
-
 def watch(repeat: int) -> Iterator[dict[str, Any]]:
     yield from asyncio.run(_watch(repeat))
 
@@ -119,7 +111,7 @@ def watch(repeat: int) -> Iterator[dict[str, Any]]:
 async def _watch(repeat: int) -> list[dict[str, Any]]:
     plain = ring(2, SIZE, STEPS)
     paced = {
-        name: member.model_copy(update={"twin": "benchmarks.store:PacedTwin"})
+        name: member.model_copy(update={"twin": "benchmarks.ring_twin:PacedTwin"})
         for name, member in plain.members.items()
     }
     scenario = plain.model_copy(update={"members": paced})
