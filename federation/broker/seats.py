@@ -345,7 +345,10 @@ class MemberSeat:
                 self._answer(results)
                 return
         assert error is not None
-        self._end(error)
+        if self._policy.do == "recover":
+            self._end(error)
+        else:
+            self._fail(error)
 
     async def _in_time(self, work: Awaitable[_T]) -> _T:
         """What a session that is not heard yet gives, unless its time is over."""
