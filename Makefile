@@ -24,8 +24,8 @@ check: $(INSTALLED) system  ## format, lint, types, import rules, contract
 	$(BIN)/python -m tests.generated
 	$(BIN)/hadolint k8s/Containerfile
 
-bench: $(INSTALLED)  ## ratios with peers on the same work in one run
-	$(BIN)/python -m benchmarks.run
+bench: $(INSTALLED)  ## the federation beside HELICS and mosaik on the same work, 15 minutes on two idle cores
+	$(BIN)/python -m benchmarks.federation
 
 chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how it took them
 	$(BIN)/python -m tests.chaos

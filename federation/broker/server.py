@@ -11,11 +11,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import grpc
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from federation.broker.live import CONNECT_AGAIN_S, Find, LiveRun, prepare, substitute_of
@@ -54,6 +56,7 @@ SERVICES = tuple(
 )
 
 PAGE_SIZE = 100
+MOST_BUCKETS = 10_000
 CHUNK_BYTES = 2 * MEBIBYTE
 """About how much one answer of `Watch` carries; less than any client's default limit."""
 
@@ -69,7 +72,8 @@ class BrokerOptions:
     file outside it is read. `planner` builds the planner of a scenario that has repairs. Of the
     runs that were asked for, `parallel_runs` go on at a time. A broker that `continues`
     takes up the runs that an earlier life of it left unfinished; else they are marked as failed.
-    `link` says how patient it is with twins.
+    With `keep_runs`, only so many runs that have ended stay in its store. `link` says how patient
+    it is with twins.
     """
 
     host: str = "127.0.0.1"
@@ -79,6 +83,7 @@ class BrokerOptions:
     planner: PlannerFactory | None = None
     parallel_runs: int = 4
     continues: bool = True
+    keep_runs: int | None = None
     lease_ttl_s: float = DEFAULT_TTL_NS / 1e9
     max_message_bytes: int = 64 * MEBIBYTE
     grace_s: float = 2.0
@@ -100,7 +105,7 @@ class BrokerServer:
         """How many runs of an earlier life of the broker were marked as failed."""
         self.continued: tuple[str, ...] = ()
         """The runs of an earlier life of the broker that go on."""
-        self._continuing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._ahead: dict[str, asyncio.Event] = {}
         """Runs that go on as soon as their members are there, or have failed by then."""
         self.store: Store
@@ -126,9 +131,9 @@ class BrokerServer:
             for run in unfinished:
                 self._ahead[run.name] = asyncio.Event()
                 continuing = asyncio.create_task(self._continue(run))
-                self._continuing.add(continuing)
-                continuing.add_done_callback(self._continuing.discard)
-            stack.push_async_callback(_all_ended, self._continuing)
+                self._tasks.add(continuing)
+                continuing.add_done_callback(self._tasks.discard)
+            stack.push_async_callback(_all_ended, self._tasks)
             self._stack = stack.pop_all()
         return self
 
@@ -408,6 +413,16 @@ class BrokerServer:
     def _forget(self, live: LiveRun) -> None:
         if live.unkept is None:
             self._live.pop(live.name, None)
+        if self.options.keep_runs is not None:
+            pruning = asyncio.create_task(self._prune(self.options.keep_runs))
+            self._tasks.add(pruning)
+            pruning.add_done_callback(self._tasks.discard)
+
+    async def _prune(self, keep_runs: int) -> None:
+        try:
+            await asyncio.to_thread(partial(self.store.prune, keep_runs=keep_runs))
+        except FederationError as error:
+            _say(f"old runs could not be dropped: {error}")
 
     async def _connect(self, addresses: Mapping[str, str]) -> dict[str, Link]:
         """A link to every member, all at once; of several failures the first in order."""
@@ -517,14 +532,63 @@ class BrokerServer:
             await changed.wait()
 
     def _checked(self, response: broker_pb2.WatchResponse) -> broker_pb2.WatchResponse:
+        self._fitting(response, "fewer members or variables")
+        return response
+
+    def _fitting(self, response: Message, instead: str) -> None:
         size, limit = response.ByteSize(), self.options.max_message_bytes
         if size > limit:
             raise ScenarioError(
                 Reason.MESSAGE_TOO_LARGE,
-                f"the state of the run has {size} bytes; the limit is {limit}: name fewer "
-                "members or variables, or raise the limit",
+                f"the answer has {size} bytes; the limit is {limit}: ask for {instead}, or raise "
+                "the limit",
                 {"bytes": str(size)},
             )
+
+    async def history(
+        self, request: broker_pb2.QueryHistoryRequest
+    ) -> broker_pb2.QueryHistoryResponse:
+        """The past of one variable, whole or in buckets; fails as `QueryHistory` says."""
+        run = await self.find(request.run)
+        end_ns = request.end_ns if request.HasField("end_ns") else run.settled_ns
+        if not request.start_ns <= end_ns or not 0 <= request.buckets <= MOST_BUCKETS:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                f"a span from {request.start_ns} to {end_ns} ns in {request.buckets} buckets; it "
+                f"takes a start, an end not before it, and at most {MOST_BUCKETS} buckets",
+            )
+        where = (request.run, request.member, request.variable)
+        entity = request.entity if request.HasField("entity") else None
+        latest = await asyncio.to_thread(self.store.value, *where)
+        if latest is None or not (entity is None or 0 <= entity < latest.size):
+            what = f"{request.member}.{request.variable}"
+            problem = "is on record" if latest is None else f"has {latest.size} entities"
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE if latest is None else Reason.UNKNOWN_ENTITY,
+                f"no {what} {problem}" if latest is None else f"{what} {problem}",
+                {"member": request.member, "variable": request.variable},
+            )
+        response = broker_pb2.QueryHistoryResponse()
+        if request.buckets == 0:
+            found = await asyncio.to_thread(self.store.history, *where, request.start_ns, end_ns)
+            response.entries.extend(map(_encode, found))
+        else:
+            outline = await asyncio.to_thread(
+                partial(self.store.outline, entity=entity),
+                *(*where, request.start_ns, end_ns, request.buckets),
+            )
+            for row in range(len(outline.count)):
+                response.buckets.add(
+                    start_ns=int(outline.start_ns[row]),
+                    end_ns=int(outline.end_ns[row]),
+                    count=int(outline.count[row]),
+                    first=codec.encode_vector(outline.first[row]),
+                    last=codec.encode_vector(outline.last[row]),
+                    low=codec.encode_vector(outline.low[row]),
+                    high=codec.encode_vector(outline.high[row]),
+                    mean=codec.encode_vector(outline.mean[row]),
+                )
+        self._fitting(response, "a shorter span, or for buckets of one entity")
         return response
 
     async def follow_run(self, name: str) -> AsyncIterator[Run]:
@@ -723,6 +787,17 @@ class _Broker(BrokerService):
                 request.run, request.cursor, request.members, request.variables
             ):
                 yield response
+
+    async def QueryHistory(  # noqa: N802
+        self,
+        request: broker_pb2.QueryHistoryRequest,
+        context: grpc.aio.ServicerContext[
+            broker_pb2.QueryHistoryRequest, broker_pb2.QueryHistoryResponse
+        ],
+    ) -> broker_pb2.QueryHistoryResponse:
+        async with refusing(context):
+            return await self._broker.history(request)
+        raise AssertionError("abort raises")
 
 
 class _Scenarios(scenario_pb2_grpc.ScenariosServicer):

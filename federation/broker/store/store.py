@@ -23,6 +23,7 @@ from federation.broker.store.database import Cursor, Database, Sqlite
 from federation.broker.store.kept import Item, Run, Snapshot, State, Stored
 from federation.core.ledger import ActionRecord, Entry, Record
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.twin import Vector
 
 T = TypeVar("T")
 
@@ -555,6 +556,11 @@ class Store:
 
     def present(self, run: str, owner: str, variable: str, at: int | None = None) -> float | None:
         """The last value of a scalar, or the last not after entry number `at`; None for none."""
+        value = self.value(run, owner, variable, at)
+        return None if value is None else float(value[0])
+
+    def value(self, run: str, owner: str, variable: str, at: int | None = None) -> Vector | None:
+        """The last value of a variable, or the last not after entry number `at`."""
 
         def body(db: Cursor) -> tuple[_Values, int]:
             id_, total, _ = self._id(db, run)
@@ -572,7 +578,7 @@ class Store:
 
         values, last = self._db.read(body)
         for _, _, record in self._latest(run, values, last):
-            return float(record.value[0])
+            return record.value
         return None
 
     def history(
