@@ -991,7 +991,7 @@ def test_a_twin_that_can_not_be_built_says_why() -> None:
         raise KeyError("no data")
 
     async def story() -> None:
-        with pytest.raises(TwinError, match="TWIN_FAILED: water failed with KeyError: 'no data'"):
+        with pytest.raises(TwinError, match="TWIN_FAILED: water failed: KeyError: 'no data'"):
             async with serving(broken, "water"):
                 pass
 

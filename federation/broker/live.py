@@ -179,6 +179,8 @@ class PlannerSession:
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.cpu_s = 0.0
+        self.done: tuple[StepResult, ...] = ()
+        """A frame that fails half-way has done nothing."""
         self._session = Session(planner, PLANNER)
 
     async def open(self, seed: int, parameters: Mapping[str, float]) -> None:
