@@ -119,8 +119,13 @@ class Nursery:
             stdout=asyncio.subprocess.PIPE,
         )
         assert self._process.stdout is not None
-        async with asyncio.timeout(READY_S):
-            await self._process.stdout.readline()
+        try:
+            async with asyncio.timeout(READY_S):
+                await self._process.stdout.readline()
+        except BaseException:
+            self._process.kill()
+            await self._process.wait()
+            raise
         self._reader = asyncio.create_task(self._read(self._process.stdout))
 
     async def stop(self) -> None:
