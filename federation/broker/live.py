@@ -375,7 +375,7 @@ class _Home:
                                 await before.close()
                         return await self._session(member, link)
                     except FederationError as error:
-                        if error.reason not in _AWAY:
+                        if error.reason not in AWAY:
                             raise
                         why = error.message
                     await asyncio.sleep(pause_s)
@@ -419,7 +419,7 @@ class _Home:
             await session.close()
 
 
-_AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)
+AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)
 """Errors of a service that may still come up."""
 
 
