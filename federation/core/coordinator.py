@@ -35,6 +35,7 @@ from federation.core.messages import (
     Ordered,
     Refused,
 )
+from federation.core.waits import Wait, find_waits
 from federation.errors import FederationError, Reason, TwinError
 from federation.twin import NOTHING, Action, Event, StepInput, StepResult
 
@@ -183,6 +184,10 @@ class Coordinator:
         while front[0][0] != units[front[0][1]].earliest_ns:
             heapq.heappop(front)
         return min(front[0][0], self.horizon_ns + 1)
+
+    def waits(self) -> tuple[Wait, ...]:
+        """What each member that has not come to its end is doing, and who holds it back."""
+        return find_waits(self._units, _next_step, self.wiring, self.horizon_ns)
 
     # -- construction ----------------------------------------------------------------
 
