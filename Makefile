@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check bench published proto lock system clean
+.PHONY: demo test check bench chaos published proto lock system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -24,8 +24,11 @@ check: $(INSTALLED) system  ## format, lint, types, import rules, contract
 	$(BIN)/python -m tests.generated
 	$(BIN)/hadolint k8s/Containerfile
 
-bench: $(INSTALLED)  ## ratios with peers on the same work in one run
-	$(BIN)/python -m benchmarks.run
+bench: $(INSTALLED)  ## the federation beside HELICS and mosaik on the same work, 15 minutes on two idle cores
+	$(BIN)/python -m benchmarks.federation
+
+chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how it took them
+	$(BIN)/python -m tests.chaos
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 

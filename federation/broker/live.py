@@ -492,6 +492,8 @@ class _Shell:
         self._items: list[Item] = []
         self._saved: list[tuple[str, Saved]] = []
         """What the run could be continued from and has not been given to the sink."""
+        self._accepted: list[tuple[asyncio.Future[Effect], Effect]] = []
+        """Orders that are accepted, of which nobody is told before they are on record."""
         self._keeping: asyncio.Task[None] | None = None
         self._verdict: Finished | Aborted | None = None
         self._receive_ns: dict[tuple[str, int], int] = {}
@@ -540,6 +542,8 @@ class _Shell:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for verdict, _ in self._accepted:
+                _tell(verdict, _ENDED)
         outcome = self._recorder.finish(digest)
         outcome.costs = {
             name: MemberCost(place.steps, place.wall_s, place.cpu_s)
@@ -573,6 +577,7 @@ class _Shell:
         for effect in effects:
             if isinstance(effect, Accepted) and isinstance(event, Ordered):
                 self._items.append(write_order(replace(event, time_ns=effect.time_ns)))
+                self._keep(())
 
     def _answered(self, place: _Place, results: Results) -> None:
         """Take what became of a grant."""
@@ -629,9 +634,11 @@ class _Shell:
                         self._grant(effect)
                     case Commit():
                         self._keep(effect.entries)
-                    case Accepted() | Refused():
-                        if verdict is not None and not verdict.done():
-                            verdict.set_result(effect)
+                    case Accepted():
+                        if verdict is not None:
+                            self._accepted.append((verdict, effect))
+                    case Refused():
+                        _tell(verdict, effect)
                     case Finished() | Aborted():
                         self._verdict = effect
                         self._keep(())
@@ -667,6 +674,7 @@ class _Shell:
             return
         if self._sink is None:
             self._commit()
+            self._tell_accepted(len(self._accepted))
             self._finish()
         else:
             self._keeping = self._loop.create_task(self._feed(self._sink))
@@ -675,7 +683,9 @@ class _Shell:
         """Give the sink one batch after the other until it has all."""
         try:
             while (batch := self._commit()) is not None:
+                count = len(self._accepted)
                 await sink(batch)
+                self._tell_accepted(count)
                 if self._on_commit is not None:
                     self._on_commit(batch.settled_ns + 1)
                 while self._held and len(self._unkept) <= BACKLOG:
@@ -686,6 +696,12 @@ class _Shell:
         else:
             self._keeping = None
             self._finish()
+
+    def _tell_accepted(self, count: int) -> None:
+        """Say yes to the first so many orders, which are on record now."""
+        for verdict, effect in self._accepted[:count]:
+            _tell(verdict, effect)
+        del self._accepted[:count]
 
     def _commit(self) -> Batch | None:
         """What is final and was not handed on, if there is news."""
@@ -728,6 +744,11 @@ class _Shell:
                 if isinstance(place.seat, MemberSeat):
                     place.seat.look(now_s)
             self._keep(())
+
+
+def _tell(verdict: asyncio.Future[Effect] | None, effect: Effect) -> None:
+    if verdict is not None and not verdict.done():
+        verdict.set_result(effect)
 
 
 def _ignore(results: Results) -> None:

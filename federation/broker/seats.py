@@ -14,9 +14,9 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from federation.core.ledger import Quality
 from federation.errors import FederationError, Reason, TwinError
@@ -26,6 +26,8 @@ from federation.wire import codec
 
 REPLAY_STEPS = 64
 """How many steps a frame carries when they are done again."""
+
+_T = TypeVar("_T")
 
 ATTEMPTS = 3
 """How often a step is tried in fresh sessions before its error is believed."""
@@ -159,16 +161,8 @@ class MemberSeat:
 
     def look(self, now_s: float) -> None:
         """Give the member up when its answer is overdue at `now_s` of the monotonic clock."""
-        limit_s = self._policy.answer_within_s
-        if self._asked_s + limit_s < now_s:
-            self.lose(
-                TwinError(
-                    Reason.MEMBER_LOST,
-                    f"{self.member} did not answer within {limit_s:g} s for its step at "
-                    f"{self._rest[0].time_ns} ns",
-                    {"member": self.member},
-                )
-            )
+        if self._asked_s + self._policy.answer_within_s < now_s:
+            self.lose(self._overdue())
 
     def lose(self, error: FederationError) -> None:
         """The member may not be heard any more, whatever its session says later."""
@@ -289,7 +283,7 @@ class MemberSeat:
     async def _save(self) -> None:
         assert self._session is not None
         try:
-            state = await self._session.snapshot()
+            state = await self._in_time(self._session.snapshot())
         except FederationError as error:
             self._fail(error)
             return
@@ -302,7 +296,7 @@ class MemberSeat:
         """Bring a fresh session to where the member is, and let it do what is due.
 
         A step that fails the same way in every fresh session is the twin's own fault, and its
-        error is the answer.
+        error is the answer. A service that is lost again was not there to be at fault.
         """
         began_s = time.perf_counter()
         for _ in range(ATTEMPTS):
@@ -310,14 +304,17 @@ class MemberSeat:
                 session = await self._open()
                 try:
                     await self._redo(session)
-                    results = self._checked(await session.advance(self._track.filled(self._rest)))
+                    steps = self._track.filled(self._rest)
+                    results = self._checked(await self._in_time(session.advance(steps)))
                 except BaseException:
                     self._leave(session)
                     raise
             except FederationError as failure:
                 is_same = error is not None and str(failure) == str(error)
                 error = failure
-                if is_same or failure.reason in _FINAL:
+                if is_same and failure.reason is not Reason.MEMBER_LOST:
+                    break
+                if failure.reason in _FINAL:
                     break
             else:
                 self._session = session
@@ -329,6 +326,22 @@ class MemberSeat:
         assert error is not None
         self._end(error)
 
+    async def _in_time(self, work: Awaitable[_T]) -> _T:
+        """What a session that is not heard yet gives, unless its time is over."""
+        try:
+            async with asyncio.timeout(self._policy.answer_within_s):
+                return await work
+        except TimeoutError:
+            raise self._overdue() from None
+
+    def _overdue(self) -> TwinError:
+        return TwinError(
+            Reason.MEMBER_LOST,
+            f"{self.member} did not answer within {self._policy.answer_within_s:g} s for its step "
+            f"at {self._rest[0].time_ns} ns",
+            {"member": self.member},
+        )
+
     async def _open(self) -> Session:
         if self._quality is Quality.SUBSTITUTED:
             return await self._home.open_substitute(self.member)
@@ -337,9 +350,10 @@ class MemberSeat:
     async def _redo(self, session: Session) -> None:
         """Do again what is not in the saved state; the answers must be the known ones."""
         if self._track.saved is not None:
-            await session.restore(self._track.saved.state)
+            await self._in_time(session.restore(self._track.saved.state))
         for steps, marks in self._track.frames():
-            for result, mark in zip(await session.advance(steps), marks, strict=True):
+            results = await self._in_time(session.advance(steps))
+            for result, mark in zip(results, marks, strict=True):
                 if _mark(self._track.renumbered(self.member, result)) != mark:
                     raise TwinError(
                         Reason.REPLAY_DIFFERS,

@@ -171,7 +171,7 @@ class Coordinator:
                 return self._continue_loop(unit, unit.loop, member, results[0])
             for result in results:
                 self._exchange.absorb(member, result)
-                _set_next(member, result)
+                member.set_next(result)
             member.granted = ()
             return self._advance(self._moved(unit))
         except FederationError as error:
@@ -454,7 +454,7 @@ class Coordinator:
             result = loop.stepped.get(member.name)
             if result is not None:
                 self._exchange.absorb(member, result)
-                _set_next(member, result)
+                member.set_next(result)
         for member in unit.members:
             for inlet in member.inlets:
                 member.catch_up(inlet, loop.time_ns)
@@ -473,24 +473,6 @@ def _next_step(member: Member) -> int:
             if visible_ns < next_ns:
                 next_ns = visible_ns
     return next_ns
-
-
-def _set_next(member: Member, result: StepResult) -> None:
-    """Set the member's own next instant after its step at `result.time_ns`."""
-    if member.period_ns:
-        if member.next_ns <= result.time_ns:
-            member.next_ns = result.time_ns + member.period_ns
-        return
-    if result.next_ns is not None:
-        if result.next_ns <= result.time_ns:
-            raise TwinError(
-                Reason.TIME_REGRESSION,
-                f"{member.name} stepped at {result.time_ns} ns and asked for {result.next_ns} ns",
-                {"member": member.name},
-            )
-        member.next_ns = result.next_ns
-    elif member.next_ns <= result.time_ns:
-        member.next_ns = NEVER
 
 
 def _commit(entries: tuple[Entry, ...]) -> tuple[Effect, ...]:

@@ -204,6 +204,15 @@ class Wiring:
     echo_ns: tuple[int, ...]
     """Per unit the shortest delay after which it hears itself; beyond all time if never."""
 
+    def leads(self) -> dict[int, int]:
+        """Per rank of a member of a loop the lowest rank in its loop."""
+        return {
+            self.rank[member]: self.rank[unit.members[0]]
+            for unit in self.units
+            if unit.is_loop
+            for member in unit.members
+        }
+
 
 def wire(
     descriptions: Mapping[str, Description],

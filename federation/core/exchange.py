@@ -228,6 +228,23 @@ class Member:
                 inlet.is_behind = is_rung = True
         return is_rung
 
+    def set_next(self, result: StepResult) -> None:
+        """Set its own next instant after its step at `result.time_ns`."""
+        if self.period_ns:
+            if self.next_ns <= result.time_ns:
+                self.next_ns = result.time_ns + self.period_ns
+            return
+        if result.next_ns is not None:
+            if result.next_ns <= result.time_ns:
+                raise TwinError(
+                    Reason.TIME_REGRESSION,
+                    f"{self.name} stepped at {result.time_ns} ns and asked for {result.next_ns} ns",
+                    {"member": self.name},
+                )
+            self.next_ns = result.next_ns
+        elif self.next_ns <= result.time_ns:
+            self.next_ns = NEVER
+
     def put_off(self, step: StepInput) -> None:
         """Keep the causes of a step that is not done after all."""
         self.untold = {variable: dict(causes) for variable, causes in step.causes.items()}
@@ -247,7 +264,7 @@ class Exchange:
     """The members of a wiring with their ledger: takes answers in and hands them on."""
 
     def __init__(self, wiring: Wiring, pools: tuple[Pool, ...] = ()) -> None:
-        self.ledger = Ledger()
+        self.ledger = Ledger(wiring.leads())
         self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
         self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
         self.members: dict[str, Member] = {}

@@ -347,7 +347,7 @@ def _walk(
     costs: dict[str, MemberCost],
     on_commit: Callable[[int], None] | None,
 ) -> str:
-    """Run members whose order of steps is fixed beforehand."""
+    """Run members that nobody wakes."""
 
     def commit(entries: Iterable[Entry], settled_ns: int) -> None:
         recorder.take(entries)
