@@ -26,6 +26,15 @@ run_lag = _meter.create_histogram(
     unit="s",
     description="Simulated time between the foremost member and the settled time",
 )
+pace_lag = _meter.create_histogram(
+    "multitwin.pace.lag", unit="s", description="How late a grant was by the wall clock of its run"
+)
+clock_offset = _meter.create_gauge(
+    "multitwin.member.clock.offset", unit="s", description="A member's clock less the broker's"
+)
+round_trip = _meter.create_gauge(
+    "multitwin.member.round_trip", unit="s", description="To a member's process and back"
+)
 solve_duration = _meter.create_histogram(
     "multitwin.plan.solve.duration", unit="s", description="One solve of the joint model"
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from federation.core.coordinator import Coordinator
 from federation.core.coupling import Actuation, Coupling, Wiring, wire
-from federation.core.critical import CriticalPath, Frame, Link, critical_path, fold
+from federation.core.critical import CriticalPath, Frame, Hold, Longest, Share, critical_path, fold
 from federation.core.messages import Finished, Grant, Stepped
 from federation.core.waits import Doing, Wait, chain, instant
 from federation.twin import HOUR_NS, MINUTE_NS, Session, TimePolicy
@@ -242,13 +242,17 @@ def test_the_path_leads_back_along_who_was_waited_for_and_leaves_out_who_was_qui
     tape.frame(None, "quick", 1.0, 1.5)
     river = tape.frame(rain, "river", 3.25, 4.0, store_s=0.5)
     town = tape.frame(river, "town", 7.0, 9.0, pace_s=2.0)
-    path = critical_path(town, started_s=0.0, drive_s=0.5, ended_s=10.0)
-    assert path.members == {"rain": 2.0, "river": 0.75, "town": 2.0}
-    assert path.held == {("rain", "river"): (1, 2.0), ("river", "town"): (1, 0.75)}
+    through = {("rain", "river"): "rain.x -> river.u"}
+    path = critical_path(town, through, started_s=0.0, drive_s=0.5, ended_s=10.0)
+    assert path.members == (Share("rain", 1, 2.0), Share("town", 1, 2.0), Share("river", 1, 0.75))
+    assert path.holds == (
+        Hold("rain", "river", "rain.x -> river.u", 1, 2.0),
+        Hold("river", "town", "", 1, 0.75),
+    )
     assert path.longest == (
-        Link("town", "", 3, 2.0),
-        Link("rain", "river", 0, 2.0),
-        Link("river", "town", 2, 0.75),
+        Longest("town", "", 3, 2.0),
+        Longest("rain", "river", 0, 2.0),
+        Longest("river", "town", 2, 0.75),
     )
     assert (path.opening_s, path.store_s, path.pace_s, path.closing_s) == (0.5, 0.5, 2.0, 1.0)
     assert path.coordinator_s == 0.5 + 0.25 + 0.5
@@ -280,12 +284,12 @@ def test_what_is_summed_up_on_the_way_leaves_the_path_as_it_is_and_little_in_mem
                 fold(heads)
                 most = max(most, len(reached(heads)))
         last = heads[0]
-        return critical_path(last, started_s=0, drive_s=1, ended_s=last.ended_s), most
+        return critical_path(last, {}, started_s=0, drive_s=1, ended_s=last.ended_s), most
 
     (whole, _), (folded, most) = told(False), told(True)
     assert folded == whole
     assert whole.wall_s == pytest.approx(
-        sum(whole.members.values()) + whole.coordinator_s + whole.store_s + 1
+        sum(m.seconds for m in whole.members) + whole.coordinator_s + whole.store_s + 1
     )
     assert most <= 2 * width
 

@@ -45,6 +45,9 @@ OPERATOR = "operator"
 OPERATOR_RANK = -1
 """A person's order comes before all steps of its instant."""
 
+FRAME_STEPS = 64
+"""How many steps a grant carries at most unless told otherwise."""
+
 SETTLE_EVERY = 512
 """Ledger entries to gather at least before they are put in order; a matter of speed only."""
 
@@ -119,7 +122,7 @@ class Coordinator:
         *,
         loop: LoopPolicy | None = None,
         pools: tuple[Pool, ...] = (),
-        frame_steps: int = 64,
+        frame_steps: int = FRAME_STEPS,
     ) -> None:
         self.wiring = wiring
         self.horizon_ns = horizon_ns

@@ -21,8 +21,29 @@ FOLD_EVERY = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """One frame of the path: `holder` took `seconds` for it, and `held` waited for its answer."""
+class Share:
+    """The frames of one member on the path, and how long they took."""
+
+    member: str
+    frames: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """How often one member held back another on the path, or itself, and for how long."""
+
+    holder: str
+    held: str
+    coupling: str
+    """Through what; empty for itself, and where nothing leads directly from one to the other."""
+    frames: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Longest:
+    """One long frame of the path."""
 
     holder: str
     held: str
@@ -34,19 +55,18 @@ class Link:
 
 @dataclass(frozen=True)
 class CriticalPath:
-    """What the wall time of a run consists of: all seconds here add up to it.
+    """What the wall time of a run consists of.
 
-    `members` are the seconds of each member's frames on the path; `held` are, per pair of who
-    held back and who waited, how often and for how many seconds of these. Between them lay the
-    coordinator's own work (with everything that the process did meanwhile), waits for the store
-    to take what is final, and waits for the wall clock in a paced run. `opening` is the time
-    before the first grant, `closing` that after the last answer.
+    The seconds of `members` and those that have a name of their own add up to it; `holds` and
+    `longest` say more about the former. Between the members' frames lay the coordinator's own
+    work, with everything that its process did meanwhile, waits for the store to take what is
+    final, and waits for the wall clock in a paced run. `opening_s` is the time before the first
+    grant, `closing_s` that after the last answer.
     """
 
-    members: Mapping[str, float]
-    frames: Mapping[str, int]
-    held: Mapping[tuple[str, str], tuple[int, float]]
-    longest: tuple[Link, ...]
+    members: tuple[Share, ...]
+    holds: tuple[Hold, ...]
+    longest: tuple[Longest, ...]
     coordinator_s: float
     store_s: float = 0.0
     pace_s: float = 0.0
@@ -56,7 +76,8 @@ class CriticalPath:
     @property
     def wall_s(self) -> float:
         between_s = self.coordinator_s + self.store_s + self.pace_s
-        return self.opening_s + sum(self.members.values()) + between_s + self.closing_s
+        members_s = sum(share.seconds for share in self.members)
+        return self.opening_s + members_s + between_s + self.closing_s
 
 
 @dataclass(slots=True, eq=False)
@@ -168,30 +189,40 @@ def fold(heads: Iterable[Frame]) -> None:
 
 
 def critical_path(
-    last: Frame | None, *, started_s: float, drive_s: float, ended_s: float
+    last: Frame | None,
+    through: Mapping[tuple[str, str], str],
+    *,
+    started_s: float,
+    drive_s: float,
+    ended_s: float,
 ) -> CriticalPath:
     """The chain that ends with the last answer of a run, which may not be folded any more.
 
-    The run went on from `started_s` to `ended_s`; its coordinator began at `drive_s`.
+    `through` are the couplings by the members that they lead from and to. The run went on from
+    `started_s` to `ended_s`; its coordinator began at `drive_s`.
     """
     opening_s = drive_s - started_s
     if last is None:
-        return CriticalPath({}, {}, {}, (), ended_s - drive_s, opening_s=opening_s)
+        return CriticalPath((), (), (), ended_s - drive_s, opening_s=opening_s)
     total = _sum_before(last)
     total.add(last, "")
     total.reach(last.unlocked_by)
     frames: dict[str, int] = {}
-    members: dict[str, float] = {}
-    for (member, _), (count, seconds) in total.held.items():
-        frames[member] = frames.get(member, 0) + int(count)
-        members[member] = members.get(member, 0.0) + seconds
+    seconds: dict[str, float] = {}
+    for (holder, _), (count, taken_s) in total.held.items():
+        frames[holder] = frames.get(holder, 0) + int(count)
+        seconds[holder] = seconds.get(holder, 0.0) + taken_s
+    holds = [
+        Hold(*pair, "" if pair[0] == pair[1] else through.get(pair, ""), int(count), taken_s)
+        for pair, (count, taken_s) in total.held.items()
+        if pair[1]
+    ]
     return CriticalPath(
-        members,
-        frames,
-        {pair: (int(count), seconds) for pair, (count, seconds) in total.held.items() if pair[1]},
+        tuple(Share(m, frames[m], seconds[m]) for m in sorted(seconds, key=lambda m: -seconds[m])),
+        tuple(sorted(holds, key=lambda hold: -hold.seconds)),
         tuple(
-            Link(holder, held, time_ns, seconds)
-            for seconds, time_ns, holder, held in sorted(total.longest, reverse=True)
+            Longest(holder, held, time_ns, taken_s)
+            for taken_s, time_ns, holder, held in sorted(total.longest, reverse=True)
         ),
         total.between_s + total.first.began_s - total.first.pace_s - drive_s,
         total.store_s,

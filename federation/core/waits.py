@@ -97,7 +97,7 @@ def find_waits(
     units: Sequence[_Unit], next_step: Callable[[Member], int], wiring: Wiring, horizon_ns: int
 ) -> tuple[Wait, ...]:
     """What every member is doing that has anything left to do, in the order of units."""
-    ways = _ways(wiring)
+    ways = find_ways(wiring)
     found = (_wait(unit, m, next_step, ways, horizon_ns) for unit in units for m in unit.members)
     return tuple(wait for wait in found if wait is not None)
 
@@ -136,7 +136,7 @@ def _wait(
     return Wait(member.name, doing, time_ns, time_ns, by, through, by_ns)
 
 
-def _ways(wiring: Wiring) -> dict[tuple[str, str], tuple[int, str]]:
+def find_ways(wiring: Wiring) -> dict[tuple[str, str], tuple[int, str]]:
     """Between any two members the shortest delay and through what it leads."""
     ways = [(c.source, c.target, c.delay_ns, c.name) for c in wiring.couplings]
     ways += [

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from federation.core.coordinator import Coordinator
+from federation.core.coordinator import FRAME_STEPS, Coordinator
 from federation.core.coupling import Actuation, Coupling, Wiring, wire
+from federation.core.critical import CriticalPath
 from federation.core.envelope import Pool
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
 from federation.core.messages import Aborted, Commit, Effect, Failed, Finished, Grant, Stepped
@@ -78,6 +79,12 @@ class Outcome:
     recoveries: list[tuple[str, str, float]] = field(default_factory=list)
     """Members that were lost and came back: who, why, and after how many seconds."""
     failure: FederationError | None = None
+    critical_path: CriticalPath | None = None
+    """What the wall time went to; None for a run that failed."""
+    pace: Mapping[str, float | str] | None = None
+    """How a paced run kept to the wall clock (`federation.broker.pace.Pacer.report`)."""
+    stale: list[tuple[str, str, int]] = field(default_factory=list)
+    """Values that were too old at the end: member, variable, the instant last published or -1."""
 
     @property
     def error(self) -> str:
@@ -105,8 +112,10 @@ class Experiment:
             return self.scenario.kpis
         return tuple(f"{name}.{kpi}" for name, d in self.descriptions.items() for kpi in d.kpis)
 
-    def coordinator(self) -> Coordinator:
-        return Coordinator(self.wiring, self.scenario.horizon_ns, pools=self.pools)
+    def coordinator(self, frame_steps: int = FRAME_STEPS) -> Coordinator:
+        return Coordinator(
+            self.wiring, self.scenario.horizon_ns, pools=self.pools, frame_steps=frame_steps
+        )
 
 
 def bind(
@@ -150,6 +159,15 @@ def bind(
             raise ScenarioError(
                 Reason.UNKNOWN_VARIABLE,
                 f"the KPI {name} is no scalar output of {member}; it has {sorted(known)}",
+                {"member": member, "variable": variable},
+            )
+    for member, variable in scenario.staleness_ns():
+        outputs = {v.name for v in members[member].outputs()}
+        if variable not in outputs:
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE,
+                f"staleness bounds {member}.{variable}, which is no output; {member} has "
+                f"{', '.join(sorted(outputs))}",
                 {"member": member, "variable": variable},
             )
     for name in (*scenario.parameters, *scenario.uncertainty, *scenario.sensitivity):
