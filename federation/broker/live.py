@@ -680,7 +680,7 @@ class _Shell:
             self._keeping = self._loop.create_task(self._feed(self._sink))
 
     async def _feed(self, sink: Sink) -> None:
-        """Give the sink one batch after the other until it has all."""
+        """Give the sink one batch after the other until no entry is left."""
         try:
             while (batch := self._commit()) is not None:
                 count = len(self._accepted)
@@ -690,6 +690,8 @@ class _Shell:
                     self._on_commit(batch.settled_ns + 1)
                 while self._held and len(self._unkept) <= BACKLOG:
                     self._handle(self._held.popleft())
+                if not self._unkept and self._verdict is None:
+                    break  # that time has gone on meanwhile is news for the next tick
         except Exception as error:
             if not self._end.done():
                 self._end.set_exception(error)

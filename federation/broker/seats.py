@@ -132,6 +132,8 @@ class MemberSeat:
         self._asked_s = math.inf
         """When the session was given the frame that it owes an answer to."""
         self._task: asyncio.Task[None] | None = None
+        self._lost: FederationError | None = None
+        """Why there is no session, if it was lost while it owed nothing."""
 
     async def open(self) -> None:
         """Open the member's session, unless there is a past to go through first."""
@@ -153,7 +155,7 @@ class MemberSeat:
         if self._quality is Quality.HELD or not self._rest:
             asyncio.get_running_loop().call_soon(self._answer, _unchanged(self._rest))
         elif self._session is None:
-            self._work(self._resume(None))
+            asyncio.get_running_loop().call_soon(self._begin_again)
         elif self._is_time_to_save():
             self._work(self._save())
         else:
@@ -162,15 +164,21 @@ class MemberSeat:
     def look(self, now_s: float) -> None:
         """Give the member up when its answer is overdue at `now_s` of the monotonic clock."""
         if self._asked_s + self._policy.answer_within_s < now_s:
-            self.lose(self._overdue())
+            self._fail(self._overdue())
 
     def lose(self, error: FederationError) -> None:
-        """The member may not be heard any more, whatever its session says later."""
-        session, self._session = self._session, None
-        if session is not None:
-            self._leave(session)
-        if self._done is not None and self._rest and self._task is None:
+        """The member may not be heard any more, whatever its session says later.
+
+        One that is idle, or being saved, is missed when it is next needed. Who stands in for a
+        member is not lost with it.
+        """
+        if self._quality is not Quality.GOOD or self._session is None:
+            return
+        if self._asked_s < math.inf:
             self._fail(error)
+            return
+        session, self._session, self._lost = self._session, None, error
+        self._leave(session)
 
     async def close(self) -> None:
         """End what goes on, and the session."""
@@ -182,6 +190,15 @@ class MemberSeat:
             await self._session.close()
 
     # -- a frame and its answer ----------------------------------------------------------
+
+    def _begin_again(self) -> None:
+        """Begin a frame without a session: it was lost, or there is a past to go through."""
+        if self._done is None:
+            return
+        if self._lost is None:
+            self._work(self._resume(None))
+        else:
+            self._fail(self._lost)
 
     def _ask(self, session: Session) -> None:
         self._asked_s = time.monotonic()
@@ -225,7 +242,8 @@ class MemberSeat:
 
     def _fail(self, error: FederationError) -> None:
         """Do as the policy says about a frame that has no good answer."""
-        session, self._session, self._asked_s = self._session, None, math.inf
+        session, self._session = self._session, None
+        self._asked_s, self._lost = math.inf, None
         if session is not None:
             self._leave(session)
         match self._policy.do:
@@ -281,16 +299,19 @@ class MemberSeat:
         )
 
     async def _save(self) -> None:
-        assert self._session is not None
+        session = self._session
+        assert session is not None
         try:
-            state = await self._in_time(self._session.snapshot())
+            state = await self._in_time(session.snapshot())
         except FederationError as error:
             self._fail(error)
             return
         saved = self._track.save(state)
         self._witness.saved(self.member, saved)
-        if self._session is not None:
-            self._ask(self._session)
+        if self._session is session:
+            self._ask(session)
+        else:
+            self._begin_again()
 
     async def _resume(self, error: FederationError | None) -> None:
         """Bring a fresh session to where the member is, and let it do what is due.
@@ -324,7 +345,10 @@ class MemberSeat:
                 self._answer(results)
                 return
         assert error is not None
-        self._end(error)
+        if self._policy.do == "recover":
+            self._end(error)
+        else:
+            self._fail(error)
 
     async def _in_time(self, work: Awaitable[_T]) -> _T:
         """What a session that is not heard yet gives, unless its time is over."""

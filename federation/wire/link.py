@@ -313,7 +313,7 @@ class Link:
 
     @classmethod
     async def connect(cls, address: str, name: str, options: LinkOptions | None = None) -> Link:
-        """Connect to `address` (`host:port`, or `unix:PATH`) and read its description.
+        """Connect to `address` (`host:port`) and read its description.
 
         `name` is for messages. Fails with UNREACHABLE, or UNSUPPORTED when what listens there
         is no twin.

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,6 +96,8 @@ class _Hosted:
 
     def refusal(self, request: twin_pb2.SessionRequest) -> FederationError | None:
         """Why this frame may not be carried out, or repeated, now."""
+        if self.is_due(request):
+            return None
         command = request.WhichOneof("command")
         if self.frame and request.epoch < self.epoch:
             return ScenarioError(
@@ -120,6 +122,16 @@ class _Hosted:
         if not problem:
             return None
         return ScenarioError(Reason.INVALID_FRAME, problem, {EXPECTED: str(self.frame + 1)})
+
+    def is_due(self, request: twin_pb2.SessionRequest) -> bool:
+        """Whether this is the advance that is expected next; nothing is wrong with most."""
+        return (
+            self.session is not None
+            and request.frame == self.frame + 1
+            and request.epoch >= self.epoch
+            and request.HasField("advance")
+            and not _time_problem(self.session.last_ns, request.advance)
+        )
 
     def repeats(self, request: twin_pb2.SessionRequest) -> bool:
         return 0 < request.frame == self.frame and not self.reopens(request)
@@ -626,19 +638,24 @@ def _copy(done: asyncio.Future[_T], to: asyncio.Future[_T]) -> None:
         to.set_exception(error)
 
 
-@contextlib.contextmanager
-def _blaming(name: str) -> Iterator[None]:
+class _blaming:  # noqa: N801 - reads as a statement
     """Anything that model code raises, but for errors of ours, becomes TWIN_FAILED."""
-    try:
-        yield
-    except FederationError:
-        raise
-    except (Exception, SystemExit) as error:
-        _log.exception("%s failed", name)
-        kind = type(error).__name__
-        raise TwinError(
-            Reason.TWIN_FAILED, f"{name} failed with {kind}: {error}", {"exception": kind}
-        ) from error
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception | SystemExit) and not isinstance(error, FederationError):
+            _log.error("%s failed", self._name, exc_info=error)
+            what = type(error).__name__
+            raise TwinError(
+                Reason.TWIN_FAILED,
+                f"{self._name} failed with {what}: {error}",
+                {"exception": what},
+            ) from error
 
 
 def new_server(max_message_bytes: int) -> grpc.aio.Server:

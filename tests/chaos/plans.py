@@ -35,6 +35,7 @@ from tests.chaos.faults import (
     SpoilStore,
     Strike,
     TearLog,
+    Undisturbed,
     recovering,
 )
 from tests.chaos.meddler import Meddling
@@ -241,6 +242,29 @@ def _policies() -> Iterator[Plan]:
             policies={member: {"do": "hold", **patience}},
             route="meddler",
         )
+    slow = tuple(Cue("town", k, Late(0.6)) for k in range(7, 14))
+    degraded = {"hold": Degraded(member, "held"), "substitute": Degraded(member, "substituted")}
+    for do, lasting in degraded.items():
+        yield Plan(
+            f"dies-long-ago-under-{do}",
+            (Cue(member, 4, Kill(member, returns=False)), *slow),
+            lasting,
+            {member: {"do": do, **patience}},
+        )
+    for idle in ("wind", "mill"):
+        # the town is slow enough for the lease of the idle member to end
+        cues = (
+            *(Cue("town", 9, fault) for fault in (Late(0.6), Kill(idle))),
+            Cue("town", 9, Late(3.0), "end"),
+        )
+        others = {name: recovering(name) for name in MEMBERS if name != idle}
+        for do, end in (
+            ("fail", Failed(LOST, idle)),
+            ("hold", Degraded(idle, "held")),
+            ("recover", Undisturbed()),
+        ):
+            mine = {"do": do, "answer_within_s": 8.0}
+            yield Plan(f"{idle}-dies-idle-under-{do}", cues, end, {**others, idle: mine})
     yield Plan(
         "substitute-never-answers",
         (Cue(member, 4, Misplay("raise")), Cue(f"{member}-substitute", 1, Late())),
@@ -256,16 +280,20 @@ def _policies() -> Iterator[Plan]:
     )
     yield Plan(
         "broker-killed-while-held",
-        (*(Cue("town", k, Kill(BROKER)) for k in (6, 9)), Cue(member, 4, Misplay("raise"))),
+        (*_broker_dies("town"), Cue(member, 4, Misplay("raise"), times=ALWAYS)),
         Degraded(member, "held"),
         {**{name: recovering(name) for name in MEMBERS}, member: {"do": "hold", **patience}},
     )
     yield Plan(
         "broker-killed-while-substituted",
-        (*(Cue("town", k, Kill(BROKER)) for k in (6, 9)), Cue(member, 4, Misplay("raise"))),
+        (*_broker_dies("town"), Cue(member, 4, Misplay("raise"), times=ALWAYS)),
         Degraded(member, "substituted"),
         {**{name: recovering(name) for name in MEMBERS}, member: {"do": "substitute", **patience}},
     )
+
+
+def _broker_dies(while_at: str) -> tuple[Cue, ...]:
+    return tuple(Cue(while_at, k, Kill(BROKER)) for k in (6, 9))
 
 
 def _store(steps: Mapping[str, int]) -> Iterator[Plan]:

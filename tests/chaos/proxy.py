@@ -32,7 +32,7 @@ class Blow:
 
 
 class Proxy:
-    """Listens at `port` for as long as the context lasts and forwards to `target`'s port."""
+    """Listens at `port` of every loopback address and forwards to the port `target`."""
 
     def __init__(self, target: int, on_blow: Callable[[Blow], None]) -> None:
         self.target = target
@@ -44,7 +44,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "0.0.0.0", 0)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -71,6 +71,9 @@ class Proxy:
         return len(ends) // 2
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not writer.get_extra_info("peername")[0].startswith("127."):
+            writer.transport.abort()  # nobody from outside has business here
+            return
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:

@@ -68,6 +68,10 @@ PACE_S = 0.01
 
 RETRY_S = 0.03
 
+FULL_AT_BYTES = 12_388
+"""No file may be written beyond this when the disk is full: in the middle of a page, and before
+what any run writes to its log."""
+
 Run = scenario_pb2.Run
 
 
@@ -226,9 +230,13 @@ class Stage:
         self.ports = {name: _free_port() for name in (*MEMBERS, *map(substitute_of, world.SPARES))}
         self._nursery = nursery
         self._env = {world.PROMPTER: str(folder / "prompter")}
+        self.addresses = {
+            substitute_of(n): f"127.0.0.1:{self.ports[substitute_of(n)]}" for n in world.SPARES
+        }
+        """Where each registers, in its present life."""
+        self._lives = 0
         self._takes = 0
         self._take: Take | None = None
-        self._holding: set[asyncio.Task[None]] = set()
 
     # -- up and down -------------------------------------------------------------------
 
@@ -281,7 +289,11 @@ class Stage:
             argv = ["serve", f"tests.chaos.world:{player.__name__}", "--name", name]
             argv += ["--port", str(self.ports[name]), "--broker", f"127.0.0.1:{self.port}"]
             if name in MEMBERS:
-                argv += ["--advertise", f"127.0.0.1:{self.proxies[name].port}"]
+                # every life has an address of its own, all of them the proxy's
+                self._lives += 1
+                address = f"127.1.{self._lives // 250}.{self._lives % 250 + 1}"
+                self.addresses[name] = f"{address}:{self.proxies[name].port}"
+                argv += ["--advertise", self.addresses[name]]
         self.processes[name] = self._nursery.spawn(
             name, argv, self.folder / f"{name}.log", clock, self._env
         )
@@ -300,7 +312,7 @@ class Stage:
         async with asyncio.timeout(READY_S):
             while True:
                 with suppress(grpc.aio.AioRpcError):
-                    if await self._members() >= set(self.ports):
+                    if await self._members() == self.addresses:
                         return
                 await asyncio.sleep(0.05)
 
@@ -348,10 +360,11 @@ class Stage:
         await self.reset()
         return verdict
 
-    async def _members(self) -> set[str]:
+    async def _members(self) -> dict[str, str]:
+        """Who is registered, and where."""
         request = broker_pb2.ListMembersRequest()
         answer = await self._broker.ListMembers(request, timeout=2)
-        return {member.name for member in answer.members}
+        return {member.name: member.address for member in answer.members}
 
     def _document(self, take: Take) -> str:
         members: dict[str, dict[str, Any]] = {}
@@ -514,8 +527,7 @@ class Stage:
             case Meddle(whom, meddling):
                 self.meddlers[whom].meddle(meddling)
             case FillDisk():
-                size = max((f.stat().st_size for f in self.folder.glob("broker.*")), default=0)
-                limits = (size, resource.RLIM_INFINITY)
+                limits = (FULL_AT_BYTES, resource.RLIM_INFINITY)
                 resource.prlimit(self.processes[BROKER].pid, resource.RLIMIT_FSIZE, limits)
                 take.fired.append(what)
             case TearLog():
