@@ -13,6 +13,7 @@ from typing import Any
 
 from opentelemetry import metrics, trace
 
+from federation.core.critical import CriticalPath
 from federation.errors import Reason, ScenarioError
 
 tracer = trace.get_tracer("multitwin")
@@ -38,6 +39,23 @@ round_trip = _meter.create_gauge(
 solve_duration = _meter.create_histogram(
     "multitwin.plan.solve.duration", unit="s", description="One solve of the joint model"
 )
+
+
+def path_attributes(path: CriticalPath) -> dict[str, float | list[str]]:
+    """A run's critical path as attributes of its span: seconds, and the longest frames in words."""
+    name = "multitwin.critical_path"
+    found: dict[str, float | list[str]] = {
+        f"{name}.{part}_s": getattr(path, f"{part}_s")
+        for part in ("coordinator", "store", "pace", "opening", "closing")
+    }
+    found |= {f"{name}.member.{share.member}_s": share.seconds for share in path.members}
+    found[f"{name}.holds"] = [
+        f"{h.holder} held back {h.held} {h.frames} times, {h.seconds:.6f} s" for h in path.holds
+    ]
+    found[f"{name}.longest"] = [
+        f"{f.holder} at {f.time_ns} ns, {f.seconds:.6f} s" for f in path.longest
+    ]
+    return found
 
 
 def is_tracing() -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToJson, Parse
 
+from federation.core.ages import Stale
 from federation.core.critical import CriticalPath, Hold, Longest, Share
 from federation.core.waits import Doing, Wait, chain, instant
 from federation.errors import FederationError
@@ -81,36 +83,6 @@ class Lookout:
             response.pace.CopyFrom(encode_pace(pace))
         response.stale_values.extend(map(encode_stale, self.stale()))
         return response
-
-
-@dataclass(frozen=True, slots=True)
-class Stale:
-    """A value that is older than the scenario allows."""
-
-    member: str
-    variable: str
-    publish_ns: int
-    """When it was last published; -1 when it never was."""
-    bound_ns: int
-
-
-@dataclass(slots=True)
-class Ages:
-    """When each variable whose age is bounded was last published, changed or not."""
-
-    bounds_ns: Mapping[tuple[str, str], int]
-    published_ns: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def of(self, member: str) -> tuple[str, ...]:
-        """The variables of a member whose age is bounded."""
-        return tuple(variable for owner, variable in self.bounds_ns if owner == member)
-
-    def stale(self, now_ns: int) -> Iterator[Stale]:
-        """The values that are too old at an instant of the run."""
-        for (member, variable), bound_ns in self.bounds_ns.items():
-            publish_ns = self.published_ns.get((member, variable), -1)
-            if now_ns - max(publish_ns, 0) > bound_ns:
-                yield Stale(member, variable, publish_ns, bound_ns)
 
 
 # -- for the wire ------------------------------------------------------------------------
@@ -210,6 +182,27 @@ def encode_path(path: CriticalPath) -> control_pb2.CriticalPath:
         opening_duration=duration(path.opening_s),
         closing_duration=duration(path.closing_s),
     )
+
+
+def write_results(
+    path: CriticalPath | None, pace: Mapping[str, float | str] | None, stale: Iterable[Stale]
+) -> str:
+    """What a run is told with after its end, for the store."""
+    told = control_pb2.WhyResponse(stale_values=map(encode_stale, stale))
+    if path is not None:
+        told.critical_path.CopyFrom(encode_path(path))
+    if pace is not None:
+        told.pace.CopyFrom(encode_pace(pace))
+    return MessageToJson(told, indent=None)
+
+
+def read_results(results: str, run: scenario_pb2.Run) -> control_pb2.WhyResponse:
+    """The same again, for a reader; of an older broker's run there is nothing."""
+    told = control_pb2.WhyResponse()
+    if results:
+        Parse(results, told, ignore_unknown_fields=True)
+    told.run.CopyFrom(run)
+    return told
 
 
 def decode_path(message: control_pb2.CriticalPath) -> CriticalPath:
@@ -314,8 +307,8 @@ def _since(message: control_pb2.MemberWait | control_pb2.RunWait) -> str:
 
 def _pace_words(pace: control_pb2.PaceReport) -> str:
     text = (
-        f"paced: {pace.factor:g} s of the run per second; {_seconds(pace.lag_duration):.3f} s late, "
-        f"at most {_seconds(pace.max_lag_duration):.3f} s, 99 of 100 steps at most "
+        f"paced: {pace.factor:g} s of the run per second; {_seconds(pace.lag_duration):.3f} s "
+        f"late, at most {_seconds(pace.max_lag_duration):.3f} s, 99 of 100 steps at most "
         f"{_seconds(pace.p99_lag_duration):.3f} s; when late: {pace.when_late}"
     )
     if pace.when_late == "skip":

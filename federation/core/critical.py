@@ -218,8 +218,11 @@ def critical_path(
         if pair[1]
     ]
     return CriticalPath(
-        tuple(Share(m, frames[m], seconds[m]) for m in sorted(seconds, key=lambda m: -seconds[m])),
-        tuple(sorted(holds, key=lambda hold: -hold.seconds)),
+        tuple(
+            Share(member, frames[member], seconds[member])
+            for member in sorted(seconds, key=lambda member: (-seconds[member], member))
+        ),
+        tuple(sorted(holds, key=lambda hold: (-hold.seconds, hold.holder, hold.held))),
         tuple(
             Longest(holder, held, time_ns, taken_s)
             for taken_s, time_ns, holder, held in sorted(total.longest, reverse=True)

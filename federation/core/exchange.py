@@ -371,7 +371,7 @@ class Exchange:
     def degrade(self, change: Degraded) -> None:
         """Note that a member's values are of another quality from an instant on.
 
-        What it has published and now holds is recorded anew, as held.
+        What it has published and now holds is recorded anew, as held or stale.
         """
         member = self.members[change.member]
         time_ns, member.quality = change.time_ns, change.quality

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from federation.core.ages import Stale
 from federation.core.coordinator import FRAME_STEPS, Coordinator
 from federation.core.coupling import Actuation, Coupling, Wiring, wire
 from federation.core.critical import CriticalPath
@@ -83,8 +84,8 @@ class Outcome:
     """What the wall time went to; None for a run that failed."""
     pace: Mapping[str, float | str] | None = None
     """How a paced run kept to the wall clock (`federation.broker.pace.Pacer.report`)."""
-    stale: list[tuple[str, str, int]] = field(default_factory=list)
-    """Values that were too old at the end: member, variable, the instant last published or -1."""
+    stale: list[Stale] = field(default_factory=list)
+    """Values that were older at the end of a live run than the scenario allows."""
 
     @property
     def error(self) -> str:

@@ -213,11 +213,28 @@ class Scenario(Part):
             raise ValueError(f"{PLANNER!r} is the name of the built-in member; choose another")
         if any(m.crews != "none" for m in self.measures.values()) and self.repairs is None:
             raise ValueError("a measure sends crews, but the scenario has no repairs")
+        if self.pace is not None and self.pace.when_late == "degrade":
+            for name, member in self.members.items():
+                if member.on_failure.do in ("hold", "substitute"):
+                    raise ValueError(
+                        f"{name} has on_failure: {member.on_failure.do}, which can't be together "
+                        "with pace: when_late: degrade; let it fail or recover"
+                    )
         return self
 
     @property
     def horizon_ns(self) -> int:
         return round(self.horizon_h * HOUR_NS)
+
+    def paced(self, factor: float) -> Scenario:
+        """The same at another pace, and with 0 at none. Fails with SCENARIO_INVALID."""
+        if not 0 <= factor < float("inf"):
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, f"{factor:g} is no pace: seconds of the run per second"
+            )
+        pace = self.pace or Pace(factor=1.0)
+        changed = pace.model_copy(update={"factor": factor}) if factor else None
+        return self.model_copy(update={"pace": changed})
 
     def staleness_ns(self) -> dict[tuple[str, str], int]:
         """Per member and variable how old a value may be, in nanoseconds of the run."""

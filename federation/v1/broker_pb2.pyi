@@ -534,8 +534,9 @@ class LedgerEntry(_message.Message):
         QUALITY_SUBSTITUTED: LedgerEntry._Quality.ValueType  # 3
         """The twin is lost; a surrogate stands in."""
         QUALITY_STALE: LedgerEntry._Quality.ValueType  # 4
-        """It is older than the run allows: its twin is later than the pace of the run allows and
-        others go on without it, or, told at the time of reading, the scenario bounds its age.
+        """It is older than the run allows: its twin is later than the pace of the run allows, and
+        others go on without it; or, told in the opening answer of Watch, its twin has not published
+        it for longer than the scenario's `staleness` allows.
         """
 
     class Quality(_Quality, metaclass=_QualityEnumTypeWrapper):
@@ -550,8 +551,9 @@ class LedgerEntry(_message.Message):
     QUALITY_SUBSTITUTED: LedgerEntry.Quality.ValueType  # 3
     """The twin is lost; a surrogate stands in."""
     QUALITY_STALE: LedgerEntry.Quality.ValueType  # 4
-    """It is older than the run allows: its twin is later than the pace of the run allows and
-    others go on without it, or, told at the time of reading, the scenario bounds its age.
+    """It is older than the run allows: its twin is later than the pace of the run allows, and
+    others go on without it; or, told in the opening answer of Watch, its twin has not published
+    it for longer than the scenario's `staleness` allows.
     """
 
     @_typing.final
