@@ -20,7 +20,14 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from federation.broker.live import CONNECT_AGAIN_S, Find, LiveRun, prepare, substitute_of
+from federation.broker.live import (
+    CONNECT_AGAIN_S,
+    TURN_WITHIN_S,
+    Find,
+    LiveRun,
+    prepare,
+    substitute_of,
+)
 from federation.broker.memory import recall, write_case
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
 from federation.broker.service import BrokerService
@@ -71,7 +78,8 @@ class BrokerOptions:
 
     `scenario_folder` is where the maps of documents that come over the wire are looked for; no
     file outside it is read. `planner` builds the planner of a scenario that has repairs. Of the
-    runs that were asked for, `parallel_runs` go on at a time. A broker that `continues`
+    runs that were asked for, `parallel_runs` go on at a time; one that has not got its turn within
+    `turn_within_s` fails. A broker that `continues`
     takes up the runs that an earlier life of it left unfinished; else they are marked as failed.
     With `keep_runs`, only so many runs that have ended stay in its store. `link` says how patient
     it is with twins.
@@ -83,6 +91,7 @@ class BrokerOptions:
     scenario_folder: Path | None = None
     planner: PlannerFactory | None = None
     parallel_runs: int = 4
+    turn_within_s: float = TURN_WITHIN_S
     continues: bool = True
     keep_runs: int | None = None
     lease_ttl_s: float = DEFAULT_TTL_NS / 1e9
@@ -322,6 +331,7 @@ class BrokerServer:
         return live, await self._start(live)
 
     async def _start(self, live: LiveRun) -> asyncio.Task[Outcome]:
+        live.turn_within_s = self.options.turn_within_s
         self._live[live.name] = live
         task = await live.start(self._turn)
         task.add_done_callback(lambda _: self._forget(live))

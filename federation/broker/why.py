@@ -249,7 +249,8 @@ def words(response: control_pb2.WhyResponse) -> str:
         names = [wait.member for wait in links]
         if len(names) > 1 and not followed.issuperset(names):
             followed.update(names)
-            lines.append("because " + "; ".join(told[name] for name in names))
+            causes = [str(wait) for wait in links[:-1]]
+            lines.append(f"because {'; '.join(causes)}; {told[names[-1]]}")
     for value in response.stale_values:
         at = instant(value.publish_time_ns) if value.publish_time_ns >= 0 else "never"
         lines.append(

@@ -22,7 +22,8 @@ FOLD_EVERY = 4096
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The frames of one member on the path, and how long they took."""
+    """The frames of one member on the path, or its steps in a run in one thread, and how long
+    they took."""
 
     member: str
     frames: int
@@ -186,6 +187,19 @@ def fold(heads: Iterable[Frame]) -> None:
             total = _sum_before(end)
             end.unlocked_by = total.reach(end.unlocked_by, kept)
             end.before = total
+
+
+def path_in_one_thread(
+    taken: Mapping[str, tuple[int, float]], opening_s: float, wall_s: float
+) -> CriticalPath:
+    """The path of a run whose steps were done one after the other: all of them are on it.
+
+    `taken` are per member the number of its steps and their seconds.
+    """
+    shares = (Share(member, *known) for member, known in taken.items())
+    members = tuple(sorted(shares, key=lambda share: (-share.seconds, share.member)))
+    rest_s = wall_s - opening_s - sum(share.seconds for share in members)
+    return CriticalPath(members, (), (), rest_s, opening_s=opening_s)
 
 
 def critical_path(

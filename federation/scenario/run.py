@@ -13,7 +13,7 @@ from typing import Any
 from federation.core.ages import Stale
 from federation.core.coordinator import FRAME_STEPS, Coordinator
 from federation.core.coupling import Actuation, Coupling, Wiring, wire
-from federation.core.critical import CriticalPath
+from federation.core.critical import CriticalPath, path_in_one_thread
 from federation.core.envelope import Pool
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
 from federation.core.messages import Aborted, Commit, Effect, Failed, Finished, Grant, Stepped
@@ -334,6 +334,7 @@ def run_local(
         )
     recorder = Recorder(experiment, case, keep_ledger)
     costs: dict[str, MemberCost] = {}
+    opening_s = time.perf_counter() - started
     walk = _walk if Schedule.suits(experiment.wiring) else _drive
     try:
         digest = walk(experiment, sessions, recorder, costs, on_commit)
@@ -343,6 +344,8 @@ def run_local(
     outcome = recorder.finish(digest)
     outcome.costs = costs
     outcome.wall_s = time.perf_counter() - started
+    taken = {name: (cost.steps, cost.wall_s) for name, cost in costs.items()}
+    outcome.critical_path = path_in_one_thread(taken, opening_s, outcome.wall_s)
     outcome.cpu_s = time.process_time() - started_cpu
     return outcome
 
