@@ -65,6 +65,12 @@ def command_run(options: argparse.Namespace) -> int:
     from federation.scenario.spec import load
 
     scenario = load(options.scenario)
+    if options.pace is not None:
+        if options.members != "grpc":
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, "only members that are services are paced: --members grpc"
+            )
+        scenario = scenario.paced(options.pace)
     summary = execute(scenario, options, Path(options.out or f"runs/{scenario.name}"))
     if options.json:
         print(json.dumps(summary, indent=2))
@@ -239,6 +245,13 @@ def command_broker(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_why(options: argparse.Namespace) -> int:
+    from federation.broker.client import print_why
+
+    run(print_why(options.broker, options.run))
+    return 0
+
+
 def command_history(options: argparse.Namespace) -> int:
     from federation.broker.client import print_history
 
@@ -315,6 +328,12 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a scenario, once or as an ensemble")
     run.add_argument("scenario", help="the scenario's YAML file")
     _study_options(run)
+    run.add_argument(
+        "--pace",
+        type=float,
+        metavar="F",
+        help="F seconds of the run per second, 0 for as fast as it can (as the scenario says)",
+    )
     run.add_argument("--json", action="store_true", help="print summary.json on standard output")
     run.set_defaults(do=command_run)
 
@@ -358,6 +377,11 @@ def parser() -> argparse.ArgumentParser:
     )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
+
+    why = commands.add_parser("why", help="what a run waits for, and what its time went to")
+    why.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
+    _broker_option(why)
+    why.set_defaults(do=command_why)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")

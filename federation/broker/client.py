@@ -10,10 +10,14 @@ from contextlib import asynccontextmanager
 import grpc
 import numpy as np
 
+from federation.broker.why import words
 from federation.twin import HOUR_NS
-from federation.v1 import broker_pb2, broker_pb2_grpc
+from federation.v1 import broker_pb2, broker_pb2_grpc, control_pb2, control_pb2_grpc
 from federation.wire import codec, status
 from federation.wire.link import channel_options
+
+ANSWER_S = 30.0
+"""How long a broker may take to answer a question."""
 
 MAX_MESSAGE_BYTES = 256 << 20
 
@@ -26,6 +30,13 @@ async def asking(broker: str) -> AsyncIterator[grpc.aio.Channel]:
             yield channel
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc(error, f"the broker at {broker}") from None
+
+
+async def print_why(broker: str, run: str) -> None:
+    """Write what a run waits for or, when it has ended, what its time went to."""
+    async with asking(broker) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        print(words(await stub.Why(control_pb2.WhyRequest(run=run), timeout=ANSWER_S)))
 
 
 async def print_history(

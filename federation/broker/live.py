@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -17,12 +17,17 @@ from typing import Protocol, TypeVar
 from opentelemetry import trace
 
 from federation import telemetry
+from federation.broker.clocks import Clocks
 from federation.broker.memory import Memory, write_degraded, write_order
+from federation.broker.pace import LateSeat, Pacer
 from federation.broker.registry import Lease
 from federation.broker.seats import Degradation, MemberSeat, Saved
 from federation.broker.store import NOT_SETTLED, Frame, Item, State, Store
-from federation.core.coordinator import Coordinator
-from federation.core.ledger import Entry
+from federation.broker.why import Lookout, Standing, write_results
+from federation.core import critical
+from federation.core.ages import Ages
+from federation.core.coordinator import FRAME_STEPS, Coordinator
+from federation.core.ledger import Entry, Quality
 from federation.core.messages import (
     Aborted,
     Accepted,
@@ -37,6 +42,7 @@ from federation.core.messages import (
     Refused,
     Stepped,
 )
+from federation.core.waits import find_ways
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import (
     Case,
@@ -70,6 +76,15 @@ BACKLOG = 8_192
 
 CONNECT_AGAIN_S = 0.5
 """How long one attempt to reach a member that was lost may take."""
+
+PLAN_WITHIN_S = 600.0
+"""How long the planner may take to open, and for one frame."""
+
+TURN_WITHIN_S = 86_400.0
+"""How long a run may wait for others to end before it begins."""
+
+STORE_WITHIN_S = 120.0
+"""How long the store may take for one batch, or to note where a run stands."""
 
 CLOSE_S = 2.0
 """How long a run waits for its members to close their sessions."""
@@ -271,41 +286,51 @@ async def run_live(
     prepared: Prepared | None = None,
     find: Find | None = None,
     memory: Memory | None = None,
+    lookout: Lookout | None = None,
 ) -> Outcome:
     """Do one run with members that are services, and the planner in this process.
 
     The digest is that of `run_local`, bit for bit. `links` stay open, the sessions in them are
     closed. `inbox` brings in orders; `prepared` is what `prepare` gave for the same arguments.
     A member that is lost is looked for with `find`, at its old address when that is None.
-    `memory` is what an earlier part of the run left. Raises what aborts the run: MEMBER_LOST
+    `memory` is what an earlier part of the run left. At `lookout` one sees what the run waits for.
+    Raises what aborts the run: MEMBER_LOST
     when a member goes away for good. A run that is cancelled ends its sessions first. Of
     members that are services the CPU time is not known and stays 0; `Outcome.cpu_s` is that of
     this process, whatever else it did meanwhile.
     """
     started, started_cpu = time.perf_counter(), time.process_time()
-    inbox, memory = inbox or Inbox(), memory or Memory()
+    inbox, memory, lookout = inbox or Inbox(), memory or Memory(), lookout or Lookout()
     home: _Home | None = None
     with telemetry.tracer.start_as_current_span(
         "run", attributes={"scenario": scenario.name, "measure": case.measure, "run": case.run}
-    ):
+    ) as span:
         try:
             prepared = prepared or await prepare(scenario, case, factory, links)
             home = _Home(scenario, case, prepared.planner, links, epoch, find)
+            # a paced frame has one step, so that none is given before its time
+            coordinator = prepared.experiment.coordinator(1 if scenario.pace else FRAME_STEPS)
             shell = _Shell(
-                prepared.experiment.coordinator(),
+                coordinator,
                 Recorder(prepared.experiment, case, keep_ledger),
                 inbox,
                 sink,
                 on_commit,
                 memory,
+                Ages(scenario.staleness_ns()),
+                None if scenario.pace is None else Pacer(scenario.pace),
             )
+            lookout.waits_for("the sessions of its members to open", home.open_within_s)
             await shell.seat(scenario, home)
-            outcome = await shell.drive()
+            outcome = await shell.drive(lookout)
         finally:
             inbox.close()
+            lookout.waits_for("the sessions of its members to close", CLOSE_S)
             if home is not None:
                 await home.leave()
-    outcome.wall_s = time.perf_counter() - started
+        outcome.wall_s = time.perf_counter() - started
+        outcome.critical_path = path = shell.path(started, outcome.wall_s)
+        span.set_attributes(telemetry.path_attributes(path))
     outcome.cpu_s = time.process_time() - started_cpu
     return outcome
 
@@ -330,8 +355,15 @@ class _Home:
         self._given = tuple(links.values())
         self._epoch = epoch
         self._find = find or self._find_at_old_address
+        self.clocks = Clocks(lambda: self._links)
         self._fresh: dict[str, LinkSession] = {}
         """Sessions that have not made a step yet."""
+
+    @property
+    def open_within_s(self) -> float:
+        """How long the opening of all sessions takes at most."""
+        patience_s = max((link.options.answer_timeout_s for link in self._given), default=0.0)
+        return patience_s + (0.0 if self.planner is None else PLAN_WITHIN_S)
 
     async def open(self, member: str, *, again: bool) -> PlannerSession | LinkSession:
         if member == PLANNER:
@@ -398,6 +430,13 @@ class _Home:
 
     async def _open_planner(self) -> PlannerSession:
         """The planner is shown, before it starts, what the members can do."""
+        try:
+            async with asyncio.timeout(PLAN_WITHIN_S):
+                return await self._planner_shown()
+        except TimeoutError:
+            raise _planner_overdue() from None
+
+    async def _planner_shown(self) -> PlannerSession:
         assert self.planner is not None
         session = PlannerSession(self.planner)
         await session.open(self._case.member_seed(PLANNER), self._case.parameters.get(PLANNER, {}))
@@ -428,6 +467,14 @@ def substitute_of(member: str) -> str:
     return f"{member}-substitute"
 
 
+def _planner_overdue() -> TwinError:
+    return TwinError(
+        Reason.MEMBER_LOST,
+        f"the planner did not answer within {PLAN_WITHIN_S:g} s",
+        {"member": PLANNER},
+    )
+
+
 async def _all(work: Sequence[Coroutine[object, object, _T]]) -> list[_T]:
     """The results in order, when all have ended; of several errors the first in order."""
     results = await asyncio.gather(*work, return_exceptions=True)
@@ -450,8 +497,25 @@ class _Place:
     name: str
     seat: Seat
     answered: Callable[[Results], None]
+    begin: Callable[[Sequence[StepInput], Callable[[Results], None]], None]
+    """Where its grants go: to the seat, or to who answers for it while it is late."""
+    late: LateSeat | None = None
+    ages: tuple[str, ...] = ()
+    """Of which of its variables the age is bounded."""
     began_s: float = 0.0
+    ended_s: float = 0.0
+    """When its last answer came."""
     granted: int = 0
+    """How many steps it is granted; 0 when it owes no answer."""
+    until_ns: int = 0
+    """The last of them."""
+    unlocked_by: critical.Frame | None = None
+    """The answer upon which they were granted."""
+    pace_s: float = 0.0
+    """How long the grant waited for the wall clock."""
+    due_s: float | None = None
+    """When a grant that waits for the wall clock is given, by the clock of the loop."""
+    timer: asyncio.TimerHandle | None = None
     span: trace.Span | None = None
     steps: int = 0
     on_record: int = 0
@@ -475,8 +539,17 @@ class _Shell:
         sink: Sink | None,
         on_commit: Callable[[int], None] | None,
         memory: Memory,
+        ages: Ages,
+        pacer: Pacer | None,
     ) -> None:
         self._coordinator = coordinator
+        self._ages = ages
+        self._pacer = pacer
+        self._clocks: Clocks | None = None
+        self._last: critical.Frame | None = None
+        """The answer that was taken last."""
+        self._frames = 0
+        self._drive_s = 0.0
         self._places: dict[str, _Place] = {}
         self._memory = memory
         self._recorder = recorder
@@ -487,7 +560,7 @@ class _Shell:
         self._parent = trace.get_current_span()
         self._is_traced = self._parent.get_span_context().is_valid
         self._end: asyncio.Future[str] = self._loop.create_future()
-        self._held: deque[Stepped | Failed] = deque()
+        self._held: deque[tuple[Stepped | Failed, critical.Frame]] = deque()
         """Answers that wait until the sink has caught up."""
         self._unkept: list[Entry] = []
         """Entries that are final and have not been given to the sink."""
@@ -519,20 +592,62 @@ class _Shell:
         async def place(name: str, description: Description) -> None:
             seat = await sit(name, description)
             home.seats.append(seat)
-            place = _Place(name, seat, _ignore)
+            place = _Place(name, seat, _ignore, seat.begin)
             place.answered = partial(self._answered, place)
+            place.ages = self._ages.of(name)
+            if self._is_given_up_when_late(name):
+                place.late = self._late_seat(place)
+                place.begin = place.late.begin
             if (past := self._memory.pasts.get(name)) is not None:
                 place.on_record = past.steps
             self._places[name] = place
 
+        self._clocks = home.clocks
         descriptions = self._coordinator.wiring.descriptions
         await _all([place(n, d) for n, d in descriptions.items() if n != PLANNER])
         if PLANNER in descriptions:  # it is shown what the others can do
             await place(PLANNER, descriptions[PLANNER])
         home.begin()
 
-    async def drive(self) -> Outcome:
+    def _is_given_up_when_late(self, member: str) -> bool:
+        """Whether others go on without a member that is late: nothing but its period says when
+        it steps, and at its instants it steps once."""
+        wiring = self._coordinator.wiring
+        policy = wiring.descriptions[member].time
+        return (
+            self._pacer is not None
+            and self._pacer.pace.when_late == "degrade"
+            and policy.period_ns > 0
+            and not policy.wakes_on_input
+            and not wiring.units[wiring.unit_of[member]].is_loop
+        )
+
+    def _late_seat(self, place: _Place) -> LateSeat:
+        assert self._pacer is not None
+        late_after_s = self._pacer.pace.late_after_s
+
+        def changed(time_ns: int, quality: Quality) -> None:
+            is_late = quality is Quality.STALE
+            why = (
+                f"it took more than {late_after_s:g} s for its step" if is_late else "in time again"
+            )
+            error = TwinError(Reason.MEMBER_LATE, why, {"member": place.name})
+            self.degraded(place.name, Degradation(time_ns, quality, error), is_new=True)
+
+        def failed(error: FederationError) -> None:
+            self._do(lambda: self._coordinator.handle(Failed(place.name, error)), None)
+
+        return LateSeat(place.seat.begin, late_after_s, changed, failed)
+
+    async def drive(self, lookout: Lookout) -> Outcome:
         ticking = self._loop.create_task(self._tick())
+        asking = self._loop.create_task(self._clocks.measure()) if self._clocks else None
+        lookout.waits_for("")
+        lookout.standings = self._standings
+        lookout.stale = lambda: self._ages.stale(self._present_ns())
+        if self._pacer is not None:
+            lookout.pace = self._pacer.report
+        self._drive_s = time.perf_counter()
         try:
             self._do(lambda: self._coordinator.start(self._memory.orders), None)
             self._inbox.attach(self._take)
@@ -540,7 +655,13 @@ class _Shell:
         finally:
             self._inbox.attach(None)
             self._verdict = self._verdict or Aborted(_GONE)
-            tasks = [task for task in (ticking, self._keeping) if task is not None]
+            for place in self._places.values():
+                if place.timer is not None:
+                    place.timer.cancel()
+                if place.late is not None:
+                    place.late.close()
+            lookout.standings = tuple
+            tasks = [task for task in (ticking, asking, self._keeping) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -551,7 +672,64 @@ class _Shell:
             name: MemberCost(place.steps, place.wall_s, place.cpu_s)
             for name, place in self._places.items()
         }
+        outcome.pace = None if self._pacer is None else self._pacer.report()
+        outcome.stale = list(self._ages.stale(self._coordinator.horizon_ns))
         return outcome
+
+    # -- what it waits for, and what it waited for -----------------------------------------
+
+    def path(self, started_s: float, wall_s: float) -> critical.CriticalPath:
+        """What the wall time of the run went to, which began at `started_s`."""
+        ways = find_ways(self._coordinator.wiring)
+        return critical.critical_path(
+            self._last,
+            {pair: name for pair, (_, name) in ways.items()},
+            started_s=started_s,
+            drive_s=self._drive_s,
+            ended_s=started_s + wall_s,
+        )
+
+    def _fold(self) -> None:
+        heads = [place.unlocked_by for place in self._places.values() if place.granted]
+        heads += [frame for _, frame in self._held]
+        critical.fold([head for head in (self._last, *heads) if head is not None])
+
+    def _present_ns(self) -> int:
+        """Up to when the run is settled or, if that is later, what the wall clock stands at."""
+        now_ns = self._coordinator.now_ns - 1
+        if self._pacer is not None:
+            now_ns = max(now_ns, self._pacer.now_ns(self._loop.time()))
+        return min(now_ns, self._coordinator.horizon_ns)
+
+    def _standings(self) -> list[Standing]:
+        now_s, clock_s = time.perf_counter(), time.monotonic()
+        found = []
+        for wait in self._coordinator.waits():
+            place = self._places[wait.member]
+            since_s = place.began_s if place.granted else place.ended_s or self._drive_s
+            remaining_s: float | None = None
+            trouble = place.seat.trouble if isinstance(place.seat, MemberSeat) else None
+            paced_s = None
+            if place.due_s is not None:
+                paced_s = max(place.due_s - self._loop.time(), 0.0)
+                since_s = place.ended_s or self._drive_s
+            elif trouble is not None:
+                remaining_s = trouble.due_s - clock_s
+                since_s = now_s - (clock_s - trouble.since_s)
+            elif place.granted:
+                remaining_s = _answer_within_s(place.seat) - (now_s - since_s)
+            found.append(
+                Standing(
+                    wait,
+                    now_s - since_s,
+                    remaining_s,
+                    trouble,
+                    paced_s,
+                    None if self._clocks is None else self._clocks.of(wait.member),
+                    place.late is not None and place.late.is_late,
+                )
+            )
+        return found
 
     # -- what is said besides answers ------------------------------------------------------
 
@@ -580,14 +758,21 @@ class _Shell:
             if isinstance(effect, Accepted) and isinstance(event, Ordered):
                 self._items.append(write_order(replace(event, time_ns=effect.time_ns)))
                 self._keep(())
+        if not effects:  # the coordinator has ended
+            _tell(verdict, _ENDED)
 
     def _answered(self, place: _Place, results: Results) -> None:
         """Take what became of a grant."""
         if self._verdict is not None:
             return
-        wall_s = time.perf_counter() - place.began_s
+        place.ended_s = now_s = time.perf_counter()
+        wall_s = now_s - place.began_s
         place.wall_s += wall_s
         place.steps += place.granted
+        place.granted = 0
+        frame = critical.Frame(
+            place.unlocked_by, place.name, place.until_ns, place.began_s, now_s, 0.0, place.pace_s
+        )
         telemetry.step_duration.record(wall_s, {"member": place.name})
         if isinstance(place.seat, PlannerSession):
             place.cpu_s = place.seat.cpu_s
@@ -602,12 +787,20 @@ class _Shell:
             place.span.end()
             place.span = None
         if len(self._unkept) > BACKLOG:
-            self._held.append(answer)
+            self._held.append((answer, frame))
         else:
-            self._handle(answer)
+            self._handle(answer, frame)
 
-    def _handle(self, answer: Stepped | Failed) -> None:
+    def _handle(self, answer: Stepped | Failed, frame: critical.Frame) -> None:
+        self._last = frame
+        self._frames += 1
+        if self._frames % critical.FOLD_EVERY == 0:
+            self._fold()
         if isinstance(answer, Stepped) and answer.results:
+            for variable in self._places[answer.member].ages:
+                for result in answer.results:
+                    if variable in result.outputs:
+                        self._ages.published_ns[answer.member, variable] = result.time_ns
             if self._sink is not None:
                 now_ns = time.time_ns()
                 for result in answer.results:
@@ -652,9 +845,46 @@ class _Shell:
     def _grant(self, grant: Grant) -> None:
         place = self._places[grant.member]
         place.granted = len(grant.steps)
+        place.until_ns = grant.steps[-1].time_ns
+        place.unlocked_by = self._last
         place.began_s = time.perf_counter()
+        if self._pacer is not None and self._is_early(place, grant, self._pacer):
+            return
+        self._give(place, grant)
+
+    def _is_early(self, place: _Place, grant: Grant, pacer: Pacer) -> bool:
+        """Whether a grant has to wait for the wall clock; then it is given in time.
+
+        What is on record is not waited for; the clock starts with the first step that is not.
+        """
+        if place.steps < place.on_record:
+            return False
+        place.pace_s = 0.0
+        time_ns, now_s = grant.steps[0].time_ns, self._loop.time()
+        due_s = pacer.due_s(time_ns, now_s, time_ns if self._memory.pasts else 0)
+        if due_s <= now_s:
+            self._note_lag(pacer, time_ns, now_s)
+            return False
+
+        def in_time() -> None:
+            place.due_s = place.timer = None
+            if self._verdict is None:
+                began_s = time.perf_counter()
+                place.pace_s, place.began_s = began_s - place.began_s, began_s
+                self._note_lag(pacer, time_ns, self._loop.time())
+                self._give(place, grant)
+
+        place.due_s = due_s
+        place.timer = self._loop.call_at(due_s, in_time)
+        return True
+
+    def _note_lag(self, pacer: Pacer, time_ns: int, now_s: float) -> None:
+        pacer.gave(time_ns, now_s)
+        telemetry.pace_lag.record(pacer.lag_s)
+
+    def _give(self, place: _Place, grant: Grant) -> None:
         if not self._is_traced:
-            place.seat.begin(grant.steps, place.answered)
+            place.begin(grant.steps, place.answered)
             return
         span = telemetry.tracer.start_span(
             "grant",
@@ -667,7 +897,7 @@ class _Shell:
         )
         place.span = span
         with trace.use_span(span):
-            place.seat.begin(grant.steps, place.answered)
+            place.begin(grant.steps, place.answered)
 
     def _keep(self, entries: Sequence[Entry]) -> None:
         """Take entries that are final, and hand on what there is unless the sink is at work."""
@@ -691,7 +921,9 @@ class _Shell:
                 if self._on_commit is not None:
                     self._on_commit(batch.settled_ns + 1)
                 while self._held and len(self._unkept) <= BACKLOG:
-                    self._handle(self._held.popleft())
+                    answer, frame = self._held.popleft()
+                    frame.store_s = time.perf_counter() - frame.ended_s
+                    self._handle(answer, frame)
                 if not self._unkept and self._verdict is None:
                     break  # that time has gone on meanwhile is news for the next tick
         except Exception as error:
@@ -747,7 +979,22 @@ class _Shell:
             for place in self._places.values():
                 if isinstance(place.seat, MemberSeat):
                     place.seat.look(now_s)
+                elif isinstance(place.seat, PlannerSession):
+                    self._look_at_planner(place)
             self._keep(())
+
+    def _look_at_planner(self, place: _Place) -> None:
+        """Give the planner up when it is overdue; the thread that it is in can't be ended."""
+        is_at_work = place.granted and place.due_s is None
+        if is_at_work and time.perf_counter() > place.began_s + PLAN_WITHIN_S:
+            place.answered(_planner_overdue())
+
+
+def _answer_within_s(seat: Seat) -> float:
+    """How long a member may take for a frame."""
+    if isinstance(seat, MemberSeat):
+        return seat.answer_within_s
+    return seat.link.options.answer_timeout_s if isinstance(seat, LinkSession) else PLAN_WITHIN_S
 
 
 def _tell(verdict: asyncio.Future[Effect] | None, effect: Effect) -> None:
@@ -790,6 +1037,8 @@ class LiveRun:
     """How many entries of the ledger an earlier life of the broker has stored."""
     settled_ns: int = NOT_SETTLED
     """The instant up to which they are complete."""
+    turn_within_s: float = TURN_WITHIN_S
+    lookout: Lookout = field(default_factory=Lookout)
     _inbox: Inbox = field(default_factory=Inbox)
     _task: asyncio.Task[Outcome] | None = None
     _ended_by: str = ""
@@ -804,7 +1053,9 @@ class LiveRun:
 
     async def _go(self, turn: asyncio.Semaphore) -> Outcome:
         try:
-            async with turn:
+            async with AsyncExitStack() as stack:
+                await self._wait_for_turn(turn)
+                stack.callback(turn.release)
                 await self._change(State.RUNNING)
                 outcome = await run_live(
                     self.scenario,
@@ -819,8 +1070,10 @@ class LiveRun:
                     prepared=self.prepared,
                     find=self.find,
                     memory=self.memory,
+                    lookout=self.lookout,
                 )
-            await self._change(State.SUCCEEDED, digest=outcome.digest)
+            results = write_results(outcome.critical_path, outcome.pace, outcome.stale)
+            await self._change(State.SUCCEEDED, digest=outcome.digest, results=results)
             return outcome
         except asyncio.CancelledError:
             await self._change(State.CANCELLED)
@@ -835,6 +1088,19 @@ class LiveRun:
         finally:
             self._inbox.close()
             await asyncio.gather(*(link.close() for link in self.links.values()))
+
+    async def _wait_for_turn(self, turn: asyncio.Semaphore) -> None:
+        self.lookout.waits_for("its turn, after other runs", self.turn_within_s)
+        try:
+            async with asyncio.timeout(self.turn_within_s):
+                await turn.acquire()
+        except TimeoutError:
+            raise ScenarioError(
+                Reason.NO_TURN,
+                f"{self.name} did not get its turn within {self.turn_within_s:g} s: other runs "
+                "go on for longer",
+                {"run": self.name},
+            ) from None
 
     async def submit(self, operator: str, action: Action) -> Accepted:
         """Let a person set an actuator. Fails with UNKNOWN_MEMBER, UNKNOWN_VARIABLE,
@@ -882,7 +1148,7 @@ class LiveRun:
         await asyncio.wait([self._task])
 
     async def _keep(self, batch: Batch) -> None:
-        await asyncio.to_thread(self._store, batch)
+        await _stored(lambda: self._store(batch))
         self._announce()
 
     def _store(self, batch: Batch) -> None:
@@ -899,20 +1165,27 @@ class LiveRun:
             self.store.keep_snapshot(self.name, member, saved.steps, saved.time_ns, saved.state)
 
     async def _change(
-        self, state: State, *, digest: str = "", error: FederationError | None = None
+        self,
+        state: State,
+        *,
+        digest: str = "",
+        error: FederationError | None = None,
+        results: str = "",
     ) -> None:
         end_ns = time.time_ns() if state.is_over else None
         by, because = self._ended_by, self._ended_because
         try:
-            await asyncio.to_thread(
-                self.store.change,
-                self.name,
-                state,
-                digest=digest,
-                error=error,
-                end_ns=end_ns,
-                ended_by=by,
-                ended_because=because,
+            await _stored(
+                lambda: self.store.change(
+                    self.name,
+                    state,
+                    digest=digest,
+                    error=error,
+                    end_ns=end_ns,
+                    ended_by=by,
+                    ended_because=because,
+                    results=results,
+                )
             )
         except FederationError as failure:
             if state in (State.RUNNING, State.SUCCEEDED):
@@ -924,6 +1197,17 @@ class LiveRun:
     def _announce(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+async def _stored(work: Callable[[], None]) -> None:
+    """Have the store do something, unless it takes too long, which ends the run."""
+    try:
+        async with asyncio.timeout(STORE_WITHIN_S):
+            await asyncio.to_thread(work)
+    except TimeoutError:
+        raise ScenarioError(
+            Reason.STORE_FAILED, f"the broker's store has not answered for {STORE_WITHIN_S:g} s"
+        ) from None
 
 
 def _seen(task: asyncio.Task[Outcome]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
+from federation.broker.why import Trouble
 from federation.core.ledger import Quality
 from federation.errors import FederationError, Reason, TwinError
 from federation.scenario.spec import OnFailure
@@ -127,6 +128,8 @@ class MemberSeat:
         self._past = past or Past()
         self._session: Session | None = None
         self._track = _Track(self._past, policy)
+        self.trouble: Trouble | None = None
+        """How the member is being brought back, while it is lost."""
         self._quality = Quality.GOOD
         self._known: tuple[StepResult, ...] = ()
         """Answers to the first steps of the frame, from the record."""
@@ -138,6 +141,11 @@ class MemberSeat:
         self._task: asyncio.Task[None] | None = None
         self._lost: FederationError | None = None
         """Why there is no session, if it was lost while it owed nothing."""
+
+    @property
+    def answer_within_s(self) -> float:
+        """How long its session may take for a frame."""
+        return self._policy.answer_within_s
 
     async def open(self) -> None:
         """Open the member's session, unless there is a past to go through first."""
@@ -285,6 +293,7 @@ class MemberSeat:
                 self._end(error)
 
     def _end(self, error: FederationError) -> None:
+        self.trouble = None
         done, self._done = self._done, None
         if done is not None:
             done(error)
@@ -343,11 +352,14 @@ class MemberSeat:
         error is the answer. A service that is lost again was not there to be at fault.
         """
         began_s = time.perf_counter()
-        for _ in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
+                self._recover(attempt, "a session is opened", error, self._policy.back_within_s)
                 session = await self._open()
                 try:
+                    self._recover(attempt, "it does again what it had done", error)
                     await self._redo(session)
+                    self._recover(attempt, "it does what is due", error)
                     steps = self._track.filled(self._rest)
                     results = self._checked(await self._in_time(session.advance(steps)))
                 except BaseException:
@@ -361,7 +373,7 @@ class MemberSeat:
                 if failure.reason in _FINAL:
                     break
             else:
-                self._session = session
+                self._session, self.trouble = session, None
                 self._track.arrived()
                 if error is not None:
                     self._witness.recovered(self.member, error, time.perf_counter() - began_s)
@@ -372,6 +384,19 @@ class MemberSeat:
             self._end(error)
         else:
             self._fail(error)
+
+    def _recover(
+        self,
+        attempt: int,
+        stage: str,
+        error: FederationError | None,
+        within_s: float | None = None,
+    ) -> None:
+        """Say, to who looks, how the member is being brought back."""
+        now_s = time.monotonic()
+        since_s = now_s if self.trouble is None else self.trouble.since_s
+        within_s = self._policy.answer_within_s if within_s is None else within_s
+        self.trouble = Trouble(attempt, stage, error, since_s, now_s + within_s)
 
     async def _in_time(self, work: Awaitable[_T]) -> _T:
         """What a session that is not heard yet gives, unless its time is over."""

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from federation.broker.live import (
     AWAY,
     CONNECT_AGAIN_S,
+    TURN_WITHIN_S,
     Find,
     LiveRun,
     Prepared,
@@ -33,7 +34,8 @@ from federation.broker.memory import recall, write_case
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
 from federation.broker.service import BrokerService
 from federation.broker.store import Run, State, Store, Stored
-from federation.core.ledger import ActionRecord, EventRecord
+from federation.broker.why import read_results
+from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
 from federation.scenario.spec import Scenario, Service, parse
@@ -78,7 +80,8 @@ class BrokerOptions:
 
     `scenario_folder` is where the maps of documents that come over the wire are looked for; no
     file outside it is read. `planner` builds the planner of a scenario that has repairs. Of the
-    runs that were asked for, `parallel_runs` go on at a time. A broker that `continues`
+    runs that were asked for, `parallel_runs` go on at a time; one that has not got its turn within
+    `turn_within_s` fails. A broker that `continues`
     takes up the runs that an earlier life of it left unfinished; else they are marked as failed.
     With `keep_runs`, only so many runs that have ended stay in its store. `link` says how patient
     it is with twins.
@@ -90,6 +93,7 @@ class BrokerOptions:
     scenario_folder: Path | None = None
     planner: PlannerFactory | None = None
     parallel_runs: int = 4
+    turn_within_s: float = TURN_WITHIN_S
     continues: bool = True
     keep_runs: int | None = None
     lease_ttl_s: float = DEFAULT_TTL_NS / 1e9
@@ -329,6 +333,7 @@ class BrokerServer:
         return live, await self._start(live)
 
     async def _start(self, live: LiveRun) -> asyncio.Task[Outcome]:
+        live.turn_within_s = self.options.turn_within_s
         self._live[live.name] = live
         task = await live.start(self._turn)
         task.add_done_callback(lambda _: self._forget(live))
@@ -352,6 +357,13 @@ class BrokerServer:
             scenario = await asyncio.to_thread(
                 parse, run.document, "scenario", self.options.scenario_folder
             )
+            if scenario.pace is not None and scenario.pace.when_late == "degrade":
+                raise ScenarioError(
+                    Reason.UNSUPPORTED,
+                    f"{run.name} can't be continued: what it gives depends on when its members "
+                    "answered (pace: when_late: degrade)",
+                    {"run": run.name},
+                )
             links, prepared = await self._reach(scenario, memory.case, leases)
         except FederationError as error:
             await asyncio.to_thread(
@@ -459,12 +471,19 @@ class BrokerServer:
                 raise result
         return dict(zip(addresses, links, strict=True))
 
-    async def create(self, document: str, seed: int | None) -> str:
-        """Begin a run of a document, under its first measure; the name of the run."""
+    async def create(
+        self, document: str, seed: int | None, pace_factor: float | None = None
+    ) -> str:
+        """Begin a run of a document, under its first measure; the name of the run.
+
+        `pace_factor` counts in place of the document's.
+        """
         scenario = await asyncio.to_thread(
             parse, document, "scenario", self.options.scenario_folder
         )
         _check_files(scenario, self.options.scenario_folder)
+        if pace_factor is not None:
+            scenario, document = scenario.paced(pace_factor), ""
         measure = next(iter(scenario.measures))
         (case,) = cases(scenario, [measure], 1, scenario.seed if seed is None else seed)
         live, _ = await self.begin(scenario, case, self.options.planner, document=document)
@@ -483,7 +502,30 @@ class BrokerServer:
 
     async def report(self, run: Run) -> scenario_pb2.Run:
         """A run as the wire carries it, with its figures so far."""
-        return await asyncio.to_thread(_report, self.store, run)
+        return await asyncio.to_thread(_report, self.store, run, self._stale(run))
+
+    def _stale(self, run: Run) -> frozenset[tuple[str, str]]:
+        """The variables whose values are older, now or at the end, than the scenario allows."""
+        live = self._live.get(run.name)
+        if live is not None and not run.state.is_over:
+            return frozenset((stale.member, stale.variable) for stale in live.lookout.stale())
+        if not run.results:
+            return frozenset()
+        values = read_results(run.results, scenario_pb2.Run()).stale_values
+        return frozenset((stale.member, stale.variable) for stale in values)
+
+    async def why(self, name: str) -> control_pb2.WhyResponse:
+        """What a run waits for or, when it has ended, what its time went to."""
+        run = await self.find(name)
+        report = await self.report(run)
+        live = self._live.get(name)
+        if run.state.is_over:
+            return read_results(run.results, report)
+        if live is not None:
+            return live.lookout.told(report)
+        response = control_pb2.WhyResponse(run=report)
+        response.wait.cause = "its members to be there again, to continue"
+        return response
 
     async def live(self, name: str) -> LiveRun | None:
         """A run that has not ended, or None when it has. Fails with RUN_NOT_FOUND."""
@@ -514,12 +556,13 @@ class BrokerServer:
                 self.store.snapshot, name, members=members, variables=variables
             )
             told_ns = run.settled_ns
+            stale = self._stale(run)
             yield self._checked(
                 broker_pb2.WatchResponse(
                     cursor=f"{prefix}{after}",
                     snapshot=True,
                     time_ns=run.settled_ns,
-                    entries=map(_encode, found),
+                    entries=[_encode(stored, stale) for stored in found],
                 )
             )
         while True:
@@ -678,15 +721,25 @@ def _instant(unix_ns: int) -> Timestamp:
     return found
 
 
-def _encode(stored: Stored) -> broker_pb2.LedgerEntry:
-    message = codec.encode_entry(stored.entry)
+def _encode(stored: Stored, stale: Collection[tuple[str, str]] = ()) -> broker_pb2.LedgerEntry:
+    """An entry for a reader; a value that is stale by now is told as such."""
+    entry = stored.entry
+    if isinstance(entry, Record) and (entry.owner, entry.variable) in stale:
+        entry = entry._replace(quality=Quality.STALE)
+    message = codec.encode_entry(entry)
     message.receive_time.FromNanoseconds(stored.receive_ns)
     return message
 
 
-def _report(store: Store, run: Run) -> scenario_pb2.Run:
+def _report(store: Store, run: Run, stale: Collection[tuple[str, str]]) -> scenario_pb2.Run:
     kpis = [
-        scenario_pb2.Kpi(member=member, name=variable, unit=unit, value=value)
+        scenario_pb2.Kpi(
+            member=member,
+            name=variable,
+            unit=unit,
+            value=value,
+            is_stale=(member, variable) in stale,
+        )
         for member, variable, unit in run.figures
         if (value := store.present(run.name, member, variable)) is not None
     ]
@@ -834,7 +887,8 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
     ) -> scenario_pb2.CreateRunResponse:
         async with refusing(context):
             seed = request.seed if request.HasField("seed") else None
-            name = await self._broker.create(request.document, seed)
+            pace = request.pace_factor if request.HasField("pace_factor") else None
+            name = await self._broker.create(request.document, seed, pace)
             return scenario_pb2.CreateRunResponse(run=await self._report(name))
         raise AssertionError("abort raises")
 
@@ -947,6 +1001,15 @@ class _Control(control_pb2_grpc.ControlServicer):
                 await live.cancel(request.operator, request.reason)
             run = await self._broker.find(request.run)
             return control_pb2.StopRunResponse(run=await self._broker.report(run))
+        raise AssertionError("abort raises")
+
+    async def Why(  # noqa: N802
+        self,
+        request: control_pb2.WhyRequest,
+        context: grpc.aio.ServicerContext[control_pb2.WhyRequest, control_pb2.WhyResponse],
+    ) -> control_pb2.WhyResponse:
+        async with refusing(context):
+            return await self._broker.why(request.run)
         raise AssertionError("abort raises")
 
 

@@ -35,6 +35,7 @@ from federation.core.messages import (
     Ordered,
     Refused,
 )
+from federation.core.waits import Wait, find_waits
 from federation.errors import FederationError, Reason, TwinError
 from federation.twin import NOTHING, Action, Event, StepInput, StepResult
 
@@ -43,6 +44,9 @@ OPERATOR = "operator"
 
 OPERATOR_RANK = -1
 """A person's order comes before all steps of its instant."""
+
+FRAME_STEPS = 64
+"""How many steps a grant carries at most unless told otherwise."""
 
 SETTLE_EVERY = 512
 """Ledger entries to gather at least before they are put in order; a matter of speed only."""
@@ -118,7 +122,7 @@ class Coordinator:
         *,
         loop: LoopPolicy | None = None,
         pools: tuple[Pool, ...] = (),
-        frame_steps: int = 64,
+        frame_steps: int = FRAME_STEPS,
     ) -> None:
         self.wiring = wiring
         self.horizon_ns = horizon_ns
@@ -183,6 +187,10 @@ class Coordinator:
         while front[0][0] != units[front[0][1]].earliest_ns:
             heapq.heappop(front)
         return min(front[0][0], self.horizon_ns + 1)
+
+    def waits(self) -> tuple[Wait, ...]:
+        """What each member that has not come to its end is doing, and who holds it back."""
+        return find_waits(self._units, _next_step, self.wiring, self.horizon_ns)
 
     # -- construction ----------------------------------------------------------------
 

@@ -378,7 +378,7 @@ class Exchange:
         self._changes[change.member] = change
 
     def _record_change(self, member: Member) -> None:
-        """Record that the quality changes; what is held, anew.
+        """Record that the quality changes; what is held or stale, anew.
 
         Not before the member's own answers to the steps before have been recorded.
         """
@@ -390,13 +390,17 @@ class Exchange:
         text = f"{member.name} is {quality}: {change.error}"
         what = Event(event_id, time_ns, f"member_{quality}", member.name, text)
         self.ledger.add(EventRecord(time_ns, 0, FEDERATION_RANK, FEDERATION, what, ()))
-        if change.quality is not Quality.HELD:
+        if change.quality is Quality.SUBSTITUTED:
             return
         for name, outlet in member.outlets.items():
-            if outlet.value is not None:
-                outlet.revision += 1
-                place = (time_ns, 0, member.rank, member.name, name)
-                self.ledger.add(Record(*place, outlet.revision, outlet.value, Quality.HELD))
+            if outlet.value is None:
+                continue
+            if change.quality is Quality.GOOD:
+                outlet.data = b""  # what it says next is news, be it the same as before
+                continue
+            outlet.revision += 1
+            place = (time_ns, 0, member.rank, member.name, name)
+            self.ledger.add(Record(*place, outlet.revision, outlet.value, change.quality))
 
     def _check_causes(self, member: Member, name: str, news: Mapping[int, str]) -> None:
         for event in news.values():

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from federation.core.coordinator import Coordinator
+from federation.core.ages import Stale
+from federation.core.coordinator import FRAME_STEPS, Coordinator
 from federation.core.coupling import Actuation, Coupling, Wiring, wire
+from federation.core.critical import CriticalPath, path_in_one_thread
 from federation.core.envelope import Pool
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
 from federation.core.messages import (
@@ -97,6 +99,12 @@ class Outcome:
     recoveries: list[tuple[str, str, float]] = field(default_factory=list)
     """Members that were lost and came back: who, why, and after how many seconds."""
     failure: FederationError | None = None
+    critical_path: CriticalPath | None = None
+    """What the wall time went to; None for a run that failed."""
+    pace: Mapping[str, float | str] | None = None
+    """How a paced run kept to the wall clock (`federation.broker.pace.Pacer.report`)."""
+    stale: list[Stale] = field(default_factory=list)
+    """Values that were older at the end of a live run than the scenario allows."""
 
     @property
     def error(self) -> str:
@@ -124,8 +132,10 @@ class Experiment:
             return self.scenario.kpis
         return tuple(f"{name}.{kpi}" for name, d in self.descriptions.items() for kpi in d.kpis)
 
-    def coordinator(self) -> Coordinator:
-        return Coordinator(self.wiring, self.scenario.horizon_ns, pools=self.pools)
+    def coordinator(self, frame_steps: int = FRAME_STEPS) -> Coordinator:
+        return Coordinator(
+            self.wiring, self.scenario.horizon_ns, pools=self.pools, frame_steps=frame_steps
+        )
 
 
 def bind(
@@ -169,6 +179,15 @@ def bind(
             raise ScenarioError(
                 Reason.UNKNOWN_VARIABLE,
                 f"the KPI {name} is no scalar output of {member}; it has {sorted(known)}",
+                {"member": member, "variable": variable},
+            )
+    for member, variable in scenario.staleness_ns():
+        outputs = {v.name for v in members[member].outputs()}
+        if variable not in outputs:
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE,
+                f"staleness bounds {member}.{variable}, which is no output; {member} has "
+                f"{', '.join(sorted(outputs))}",
                 {"member": member, "variable": variable},
             )
     for name in (*scenario.parameters, *scenario.uncertainty, *scenario.sensitivity):
@@ -336,6 +355,7 @@ def run_local(
         )
     recorder = Recorder(experiment, case, keep_ledger)
     costs: dict[str, MemberCost] = {}
+    opening_s = time.perf_counter() - started
     holds = any(member.on_failure.do == "hold" for member in scenario.members.values())
     walk = _walk if Schedule.suits(experiment.wiring) and not holds else _drive
     try:
@@ -346,6 +366,8 @@ def run_local(
     outcome = recorder.finish(digest)
     outcome.costs = costs
     outcome.wall_s = time.perf_counter() - started
+    taken = {name: (cost.steps, cost.wall_s) for name, cost in costs.items()}
+    outcome.critical_path = path_in_one_thread(taken, opening_s, outcome.wall_s)
     outcome.cpu_s = time.process_time() - started_cpu
     return outcome
 

@@ -534,7 +534,10 @@ class LedgerEntry(_message.Message):
         QUALITY_SUBSTITUTED: LedgerEntry._Quality.ValueType  # 3
         """The twin is lost; a surrogate stands in."""
         QUALITY_STALE: LedgerEntry._Quality.ValueType  # 4
-        """It is older than the run allows."""
+        """It is older than the run allows: its twin is later than the pace of the run allows, and
+        others go on without it; or, told in the opening answer of Watch, its twin has not published
+        it for longer than the scenario's `staleness` allows.
+        """
 
     class Quality(_Quality, metaclass=_QualityEnumTypeWrapper):
         """How a value came about."""
@@ -548,7 +551,10 @@ class LedgerEntry(_message.Message):
     QUALITY_SUBSTITUTED: LedgerEntry.Quality.ValueType  # 3
     """The twin is lost; a surrogate stands in."""
     QUALITY_STALE: LedgerEntry.Quality.ValueType  # 4
-    """It is older than the run allows."""
+    """It is older than the run allows: its twin is later than the pace of the run allows, and
+    others go on without it; or, told in the opening answer of Watch, its twin has not published
+    it for longer than the scenario's `staleness` allows.
+    """
 
     @_typing.final
     class Value(_message.Message):

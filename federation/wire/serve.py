@@ -297,6 +297,11 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             "Session": grpc.stream_stream_rpc_method_handler(
                 self.Session, twin_pb2.SessionRequest.FromString
             ),
+            "ReadClock": grpc.unary_unary_rpc_method_handler(
+                self.ReadClock,
+                twin_pb2.ReadClockRequest.FromString,
+                twin_pb2.ReadClockResponse.SerializeToString,
+            ),
             "Flexibility": grpc.unary_unary_rpc_method_handler(
                 self.Flexibility,
                 twin_pb2.FlexibilityRequest.FromString,
@@ -311,6 +316,16 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         context: grpc.aio.ServicerContext[twin_pb2.DescribeRequest, twin_pb2.DescribeResponse],
     ) -> twin_pb2.DescribeResponse:
         return self._described
+
+    async def ReadClock(  # noqa: N802
+        self,
+        request: twin_pb2.ReadClockRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ReadClockRequest, twin_pb2.ReadClockResponse],
+    ) -> twin_pb2.ReadClockResponse:
+        answer = twin_pb2.ReadClockResponse()
+        answer.receive_time.GetCurrentTime()
+        answer.send_time.GetCurrentTime()
+        return answer
 
     async def Session(  # type: ignore[override]  # noqa: N802 - it reads and writes by itself
         self,

@@ -257,7 +257,7 @@ class Stage:
         for name in MEMBERS:
             proxy = self.proxies[name] = Proxy(self.ports[name], self._saw_blow)
             await proxy.start()
-            meddler = self.meddlers[name] = Meddler(proxy.port, self._saw_meddling)
+            meddler = self.meddlers[name] = Meddler(proxy.port, self._saw_meddling)  # type: ignore[abstract]
             await meddler.start()
         self._channel = grpc.aio.insecure_channel(
             f"127.0.0.1:{self.port}",

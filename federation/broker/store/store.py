@@ -272,14 +272,17 @@ class Store:
         end_ns: int | None = None,
         ended_by: str = "",
         ended_because: str = "",
+        results: str = "",
     ) -> None:
         """Keep where a run stands now."""
+
+        ending = kept.ending(digest, error, ended_by, ended_because, results)
 
         def body(db: Cursor) -> None:
             id_, _, _ = self._id(db, run)
             db.execute(
                 "UPDATE runs SET state = ?, end_ns = ?, ending = ? WHERE id = ?",
-                (str(state), end_ns, kept.ending(digest, error, ended_by, ended_because), id_),
+                (str(state), end_ns, ending, id_),
             )
             if state.is_over:
                 self._open.pop(id_, None)
