@@ -194,6 +194,8 @@ class PlannerSession:
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.cpu_s = 0.0
+        self.done: tuple[StepResult, ...] = ()
+        """A frame that fails half-way has done nothing."""
         self._session = Session(planner, PLANNER)
 
     async def open(self, seed: int, parameters: Mapping[str, float]) -> None:
@@ -405,7 +407,7 @@ class _Home:
                                 await before.close()
                         return await self._session(member, link)
                     except FederationError as error:
-                        if error.reason not in _AWAY:
+                        if error.reason not in AWAY:
                             raise
                         why = error.message
                     await asyncio.sleep(pause_s)
@@ -456,7 +458,7 @@ class _Home:
             await session.close()
 
 
-_AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)
+AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)
 """Errors of a service that may still come up."""
 
 

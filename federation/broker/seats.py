@@ -40,6 +40,10 @@ Done = Callable[[Answer], None]
 class Session(Protocol):
     """A session of a twin, as `federation.wire.link` calls it."""
 
+    @property
+    def done(self) -> Sequence[StepResult]:
+        """What the last frame did, also when it failed half-way."""
+
     def begin(self, steps: Sequence[StepInput], done: Done) -> None: ...
 
     async def advance(self, steps: Sequence[StepInput]) -> Sequence[StepResult]: ...
@@ -217,28 +221,44 @@ class MemberSeat:
         if self._done is None or self._session is not session:
             return  # it was given up meanwhile
         if isinstance(answer, FederationError):
-            self._fail(answer)
-            return
-        try:
-            results = self._checked(answer)
-        except FederationError as error:
-            self._fail(error)
+            results, error = self._sound(session.done, is_whole=False)
+            error = error or answer
         else:
+            results, error = self._sound(answer, is_whole=True)
+        if error is None:
             self._answer(results)
+        else:
+            self._fail(error, results)
+
+    def _sound(
+        self, answer: Sequence[StepResult], *, is_whole: bool
+    ) -> tuple[tuple[StepResult, ...], FederationError | None]:
+        """The answers that are as they should be, and what is wrong with the first that isn't.
+
+        They are held to what was asked and described; their events are numbered on.
+        """
+        sound: list[StepResult] = []
+        try:
+            for step, result in zip(self._rest, answer, strict=False):
+                if (step.time_ns, step.micro) != (result.time_ns, result.micro):
+                    raise self._misfit(f"for {step.time_ns} ns answered for {result.time_ns} ns")
+                check_outputs(self.member, self._sizes, result)
+                sound.append(self._track.renumbered(self.member, result))
+            if is_whole and len(answer) != len(self._rest):
+                raise self._misfit(f"{len(self._rest)} steps answered for {len(answer)}")
+        except FederationError as error:
+            return tuple(sound), error
+        return tuple(sound), None
+
+    def _misfit(self, how: str) -> TwinError:
+        text = f"{self.member}, asked {how}"
+        return TwinError(Reason.INVALID_FRAME, text, {"member": self.member})
 
     def _checked(self, answer: Sequence[StepResult]) -> tuple[StepResult, ...]:
-        """The answers with their events numbered on, held to what was asked and described."""
-        asked = [(step.time_ns, step.micro) for step in self._rest]
-        answered = [(result.time_ns, result.micro) for result in answer]
-        if asked != answered:
-            raise TwinError(
-                Reason.INVALID_FRAME,
-                f"{self.member} was given the steps {asked} and answered for {answered}",
-                {"member": self.member},
-            )
-        for result in answer:
-            check_outputs(self.member, self._sizes, result)
-        return tuple(self._track.renumbered(self.member, result) for result in answer)
+        results, error = self._sound(answer, is_whole=True)
+        if error is not None:
+            raise error
+        return results
 
     def _answer(self, results: tuple[StepResult, ...]) -> None:
         done, self._done, self._asked_s = self._done, None, math.inf
@@ -248,8 +268,8 @@ class MemberSeat:
                     self._track.add(step, result)
             done(self._known + results)
 
-    def _fail(self, error: FederationError) -> None:
-        """Do as the policy says about a frame that has no good answer."""
+    def _fail(self, error: FederationError, sound: tuple[StepResult, ...] = ()) -> None:
+        """Do as the policy says about a frame that has good answers to its first steps only."""
         session, self._session = self._session, None
         self._asked_s, self._lost = math.inf, None
         if session is not None:
@@ -258,6 +278,9 @@ class MemberSeat:
             case "recover":
                 self._work(self._resume(error))
             case "hold" | "substitute" if self._quality is Quality.GOOD:
+                for step, result in zip(self._rest, sound, strict=False):
+                    self._track.add(step, result)
+                self._known, self._rest = self._known + sound, self._rest[len(sound) :]
                 held = self._policy.do == "hold"
                 quality = Quality.HELD if held else Quality.SUBSTITUTED
                 change = Degradation(self._rest[0].time_ns, quality, error)

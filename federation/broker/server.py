@@ -21,10 +21,12 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from federation.broker.live import (
+    AWAY,
     CONNECT_AGAIN_S,
     TURN_WITHIN_S,
     Find,
     LiveRun,
+    Prepared,
     prepare,
     substitute_of,
 )
@@ -346,7 +348,6 @@ class BrokerServer:
     async def _take_up(self, run: Run) -> None:
         """Go on with a run of an earlier life, when its members are there again."""
         leases: dict[str, Lease] = {}
-        links: dict[str, Link] = {}
         try:
             memory = await asyncio.to_thread(recall, self.store, run.name)
             if memory.case is None:
@@ -363,13 +364,8 @@ class BrokerServer:
                     "answered (pace: when_late: degrade)",
                     {"run": run.name},
                 )
-            by_name = [name for name, m in scenario.members.items() if m.address is None]
-            wait_s = max(m.on_failure.back_within_s for m in scenario.members.values())
-            await self.members_ready(by_name, wait_s)
-            links = await self._connect(self._addresses(scenario, leases))
-            prepared = await prepare(scenario, memory.case, self.options.planner, links)
+            links, prepared = await self._reach(scenario, memory.case, leases)
         except FederationError as error:
-            await asyncio.gather(*(link.close() for link in links.values()))
             await asyncio.to_thread(
                 self.store.change, run.name, State.FAILED, error=error, end_ns=time.time_ns()
             )
@@ -389,6 +385,25 @@ class BrokerServer:
             settled_ns=run.settled_ns,
         )
         await self._start(live)
+
+    async def _reach(
+        self, scenario: Scenario, case: Case, leases: dict[str, Lease]
+    ) -> tuple[dict[str, Link], Prepared]:
+        """Links to all members, who are waited for as they may be away, and their wiring."""
+        by_name = [name for name, m in scenario.members.items() if m.address is None]
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + max(m.on_failure.back_within_s for m in scenario.members.values())
+        while True:
+            links: dict[str, Link] = {}
+            try:
+                await self.members_ready(by_name, until_s - loop.time())
+                links = await self._connect(self._addresses(scenario, leases))
+                return links, await prepare(scenario, case, self.options.planner, links)
+            except FederationError as error:
+                await asyncio.gather(*(link.close() for link in links.values()))
+                if error.reason not in AWAY or loop.time() > until_s:
+                    raise
+            await asyncio.sleep(CONNECT_AGAIN_S)
 
     def _addresses(self, scenario: Scenario, leases: dict[str, Lease]) -> dict[str, str]:
         """Where the members are. Notes the leases of those that are found by their names."""

@@ -268,8 +268,9 @@ class Exchange:
         self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
         self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
         self.members: dict[str, Member] = {}
-        self._changes = 0
-        """How many changes of members there were."""
+        self._changes: dict[str, Degraded] = {}
+        """Changes of quality that are ahead, by member."""
+        self._change_count = 0
         for name, description in wiring.descriptions.items():
             rank = wiring.rank[name]
             policy = description.time
@@ -320,6 +321,8 @@ class Exchange:
         """Record what has changed of a result's values, and hand it on with its causes."""
         outputs = result.outputs
         time_ns = result.time_ns
+        if time_ns >= member.degraded_ns and member.name in self._changes:
+            self._record_change(member)
         names: Iterable[str] = outputs
         if causes:
             names = dict.fromkeys(chain(outputs, causes))
@@ -369,18 +372,23 @@ class Exchange:
                 feed.member.awaits = True
 
     def degrade(self, change: Degraded) -> None:
-        """Note that a member's values are of another quality from an instant on.
-
-        What it has published and now holds is recorded anew, as held or stale.
-        """
+        """Note that a member's values are of another quality from an instant on."""
         member = self.members[change.member]
-        time_ns, member.quality = change.time_ns, change.quality
-        member.degraded_ns = time_ns
-        self._changes += 1
-        text = f"{member.name} is {change.quality.name.lower()}: {change.error}"
-        event_id = f"{FEDERATION}/{self._changes}"
-        kind = f"member_{change.quality.name.lower()}"
-        what = Event(event_id, time_ns, kind, member.name, text)
+        member.quality, member.degraded_ns = change.quality, change.time_ns
+        self._changes[change.member] = change
+
+    def _record_change(self, member: Member) -> None:
+        """Record that the quality changes; what is held or stale, anew.
+
+        Not before the member's own answers to the steps before have been recorded.
+        """
+        change = self._changes.pop(member.name)
+        time_ns = change.time_ns
+        self._change_count += 1
+        quality = change.quality.name.lower()
+        event_id = f"{FEDERATION}/{self._change_count}"
+        text = f"{member.name} is {quality}: {change.error}"
+        what = Event(event_id, time_ns, f"member_{quality}", member.name, text)
         self.ledger.add(EventRecord(time_ns, 0, FEDERATION_RANK, FEDERATION, what, ()))
         if change.quality is Quality.SUBSTITUTED:
             return

@@ -15,12 +15,31 @@ from federation.core.coordinator import FRAME_STEPS, Coordinator
 from federation.core.coupling import Actuation, Coupling, Wiring, wire
 from federation.core.critical import CriticalPath, path_in_one_thread
 from federation.core.envelope import Pool
-from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
-from federation.core.messages import Aborted, Commit, Effect, Failed, Finished, Grant, Stepped
+from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
+from federation.core.messages import (
+    Aborted,
+    Commit,
+    Degraded,
+    Effect,
+    Failed,
+    Finished,
+    Grant,
+    Stepped,
+)
 from federation.core.schedule import Schedule
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.scenario.spec import PLANNER, Policy, Scenario
-from federation.twin import MINUTE_NS, SYSTEM, Description, Planner, Session, Twin, failed
+from federation.twin import (
+    MINUTE_NS,
+    SYSTEM,
+    Description,
+    Planner,
+    Session,
+    StepInput,
+    StepResult,
+    Twin,
+    failed,
+)
 
 
 @dataclass(frozen=True)
@@ -312,7 +331,9 @@ def run_local(
 ) -> Outcome:
     """Do one run in this process and in one thread.
 
-    `on_commit` hears the time up to which the run is settled. Raises what aborts the run.
+    `on_commit` hears the time up to which the run is settled. A member that fails is held when
+    its policy says so; there is nothing here to recover it with, nor anybody to stand in. Raises
+    what aborts the run.
     """
     started, started_cpu = time.perf_counter(), time.process_time()
     sessions = local_sessions(scenario)
@@ -335,7 +356,8 @@ def run_local(
     recorder = Recorder(experiment, case, keep_ledger)
     costs: dict[str, MemberCost] = {}
     opening_s = time.perf_counter() - started
-    walk = _walk if Schedule.suits(experiment.wiring) else _drive
+    holds = any(member.on_failure.do == "hold" for member in scenario.members.values())
+    walk = _walk if Schedule.suits(experiment.wiring) and not holds else _drive
     try:
         digest = walk(experiment, sessions, recorder, costs, on_commit)
     finally:
@@ -400,17 +422,33 @@ def _drive(
     """Run members of any kind, as the coordinator lets them."""
     coordinator = experiment.coordinator()
     spent = {name: [0, 0.0, 0.0] for name in sessions}
+    held: set[str] = set()
+    members = experiment.scenario.members
+
+    def step_on(name: str, step: StepInput) -> StepResult:
+        """One step of a member, or nothing new when it is held."""
+        unchanged = StepResult(step.time_ns, step.micro)
+        if name in held:
+            return unchanged
+        try:
+            with blame(name):
+                return sessions[name].advance(step)
+        except FederationError as error:
+            if name not in members or members[name].on_failure.do != "hold":
+                raise
+            held.add(name)
+            coordinator.handle(Degraded(name, step.time_ns, Quality.HELD, error))
+            return unchanged
+
     waiting: deque[Effect] = deque(coordinator.start())
     while waiting:
         effect = waiting.popleft()
         match effect:
             case Grant():
                 wall, cpu = time.perf_counter(), time.thread_time()
-                session = sessions[effect.member]
                 answer: Stepped | Failed
                 try:
-                    with blame(effect.member):
-                        results = tuple([session.advance(step) for step in effect.steps])
+                    results = tuple([step_on(effect.member, step) for step in effect.steps])
                     answer = Stepped(effect.member, results)
                 except FederationError as error:
                     answer = Failed(effect.member, error)

@@ -24,9 +24,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.errors import FederationError, Reason, ScenarioError
 from federation.telemetry import is_tracing, tracer
-from federation.twin import Description, Twin
+from federation.twin import Description, Twin, failed
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
 from federation.wire import codec, status
@@ -512,6 +512,11 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 span.set_attribute("error.type", error.reason.value)
             return answer
 
+    def _name_of(self, hosted: _Hosted, request: twin_pb2.SessionRequest) -> str:
+        """What the federation calls the member whose session this is."""
+        opened = request.open if hosted.opened is None else hosted.opened
+        return opened.member or self.name
+
     def _answer(
         self, hosted: _Hosted, request: twin_pb2.SessionRequest
     ) -> tuple[bytes, FederationError | None]:
@@ -519,7 +524,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         command = request.WhichOneof("command")
         failure: FederationError | None = None
         try:
-            with _blaming(self.name):
+            with _blaming(self._name_of(hosted, request)):
                 match command:
                     case "advance":
                         self._advance(hosted, request.advance, response)
@@ -650,12 +655,7 @@ class _blaming:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception | SystemExit) and not isinstance(error, FederationError):
             _log.error("%s failed", self._name, exc_info=error)
-            what = type(error).__name__
-            raise TwinError(
-                Reason.TWIN_FAILED,
-                f"{self._name} failed with {what}: {error}",
-                {"exception": what},
-            ) from error
+            raise failed(self._name, error) from error
 
 
 def new_server(max_message_bytes: int) -> grpc.aio.Server:

@@ -119,8 +119,13 @@ class Nursery:
             stdout=asyncio.subprocess.PIPE,
         )
         assert self._process.stdout is not None
-        async with asyncio.timeout(READY_S):
-            await self._process.stdout.readline()
+        try:
+            async with asyncio.timeout(READY_S):
+                await self._process.stdout.readline()
+        except BaseException:
+            self._process.kill()
+            await self._process.wait()
+            raise
         self._reader = asyncio.create_task(self._read(self._process.stdout))
 
     async def stop(self) -> None:
@@ -171,6 +176,12 @@ class Told:
     orders: dict[str, int] = field(default_factory=dict)
     """Accepted orders: the event of each, and when it takes effect."""
     contradictions: list[str] = field(default_factory=list)
+    is_dated: bool = True
+    """Whether an entry must also keep the time at which it was received. A log of which the end
+    is torn off is made up from the members again, at another time."""
+
+    def says(self, entry: broker_pb2.LedgerEntry) -> bytes:
+        return entry.SerializeToString(deterministic=True) if self.is_dated else _said(entry)
 
     def take(self, answer: broker_pb2.WatchResponse) -> None:
         self.messages += 1
@@ -179,7 +190,7 @@ class Told:
             self.opened_at = int(answer.cursor.rpartition(":")[2])
         self.settled_ns = max(self.settled_ns, answer.time_ns)
         for entry in answer.entries:
-            key, said = _key(entry), entry.SerializeToString(deterministic=True)
+            key, said = _key(entry), self.says(entry)
             before = self.entries.setdefault(key, said)
             if before != said:
                 self.contradictions.append(f"{key} was told twice, and otherwise")
@@ -246,7 +257,7 @@ class Stage:
         for name in MEMBERS:
             proxy = self.proxies[name] = Proxy(self.ports[name], self._saw_blow)
             await proxy.start()
-            meddler = self.meddlers[name] = Meddler(proxy.port, self._saw_meddling)
+            meddler = self.meddlers[name] = Meddler(proxy.port, self._saw_meddling)  # type: ignore[abstract]
             await meddler.start()
         self._channel = grpc.aio.insecure_channel(
             f"127.0.0.1:{self.port}",
@@ -326,6 +337,7 @@ class Stage:
         for cue in plan.cues:
             left.setdefault((cue.member, cue.step, cue.at), []).append((cue, cue.times))
         take = self._take = Take(self._takes, plan, left)
+        take.told.is_dated = not any(isinstance(cue.fault, TearLog) for cue in plan.cues)
         verdict = Verdict(plan.name, seed)
         try:
             async with asyncio.timeout(plan.bound_s):
@@ -637,7 +649,7 @@ class Stage:
         missing = []
         for key, said in told.entries.items():
             found = stored.get(key)
-            if found is None or found.SerializeToString(deterministic=True) != said:
+            if found is None or told.says(found) != said:
                 missing.append(f"{key} was told and is {'otherwise' if found else 'gone'}")
         for event, time_ns in told.orders.items():
             if not any(e.occurrence.event.id == event and e.time_ns == time_ns for e in whole):

@@ -72,11 +72,6 @@ CREATE TABLE snapshots (
     time_ns {integer} NOT NULL, state {bytes} NOT NULL,
     PRIMARY KEY (run, member, number)
 );
-CREATE TABLE sessions (
-    run {integer} NOT NULL, member TEXT NOT NULL,
-    session TEXT NOT NULL,         -- JSON: what the broker must know to find it again
-    PRIMARY KEY (run, member)
-);
 """
 
 RUN = "name, state, settled_ns, entries, items, end_ns, facts, ending"

@@ -3,7 +3,6 @@ journals from which they can go on."""
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import threading
@@ -438,32 +437,6 @@ class Store:
                 found.append(Snapshot(name, number, time_ns, bytes(chunks.unseal(sealed))))
         return found
 
-    def keep_sessions(self, run: str, sessions: Mapping[str, tuple[str | int, ...]]) -> None:
-        """Keep how the broker finds the sessions of these members again: id, epoch, and so on.
-
-        Members that aren't named stay as they are; an empty tuple forgets one.
-        """
-
-        def body(db: Cursor) -> None:
-            id_, _, _ = self._id(db, run)
-            for member, session in sessions.items():
-                who = (id_, kept.plain(member))
-                db.execute("DELETE FROM sessions WHERE run = ? AND member = ?", who)
-                if session:
-                    db.execute("INSERT INTO sessions VALUES (?, ?, ?)", (*who, json.dumps(session)))
-
-        self._write(body)
-
-    def sessions(self, run: str) -> dict[str, tuple[str | int, ...]]:
-        """What `keep_sessions` has kept, by member."""
-
-        def body(db: Cursor) -> list[Any]:
-            id_, _, _ = self._id(db, run)
-            query = "SELECT member, session FROM sessions WHERE run = ? ORDER BY member"
-            return db.execute(query, (id_,)).fetchall()
-
-        return {kept.said(m): tuple(json.loads(text)) for m, text in self._db.read(body)}
-
     # -- reading -----------------------------------------------------------------------
 
     def run(self, name: str) -> Run:
@@ -688,7 +661,7 @@ class Store:
         ended at `ended_before_ns` (Unix time) or later; the names of those that were dropped.
 
         With `journal_only` a run stays with its ledger and loses only what it would need to go
-        on: its journal, snapshots and sessions. A run that hasn't ended stays whole. The room is
+        on: its journal and snapshots. A run that hasn't ended stays whole. The room is
         given back: the file of SQLite gets smaller.
         """
 
@@ -890,7 +863,7 @@ def _happened(db: Cursor, where: str, values: Sequence[object]) -> list[Any]:
 
 
 def _drop(db: Cursor, id_: int, journal_only: bool) -> int:
-    tables = ["journal", "snapshots", "sessions"]
+    tables = ["journal", "snapshots"]
     if not journal_only:
         query = "DELETE FROM vectors WHERE chunk IN (SELECT id FROM chunks WHERE run = ?)"
         db.execute(query, (id_,))
