@@ -501,8 +501,6 @@ class _Place:
     begin: Callable[[Sequence[StepInput], Callable[[Results], None]], None]
     """Where its grants go: to the seat, or to who answers for it while it is late."""
     late: LateSeat | None = None
-    ages: tuple[str, ...] = ()
-    """Of which of its variables the age is bounded."""
     began_s: float = 0.0
     ended_s: float = 0.0
     """When its last answer came."""
@@ -551,7 +549,7 @@ class _Shell:
         self._flow = Flow() if pacer is None else None
         self._last: critical.Frame | None = None
         """The answer that was taken last."""
-        self._frames = 0
+        self._frames = self._fold_at = 0
         self._drive_s = 0.0
         self._places: dict[str, _Place] = {}
         self._memory = memory
@@ -597,7 +595,6 @@ class _Shell:
             home.seats.append(seat)
             place = _Place(name, seat, _ignore, seat.begin)
             place.answered = partial(self._answered, place)
-            place.ages = self._ages.of(name)
             if self._is_given_up_when_late(name):
                 place.late = self._late_seat(place)
                 place.begin = place.late.begin
@@ -693,6 +690,8 @@ class _Shell:
         )
 
     def _fold(self) -> None:
+        each = critical.FOLD_AFTER_EACH * len(self._places)
+        self._fold_at = self._frames + critical.FOLD_AFTER + each
         heads = [place.unlocked_by for place in self._places.values() if place.granted]
         heads += [frame for _, frame in self._held]
         critical.fold([head for head in (self._last, *heads) if head is not None])
@@ -800,13 +799,11 @@ class _Shell:
     def _handle(self, answer: Stepped | Failed, frame: critical.Frame) -> None:
         self._last = frame
         self._frames += 1
-        if self._frames % critical.FOLD_EVERY == 0:
+        if self._frames > self._fold_at:
             self._fold()
         if isinstance(answer, Stepped) and answer.results:
-            for variable in self._places[answer.member].ages:
-                for result in answer.results:
-                    if variable in result.outputs:
-                        self._ages.published_ns[answer.member, variable] = result.time_ns
+            if self._ages.bounds_ns:
+                self._ages.heard(answer.member, answer.results)
             if self._sink is not None:
                 now_ns = time.time_ns()
                 for result in answer.results:
