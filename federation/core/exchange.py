@@ -22,7 +22,7 @@ from federation.core.ledger import (
     Record,
     record_head,
 )
-from federation.core.messages import Degraded
+from federation.core.messages import Degraded, Replaced
 from federation.errors import Reason, TwinError
 from federation.twin import (
     NOTHING,
@@ -56,6 +56,7 @@ class Feed:
     inlet: Inlet
     member: Member
     delay_ns: int
+    since_ns: int
     visible: Vector | None = None
     data: bytes = b""
     """The bytes of the visible value."""
@@ -95,6 +96,8 @@ class Outlet:
     data: bytes | None = None
     """The bytes of the value; None before the first."""
     value: Vector | None = None
+    causes: dict[int, str] = field(default_factory=dict)
+    """Per entry the event that explains it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +115,12 @@ class Member:
     outlets: dict[str, Outlet]
     next_ns: int
     """Its own next instant: of its period, or asked for; NEVER when it asked for none."""
+    since_ns: int = 0
+    """From when on it is there."""
+    until_ns: int = NEVER
+    """It makes no step at this instant or later."""
+    reached_ns: int = -1
+    """Its last instant that is behind it."""
     granted: tuple[StepInput, ...] = ()
     """The steps in flight; empty when the member is idle."""
     awaits: bool = False
@@ -230,6 +239,7 @@ class Member:
 
     def put_off(self, step: StepInput) -> None:
         """Keep the causes of a step that is not done after all."""
+        self.reached_ns = step.time_ns
         self.untold = {variable: dict(causes) for variable, causes in step.causes.items()}
 
 
@@ -243,17 +253,37 @@ def _rows_of(feed: Feed, news: Mapping[int, str], rows: Iterable[int]) -> set[in
     return found
 
 
+def change_id(what: str, member: str, time_ns: int) -> str:
+    """The id of the event that tells of a change of members."""
+    return f"{FEDERATION}/{what}-{member}-{time_ns}"
+
+
 class Exchange:
     """The members of a wiring with their ledger: takes answers in and hands them on."""
 
     def __init__(self, wiring: Wiring, pools: tuple[Pool, ...] = ()) -> None:
         self.ledger = Ledger()
-        self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
-        self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
         self.members: dict[str, Member] = {}
-        self._changes = 0
-        """How many changes of members there were."""
-        for name, description in wiring.descriptions.items():
+        self._pools = pools
+        self._arrive(wiring)
+
+    def admit(self, wiring: Wiring) -> None:
+        """Take in those members and couplings of `wiring` that are new.
+
+        All others are as they were, in the same order. What the sources of new couplings say
+        at present is on its way to their targets.
+        """
+        for name in self._arrive(wiring):
+            self._note(wiring.since_ns(name), "joined", name, f"{name} joins")
+
+    def _arrive(self, wiring: Wiring) -> list[str]:
+        """The same, without a word; the names of those who are new."""
+        self.envelope = Envelope(wiring.descriptions, wiring.actuations, self._pools)
+        self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
+        new = [name for name in wiring.descriptions if name not in self.members]
+        for name in new:
+            description = wiring.descriptions[name]
+            since_ns = wiring.since_ns(name)
             rank = wiring.rank[name]
             policy = description.time
             inlets = []
@@ -281,15 +311,27 @@ class Exchange:
                     )
                     for output, size in description.output_sizes().items()
                 },
-                policy.offset_ns,
+                since_ns + policy.offset_ns,
+                since_ns,
             )
         for member in self.members.values():
-            for inlet in member.inlets:
-                for wire in inlet.slot.wires:
-                    coupling = wire.coupling
-                    feed = Feed(wire, inlet, member, coupling.delay_ns)
-                    inlet.feeds.append(feed)
-                    self.members[coupling.source].outlets[coupling.output].feeds.append(feed)
+            for inlet, slot in zip(member.inlets, wiring.slots[member.name], strict=True):
+                if len(slot.wires) > len(inlet.feeds):
+                    inlet.slot, inlet.is_plain = slot, slot.is_plain
+                    for wire in slot.wires[len(inlet.feeds) :]:
+                        self._connect(wire, inlet, member)
+        return new
+
+    def _connect(self, wire: Wire, inlet: Inlet, member: Member) -> None:
+        coupling = wire.coupling
+        feed = Feed(wire, inlet, member, coupling.delay_ns, coupling.since_ns)
+        inlet.feeds.append(feed)
+        outlet = self.members[coupling.source].outlets[coupling.output]
+        outlet.feeds.append(feed)
+        if outlet.value is not None and outlet.data is not None:
+            known = dict(outlet.causes)
+            feed.pending.append((coupling.since_ns, outlet.value, outlet.data, known))
+            member.awaits = True
 
     def absorb(self, member: Member, result: StepResult) -> None:
         """Check a final result, record it, and hand it on to every member that it feeds."""
@@ -347,8 +389,12 @@ class Exchange:
             present = outlet.value
             if present is None or outlet.data is None or not (is_new or news):
                 continue
+            if news:
+                outlet.causes.update(news)
             for feed in outlet.feeds:
-                feed.pending.append((time_ns + feed.delay_ns, present, outlet.data, news))
+                since_ns = feed.since_ns
+                visible_ns = time_ns + feed.delay_ns if time_ns >= since_ns else since_ns
+                feed.pending.append((visible_ns, present, outlet.data, news))
                 feed.member.awaits = True
 
     def degrade(self, change: Degraded) -> None:
@@ -359,19 +405,37 @@ class Exchange:
         member = self.members[change.member]
         time_ns, member.quality = change.time_ns, change.quality
         member.degraded_ns = time_ns
-        self._changes += 1
-        text = f"{member.name} is {change.quality.name.lower()}: {change.error}"
-        event_id = f"{FEDERATION}/{self._changes}"
-        kind = f"member_{change.quality.name.lower()}"
-        what = Event(event_id, time_ns, kind, member.name, text)
-        self.ledger.add(EventRecord(time_ns, 0, FEDERATION_RANK, FEDERATION, what, ()))
-        if change.quality is not Quality.HELD:
-            return
+        kind = change.quality.name.lower()
+        self._note(time_ns, kind, member.name, f"{member.name} is {kind}: {change.error}")
+        if change.quality is Quality.HELD:
+            self._hold(member, time_ns)
+
+    def replace(self, change: Replaced) -> None:
+        """Note that another service goes on under a member's name."""
+        self._note(change.time_ns, "replaced", change.member, change.text)
+
+    def leave(self, member: Member, time_ns: int) -> str:
+        """Let a member make no step at `time_ns` or later; the event that says so."""
+        member.until_ns = time_ns
+        return self._note(time_ns, "left", member.name, f"{member.name} leaves")
+
+    def hold(self, member: Member) -> None:
+        """Record what a member that has made its last step leaves behind, as held."""
+        self._hold(member, member.until_ns)
+
+    def _hold(self, member: Member, time_ns: int) -> None:
         for name, outlet in member.outlets.items():
             if outlet.value is not None:
                 outlet.revision += 1
                 place = (time_ns, 0, member.rank, member.name, name)
                 self.ledger.add(Record(*place, outlet.revision, outlet.value, Quality.HELD))
+
+    def _note(self, time_ns: int, what: str, member: str, text: str) -> str:
+        """Record a change of members. Its name does not depend on when it became known."""
+        event_id = change_id(what, member, time_ns)
+        event = Event(event_id, time_ns, f"member_{what}", member, text)
+        self.ledger.add(EventRecord(time_ns, 0, FEDERATION_RANK, FEDERATION, event, ()))
+        return event_id
 
     def _check_causes(self, member: Member, name: str, news: Mapping[int, str]) -> None:
         for event in news.values():
