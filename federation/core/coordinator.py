@@ -5,7 +5,8 @@ and feeds back what happened. The rule it keeps is one sentence: a unit (a membe
 of instant couplings) may step at t when no member outside it that feeds it can still publish
 something that would be visible at t. With E(u) the earliest instant at which unit u can still
 publish, and d the delay of a coupling, that is E(source) + d > t for every coupling into u
-(Chandy and Misra 1979; Fujimoto, Parallel and Distributed Simulation Systems, 2000).
+(Chandy and Misra 1979; Fujimoto, Parallel and Distributed Simulation Systems, 2000). A coupling
+that comes with a member that joins at T brings at T what was published before.
 """
 
 from __future__ import annotations
@@ -88,11 +89,11 @@ class _Unit:
     is_loop: bool
     wakes: bool
     echo_ns: int
-    inward: list[tuple[_Unit, int]] = field(default_factory=list)
-    """The units that feed it, each with the shortest delay_ns."""
+    inward: list[tuple[_Unit, int, int]] = field(default_factory=list)
+    """The units that feed it, each with the shortest delay_ns, and since when both are there."""
     outward: list[_Unit] = field(default_factory=list)
-    wakers: list[tuple[_Unit, int]] = field(default_factory=list)
-    """The units that it feeds and that wake on input, each with the shortest delay_ns."""
+    wakers: list[tuple[_Unit, int, int]] = field(default_factory=list)
+    """The units that it feeds and that wake on input, in the same way."""
     loop: _Loop | None = None
     until_ns: int = NEVER
     """None of its members makes a step at this instant or later."""
@@ -236,12 +237,14 @@ class Coordinator:
             heapq.heappush(self._front, (0, unit.index))
         for target, sources in zip(units, wiring.inward, strict=True):
             for index, delay_ns in sources:
+                source = units[index]
                 if index < known and target.index < known:
                     continue
-                target.inward.append((units[index], delay_ns))
-                units[index].outward.append(target)
+                since_ns = max(source.members[0].since_ns, target.members[0].since_ns)
+                target.inward.append((source, delay_ns, since_ns))
+                source.outward.append(target)
                 if target.wakes:
-                    units[index].wakers.append((target, delay_ns))
+                    source.wakers.append((target, delay_ns, since_ns))
 
     # -- earliest instants and readiness -----------------------------------------------
 
@@ -253,7 +256,7 @@ class Coordinator:
                 unit.earliest_ns = earliest_ns
                 heapq.heappush(self._front, (earliest_ns, unit.index))
             return (unit, *unit.outward)
-        seen = self._refresh((unit, *(target for target, _ in unit.wakers)))
+        seen = self._refresh((unit, *(target for target, _, _ in unit.wakers)))
         return dict.fromkeys(chain(seen, *(other.outward for other in seen)))
 
     def _refresh(self, units: Iterable[_Unit]) -> Collection[_Unit]:
@@ -274,16 +277,16 @@ class Coordinator:
             if unit.index in seen:
                 continue
             seen[unit.index] = unit
-            for target, delay_ns in unit.wakers:
-                if target.earliest_ns == unit.earliest_ns + delay_ns:
+            for target, delay_ns, since_ns in unit.wakers:
+                if target.earliest_ns == _visible_ns(unit.earliest_ns, delay_ns, since_ns):
                     stack.append(target)
         heap = []
         for unit in seen.values():
             before[unit.index] = unit.earliest_ns
             earliest_ns = unit.own_ns
             if unit.wakes:
-                for source, delay_ns in unit.inward:
-                    woken_ns = source.earliest_ns + delay_ns
+                for source, delay_ns, since_ns in unit.inward:
+                    woken_ns = _visible_ns(source.earliest_ns, delay_ns, since_ns)
                     if source.index not in seen and woken_ns < unit.until_ns:
                         earliest_ns = min(earliest_ns, woken_ns)
             heap.append((earliest_ns, unit.index))
@@ -295,11 +298,12 @@ class Coordinator:
             unit = self._units[index]
             if earliest_ns > unit.earliest_ns:
                 continue
-            for target, delay_ns in unit.wakers:
-                if earliest_ns + delay_ns < min(target.earliest_ns, target.until_ns):
+            for target, delay_ns, since_ns in unit.wakers:
+                woken_ns = _visible_ns(earliest_ns, delay_ns, since_ns)
+                if woken_ns < target.earliest_ns and woken_ns < target.until_ns:
                     before.setdefault(target.index, target.earliest_ns)
                     seen[target.index] = target
-                    target.earliest_ns = earliest_ns + delay_ns
+                    target.earliest_ns = woken_ns
                     heapq.heappush(heap, (target.earliest_ns, target.index))
         for index, earliest_ns in before.items():
             unit = seen[index]
@@ -339,8 +343,10 @@ class Coordinator:
         """Grant `unit` what it may do now; the units to look at again if it only caught up."""
         time_ns = unit.own_ns
         bound_ns = min(self.horizon_ns + 1, unit.until_ns)
-        for source, delay_ns in unit.inward:
+        for source, delay_ns, since_ns in unit.inward:
             limit_ns = source.earliest_ns + delay_ns
+            if source.earliest_ns < since_ns:
+                limit_ns = since_ns
             if limit_ns < bound_ns:
                 bound_ns = limit_ns
         if time_ns >= bound_ns or unit.loop is not None:
@@ -425,7 +431,8 @@ class Coordinator:
             if actuation.source not in new:
                 why = f"{actuation.source} does not join, and gets no right to act by it"
                 return Refused(why, Reason.SCENARIO_INVALID, {"member": actuation.source})
-        heard = [(c.target, c.delay_ns) for c in (*event.couplings, *event.actuations)]
+        heard = [(coupling.target, coupling.delay_ns) for coupling in event.couplings]
+        heard += [(actuation.target, actuation.delay_ns) for actuation in event.actuations]
         first_ns = self._soonest_ns([(name, delay) for name, delay in heard if name in known])
         for coupling in event.couplings:
             if coupling.source in known:
@@ -502,7 +509,8 @@ class Coordinator:
             first_ns = max(first_ns, units[index].reached_ns() + 1 - delay_ns)
             if units[index].wakes:
                 for target in units[index].outward:
-                    way_ns = min(ns for source, ns in target.inward if source.index == index)
+                    ways = [way for way in target.inward if way[0].index == index]
+                    way_ns = min(0 if since_ns else ns for _, ns, since_ns in ways)
                     heapq.heappush(heap, (delay_ns + way_ns, target.index))
         return first_ns
 
@@ -531,7 +539,7 @@ class Coordinator:
         self.ledger.add(EventRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, what, ()))
         self.ledger.add(ActionRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, action))
         channel = f"{OPERATOR} => {action.member}.{action.actuator}"
-        member.orders.append((time_ns, channel, action))
+        member.orders.append((time_ns, OPERATOR_RANK, channel, action))
         return Accepted(event_id, time_ns)
 
     # -- loops of instant couplings --------------------------------------------------------
@@ -617,6 +625,11 @@ class Coordinator:
                 member.catch_up(inlet, loop.time_ns)
 
 
+def _visible_ns(time_ns: int, delay_ns: int, since_ns: int) -> int:
+    """When what is published at `time_ns` is visible, as `Coupling.visible_ns` has it."""
+    return since_ns if time_ns < since_ns else time_ns + delay_ns
+
+
 def _next_step(member: Member) -> int:
     if member.granted:
         return member.granted[0].time_ns
@@ -626,7 +639,7 @@ def _next_step(member: Member) -> int:
             for feed in inlet.feeds:
                 if feed.pending and feed.pending[0][0] < next_ns:
                     next_ns = feed.pending[0][0]
-        for visible_ns, _, _ in member.orders:
+        for visible_ns, _, _, _ in member.orders:
             if visible_ns < next_ns:
                 next_ns = visible_ns
     return next_ns if next_ns < member.until_ns else NEVER

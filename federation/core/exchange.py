@@ -125,8 +125,8 @@ class Member:
     """The steps in flight; empty when the member is idle."""
     awaits: bool = False
     """Whether anything may be on its way to it that it can't see yet."""
-    orders: deque[tuple[int, str, Action]] = field(default_factory=deque)
-    """Actions on their way to it: (visible from, channel, action)."""
+    orders: deque[tuple[int, int, str, Action]] = field(default_factory=deque)
+    """Actions on their way to it: (visible from, rank of who acts, channel, action)."""
     untold: dict[str, dict[int, tuple[str, ...]]] = field(default_factory=dict)
     """Causes that became visible when it had no reason to step."""
     known_events: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -187,14 +187,18 @@ class Member:
         inputs[inlet.name] = inlet.value
 
     def due(self, time_ns: int) -> tuple[Action, ...]:
-        """The actions that are visible at `time_ns`, taken off the list."""
-        actions = tuple(a for visible_ns, _, a in self.orders if visible_ns <= time_ns)
-        if actions:
-            for _, channel, action in self.orders:
-                if action.cause and action in actions:
+        """The actions that are visible at `time_ns`, taken off the list.
+
+        They come in the order in which they became visible, and then in that of who acts: when
+        each was heard of does not matter.
+        """
+        ready = sorted((o for o in self.orders if o[0] <= time_ns), key=lambda order: order[:2])
+        if ready:
+            for _, _, channel, action in ready:
+                if action.cause:
                     self.known_events.setdefault(action.cause, {}).setdefault("", channel)
             self.orders = deque(o for o in self.orders if o[0] > time_ns)
-        return actions
+        return tuple(action for _, _, _, action in ready)
 
     def explain(self, inlet: Inlet, rows: Iterable[int]) -> dict[int, tuple[str, ...]]:
         """The new causes of the touched rows, remembering through which coupling they came."""
@@ -489,5 +493,6 @@ class Exchange:
                     delay_ns = self._action_delay[member.name, action.member]
                     channel = f"{member.name} => {action.member}.{action.actuator}"
                     target = self.members[action.member]
-                    target.orders.append((result.time_ns + delay_ns, channel, action))
+                    visible_ns = max(result.time_ns + delay_ns, target.since_ns)
+                    target.orders.append((visible_ns, member.rank, channel, action))
                     target.awaits = True

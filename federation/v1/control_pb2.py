@@ -26,7 +26,7 @@ from federation.v1 import scenario_pb2 as federation_dot_v1_dot_scenario__pb2
 from federation.v1 import twin_pb2 as federation_dot_v1_dot_twin__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x65ration/v1/control.proto\x12\rfederation.v1\x1a\x1c\x66\x65\x64\x65ration/v1/scenario.proto\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\"[\n\x13SubmitActionRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12%\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x15.federation.v1.Action\x12\x10\n\x08operator\x18\x03 \x01(\t\"6\n\x14SubmitActionResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"?\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"2\n\x0fStopRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run2\xac\x01\n\x07\x43ontrol\x12W\n\x0cSubmitAction\x12\".federation.v1.SubmitActionRequest\x1a#.federation.v1.SubmitActionResponse\x12H\n\x07StopRun\x12\x1d.federation.v1.StopRunRequest\x1a\x1e.federation.v1.StopRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x65ration/v1/control.proto\x12\rfederation.v1\x1a\x1c\x66\x65\x64\x65ration/v1/scenario.proto\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\"[\n\x13SubmitActionRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12%\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x15.federation.v1.Action\x12\x10\n\x08operator\x18\x03 \x01(\t\"6\n\x14SubmitActionResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"f\n\x11\x41\x64\x64MembersRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08\x64ocument\x18\x02 \x01(\t\x12\x14\n\x07time_ns\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08operator\x18\x04 \x01(\tB\n\n\x08_time_ns\"4\n\x12\x41\x64\x64MembersResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"f\n\x13RemoveMemberRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x14\n\x07time_ns\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08operator\x18\x04 \x01(\tB\n\n\x08_time_ns\"6\n\x14RemoveMemberResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"\x95\x01\n\x14ReplaceMemberRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x11\n\x07service\x18\x03 \x01(\tH\x00\x12\x11\n\x07\x61\x64\x64ress\x18\x04 \x01(\tH\x00\x12\x14\n\x07time_ns\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x10\n\x08operator\x18\x06 \x01(\tB\x06\n\x04heirB\n\n\x08_time_ns\"7\n\x15ReplaceMemberResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"?\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"2\n\x0fStopRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run2\xb4\x03\n\x07\x43ontrol\x12W\n\x0cSubmitAction\x12\".federation.v1.SubmitActionRequest\x1a#.federation.v1.SubmitActionResponse\x12Q\n\nAddMembers\x12 .federation.v1.AddMembersRequest\x1a!.federation.v1.AddMembersResponse\x12W\n\x0cRemoveMember\x12\".federation.v1.RemoveMemberRequest\x1a#.federation.v1.RemoveMemberResponse\x12Z\n\rReplaceMember\x12#.federation.v1.ReplaceMemberRequest\x1a$.federation.v1.ReplaceMemberResponse\x12H\n\x07StopRun\x12\x1d.federation.v1.StopRunRequest\x1a\x1e.federation.v1.StopRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITACTIONREQUEST']._serialized_end=193
   _globals['_SUBMITACTIONRESPONSE']._serialized_start=195
   _globals['_SUBMITACTIONRESPONSE']._serialized_end=249
-  _globals['_STOPRUNREQUEST']._serialized_start=251
-  _globals['_STOPRUNREQUEST']._serialized_end=314
-  _globals['_STOPRUNRESPONSE']._serialized_start=316
-  _globals['_STOPRUNRESPONSE']._serialized_end=366
-  _globals['_CONTROL']._serialized_start=369
-  _globals['_CONTROL']._serialized_end=541
+  _globals['_ADDMEMBERSREQUEST']._serialized_start=251
+  _globals['_ADDMEMBERSREQUEST']._serialized_end=353
+  _globals['_ADDMEMBERSRESPONSE']._serialized_start=355
+  _globals['_ADDMEMBERSRESPONSE']._serialized_end=407
+  _globals['_REMOVEMEMBERREQUEST']._serialized_start=409
+  _globals['_REMOVEMEMBERREQUEST']._serialized_end=511
+  _globals['_REMOVEMEMBERRESPONSE']._serialized_start=513
+  _globals['_REMOVEMEMBERRESPONSE']._serialized_end=567
+  _globals['_REPLACEMEMBERREQUEST']._serialized_start=570
+  _globals['_REPLACEMEMBERREQUEST']._serialized_end=719
+  _globals['_REPLACEMEMBERRESPONSE']._serialized_start=721
+  _globals['_REPLACEMEMBERRESPONSE']._serialized_end=776
+  _globals['_STOPRUNREQUEST']._serialized_start=778
+  _globals['_STOPRUNREQUEST']._serialized_end=841
+  _globals['_STOPRUNRESPONSE']._serialized_start=843
+  _globals['_STOPRUNRESPONSE']._serialized_end=893
+  _globals['_CONTROL']._serialized_start=896
+  _globals['_CONTROL']._serialized_end=1332
 # @@protoc_insertion_point(module_scope)
