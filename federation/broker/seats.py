@@ -220,7 +220,7 @@ class MemberSeat:
                 continue
             step = steps[len(known)]
             if isinstance(item, Succession):
-                # on record of a fork is only the cut before this step
+                # of a change at the cut of a fork only the instant of the cut is on record
                 self._succeed(replace(item, time_ns=step.time_ns), None)
                 continue
             if (item.time_ns, item.micro) != (step.time_ns, step.micro):

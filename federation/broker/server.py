@@ -530,6 +530,13 @@ class BrokerServer:
         case = memory.case
         if case is None:
             raise _no_case(name)
+        origin = memory.origin
+        if origin is not None and cut_ns < origin.until_ns:
+            raise ScenarioError(
+                Reason.INSTANT_PASSED,
+                f"{name} has its past up to {origin.until_ns} ns from {origin.run}: fork that one",
+                {"run": origin.run},
+            )
         new = replace(case, measure=measure or case.measure)
         if new != case:
             folder = self.options.scenario_folder
@@ -538,7 +545,7 @@ class BrokerServer:
             items += [
                 write_replaced(
                     PLANNER,
-                    Succession(cut_ns + 1, f"crews are sent as in {measure}", is_same=False),
+                    Succession(cut_ns, f"crews are sent as in {measure}", is_same=False),
                 )
             ]
         items = [write_case(new), write_origin(Origin(name, cut_ns)), *items]

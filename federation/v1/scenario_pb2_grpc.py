@@ -111,10 +111,11 @@ class ScenariosServicer:
         """Starts a run that has its past from another one: all that is of instants up to a cut, and
         nothing that comes from later. From there it goes on with sessions of its own, and the other
         run, which may be going on, does not feel it. Without changes it ends with the digest with
-        which that one ends.
+        which that one ends, unless people have asked for something that takes effect after the cut.
 
-        Fails with RUN_NOT_FOUND, INSTANT_PASSED when the run is not settled up to the cut or the
-        horizon lies before it, JOURNAL_PRUNED, and SCENARIO_INVALID when the measure is unknown or
+        Fails with RUN_NOT_FOUND, INSTANT_PASSED when the run is not settled up to the cut, the
+        horizon lies before it, or the run has its own past from another one (metadata `run`) beyond
+        it, JOURNAL_PRUNED, and SCENARIO_INVALID when the measure is unknown or
         has other parameters than the run's: these are part of the past.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
