@@ -45,10 +45,10 @@ class Reference:
         pools: tuple[Pool, ...] = (),
         leaves: Mapping[str, int] = NOTHING,
         heirs: Mapping[str, tuple[int, Session, str]] = NOTHING,
-        orders: Sequence[tuple[str, Action, int]] = (),
+        orders: Sequence[tuple[str, Action, int, str]] = (),
     ) -> None:
         """`leaves` says who leaves when; `heirs` who is replaced when, by what session and with
-        which words; `orders` are those of an operator, with the instant of each."""
+        which words; `orders` are those of an operator, with the instant and the event of each."""
         self.wiring = wiring
         self.leaves = leaves
         self.heirs = dict(heirs)
@@ -73,8 +73,8 @@ class Reference:
         # every action that passed: (visible from, rank of who acts, action)
         self.orders: list[tuple[int, int, Action]] = []
         self.done_orders: set[int] = set()
-        for number, (operator, action, time_ns) in enumerate(orders, 1):
-            self.order(f"operator/{number}", operator, action, time_ns)
+        for operator, action, time_ns, event_id in orders:
+            self.order(event_id, operator, action, time_ns)
 
     def order(self, event_id: str, operator: str, action: Action, time_ns: int) -> None:
         """An operator's order stands in the ledger before all steps of its instant."""

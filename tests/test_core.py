@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -43,12 +44,14 @@ from federation.twin import (
     Entity,
     Session,
     Step,
+    StepInput,
     StepResult,
     TimePolicy,
     Twin,
     Variable,
     failed,
 )
+from federation.wire import codec
 from tests.reference import Reference
 from tests.worlds import Habit, Toy, drive, open_late, open_sessions, shuffled
 
@@ -218,7 +221,7 @@ class Story:
     sessions: dict[str, Session] = field(default_factory=dict)
     joined: list[tuple[Joined, int]] = field(default_factory=list)
     leaves: dict[str, int] = field(default_factory=dict)
-    orders: list[tuple[str, Action, int]] = field(default_factory=list)
+    orders: list[tuple[str, Action, int, str]] = field(default_factory=list)
     refusals: list[Refused] = field(default_factory=list)
 
     def hear(self, request: Request, verdict: Accepted | Refused) -> None:
@@ -232,7 +235,8 @@ class Story:
             case Left():
                 self.leaves[request.member] = verdict.time_ns
             case Ordered():
-                self.orders.append((request.operator, request.action, verdict.time_ns))
+                told = (request.operator, request.action, verdict.time_ns, verdict.event)
+                self.orders.append(told)
 
     def arrived(self, request: Joined, time_ns: int) -> dict[str, Session]:
         late = {name: self.world.habits[name] for name in request.descriptions}
@@ -245,6 +249,15 @@ class Story:
         self.sessions = open_sessions(self.world.only(0))
         coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
         return drive(coordinator, self.sessions, choose, said, self.hear)
+
+    def cut(self, until_ns: int) -> Story:
+        """The same without what takes effect later."""
+        return Story(
+            self.world,
+            joined=[(request, t) for request, t in self.joined if t <= until_ns],
+            leaves={member: t for member, t in self.leaves.items() if t <= until_ns},
+            orders=[order for order in self.orders if order[2] <= until_ns],
+        )
 
     def reference(self) -> Reference:
         """The same, known from the start."""
@@ -276,6 +289,70 @@ def test_members_that_come_and_go_leave_the_ledger_of_a_run_that_knew_it_from_th
     assert digest == expected_digest
     for kind, count in (("join", len(story.joined)), ("leave", len(story.leaves))):
         event(f"{kind}s: {count}")
+
+
+class Recording(Session):
+    """A session that keeps what it answered, and first answers what is on record of it."""
+
+    def __init__(self, session: Session, past: Iterable[StepResult] = ()) -> None:
+        self.session = session
+        self.past = deque(past)
+        self.answers: list[StepResult] = []
+
+    def advance(self, given: StepInput) -> StepResult:
+        result = self.session.advance(given)
+        if self.past:
+            known = self.past.popleft()
+            assert (known.time_ns, known.micro) == (given.time_ns, given.micro)
+            assert codec.encode_results([known]) == codec.encode_results([result])
+        self.answers.append(result)
+        return result
+
+
+@pytest.mark.property
+@given(changing_worlds(), st.integers(0, 2**16), st.integers(1, 9), st.integers(-1, HORIZON_NS + 1))
+def test_a_cut_holds_nothing_from_later_and_a_run_goes_on_from_it(
+    changing: tuple[World, dict[int, Request]], order: int, frame_steps: int, cut_ns: int
+) -> None:
+    """What members answered up to the cut is what they answer in a run that never hears of what
+    came later, whenever it was asked for; and from there that run goes on to its own end."""
+    world, said = changing
+
+    class Recorded(Story):
+        def arrived(self, request: Joined, time_ns: int) -> dict[str, Session]:
+            return recorded(super().arrived(request, time_ns))
+
+    pasts: dict[str, list[StepResult]] = {}
+
+    def recorded(sessions: Mapping[str, Session]) -> dict[str, Session]:
+        return {name: Recording(s, pasts.get(name, ())) for name, s in sessions.items()}
+
+    story = Recorded(world)
+    story.sessions = recorded(open_sessions(world.only(0)))
+    wiring = wire(described(world.only(0)), *world.ties(0))
+    coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
+    _, entries = drive(coordinator, story.sessions, shuffled(order), said, story.hear)
+
+    for name, session in story.sessions.items():
+        assert isinstance(session, Recording)
+        pasts[name] = [result for result in session.answers if result.time_ns <= cut_ns]
+    left = story.cut(cut_ns)
+    sessions = recorded(open_sessions(world.only(0)))
+    known: list[Request] = []
+    for request, time_ns in left.joined:
+        sessions |= story.arrived(request, time_ns)
+        known.append(replace(request, time_ns=time_ns))
+    for operator, action, time_ns, event_id in left.orders:
+        known.append(Ordered(operator, action, time_ns, int(event_id.rpartition("/")[2])))
+    known += [Left(member, time_ns) for member, time_ns in left.leaves.items()]
+    again = Coordinator(wiring, HORIZON_NS)
+    digest, resumed = drive(again, sessions, shuffled(order + 1), known=known)
+
+    expected = left.reference()
+    assert digest == expected.run()
+    past = [_line(e) for e in entries if e.time_ns <= cut_ns]
+    assert [_line(e) for e in resumed if e.time_ns <= cut_ns] == past
+    assert all(not s.past for s in sessions.values() if isinstance(s, Recording))
 
 
 def walk(

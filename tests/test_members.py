@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from federation.__main__ import planner
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.broker.store import Store
 from federation.core.coupling import Arrival, wire
@@ -27,7 +29,6 @@ from tests.test_broker import (
     client,
     eventually,
     places,
-    planner,
     present,
     process,
     refused,
@@ -151,7 +152,11 @@ def test_one_joins_one_leaves_one_is_replaced_and_then_the_broker_is_killed(
         with process("broker", "--store", store) as (child, address):
             port = address.rpartition(":")[2]
             async with AsyncExitStack() as stay, AsyncExitStack() as old:
-                twins = {"weather": Weather, "dams": SteadyDams, "gauge": Gauge}
+                twins: dict[str, type[Twin]] = {
+                    "weather": Weather,
+                    "dams": SteadyDams,
+                    "gauge": Gauge,
+                }
                 await stay.enter_async_context(present(address, **twins))
                 await old.enter_async_context(present(address, town=Town, meter=Gauge))
                 successor, _ = stay.enter_context(
@@ -197,8 +202,8 @@ def test_a_later_version_goes_on_afresh_and_is_shown_every_input() -> None:
     assert digest != expected()
 
     async def story() -> None:
-        twins = {**TWINS, "dams": waiting(gate), "new": NewTown}
-        async with valley(**twins) as (_, services):
+        twins = TWINS | {"dams": waiting(gate), "new": NewTown}
+        async with valley(None, **twins) as (_, services):
             run = await services.create(DOCUMENT)
             people = People(services, run.name)
             replacing = asyncio.create_task(people.replace("town", "new", 6 * HOUR_NS))
@@ -234,7 +239,7 @@ def test_a_member_with_neither_snapshot_nor_memory_stays_and_the_run_does_not_fe
         TWINS["dams"] = Dams
 
     async def story() -> None:
-        async with valley(**{**TWINS, "dams": SteadyDams}, spare=Dams) as (_, services):
+        async with valley(None, **TWINS | {"dams": SteadyDams, "spare": Dams}) as (_, services):
             for document, digest in ((DOCUMENT, undisturbed), (recovering, handed_over)):
                 run = await services.create(document)
                 people = People(services, run.name)
@@ -255,8 +260,8 @@ def test_what_can_not_be_is_refused_with_a_reason_and_the_run_goes_on() -> None:
     digest = expected()
 
     async def story() -> None:
-        twins = {**TWINS, "dams": waiting(gate), "gauge": Gauge, "spare": Gauge}
-        async with valley(**twins) as (_, services):
+        twins = TWINS | {"dams": waiting(gate), "gauge": Gauge, "spare": Gauge}
+        async with valley(None, **twins) as (_, services):
             run = await services.create(DOCUMENT)
             people = People(services, run.name)
             instant = GAUGE.replace(", delay_min: 15", "")
@@ -321,8 +326,13 @@ def test_a_live_run_is_forked_into_what_ifs_and_does_not_feel_it() -> None:
     undisturbed = run_local(scenario, case_of(scenario, "plan"), planner)
     cut_ns = 3 * HOUR_NS
 
+    class Slower(Dams):
+        def advance(self, step: Step) -> None:
+            time.sleep(0.005)
+            super().advance(step)
+
     async def story() -> None:
-        async with valley(dams=SteadyDams) as (broker, services):
+        async with valley(dams=Slower) as (broker, services):
             run = await services.create()
             people = People(services, run.name)
             await people.settled(cut_ns)
@@ -389,7 +399,7 @@ def test_a_fork_of_a_broker_that_is_killed_goes_on(tmp_path: Path) -> None:
 
 def test_a_run_is_gone_through_again_with_recordings_in_the_place_of_its_twins() -> None:
     async def story() -> None:
-        async with valley(**{"town": NewTown}) as (_, services):
+        async with valley(town=NewTown) as (_, services):
             run = await services.create()
             people = People(services, run.name)
             ended = await services.ended(run.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,17 +137,20 @@ def drive(
     choose: Callable[[int], int] | None = None,
     said: Mapping[int, Request] = NOTHING,
     heard: Callable[[Request, Accepted | Refused], None] = lambda request, verdict: None,
+    known: Sequence[Request] = (),
 ) -> tuple[str, list[Entry]]:
     """Carry out effects, answering outstanding grants in the order that `choose` picks.
 
     After so many answers, what is `said` then is asked for, and the verdict `heard` before
-    anything follows from it. Returns the digest and all committed entries; raises what aborted
-    the run.
+    anything follows from it. What is `known` holds from the start. Returns the digest and all
+    committed entries; raises what aborted the run.
     """
     pick = choose or (lambda n: 0)
     outstanding: list[Grant] = []
     entries: list[Entry] = []
-    effects = list(coordinator.start())
+    effects = list(coordinator.start(known))
+    verdicts, effects = effects[: len(known)], effects[len(known) :]
+    assert all(isinstance(verdict, Accepted) for verdict in verdicts), verdicts
     answers = 0
     request: Request | None = None
     while True:

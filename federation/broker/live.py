@@ -740,6 +740,9 @@ class _Shell:
             for name, description in asked.event.descriptions.items():
                 self._items.append(write_description(name, description, effect.time_ns))
             self._items.append(write_asked(asked.at(effect.time_ns)))
+        elif isinstance(asked, Ordered):
+            serial = int(effect.event.rpartition("/")[2])
+            self._items.append(write_asked(replace(asked, time_ns=effect.time_ns, serial=serial)))
         else:
             self._items.append(write_asked(replace(asked, time_ns=effect.time_ns)))
         self._acks.append((ear, effect))

@@ -89,7 +89,8 @@ def write_asked(asked: Asked) -> Note:
     assert asked.time_ns is not None
     match asked:
         case Ordered():
-            kind, body = "order", {"operator": asked.operator, "action": asdict(asked.action)}
+            said = {"operator": asked.operator, "serial": asked.serial}
+            kind, body = "order", {**said, "action": asdict(asked.action)}
         case Left():
             kind, body = "left", {"member": asked.member}
         case Added():
@@ -135,7 +136,8 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
                 if place is not None:
                     places[said["member"]] = place
             case "order":
-                asked.append(Ordered(said["operator"], Action(**said["action"]), item.time_ns))
+                action = Action(**said["action"])
+                asked.append(Ordered(said["operator"], action, item.time_ns, said["serial"]))
             case "left":
                 asked.append(Left(said["member"], item.time_ns))
             case "added":

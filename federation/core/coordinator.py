@@ -152,6 +152,7 @@ class Coordinator:
         self._settle_at = SETTLE_EVERY
         self._over = False
         self._orders_taken = 0
+        """The highest number of an order."""
 
     # -- the two doors ---------------------------------------------------------------
 
@@ -528,8 +529,9 @@ class Coordinator:
             return Refused(f"{event.action.member} leaves at {member.until_ns} ns")
         if time_ns > self.horizon_ns:
             return Refused("the run has nothing left to do")
-        self._orders_taken += 1
-        event_id = f"{OPERATOR}/{self._orders_taken}"
+        serial = self._orders_taken + 1 if event.serial is None else event.serial
+        self._orders_taken = max(self._orders_taken, serial)
+        event_id = f"{OPERATOR}/{serial}"
         action = replace(event.action, cause=event_id)
         text = (
             f"{event.operator} sets {action.member}.{action.actuator}[{action.entity}] "

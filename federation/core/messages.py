@@ -47,12 +47,14 @@ class Degraded:
 class Ordered:
     """An operator asks for a setpoint in a run that is going on.
 
-    It takes effect at `time_ns`, when that is still ahead; at once when that is None.
+    It takes effect at `time_ns`, when that is still ahead; at once when that is None. `serial`
+    numbers it among the orders of the run where that is known; events name it by its number.
     """
 
     operator: str
     action: Action
     time_ns: int | None = None
+    serial: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
