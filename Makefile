@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check bench published proto lock system clean
+.PHONY: demo test property check soak bench chaos published proto lock system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -27,8 +27,14 @@ check: $(INSTALLED) system  ## format, lint, types, import rules, contract
 	$(BIN)/python -m tests.generated
 	$(BIN)/hadolint k8s/Containerfile
 
-bench: $(INSTALLED)  ## ratios with peers on the same work in one run
-	$(BIN)/python -m benchmarks.run
+soak: $(INSTALLED)  ## half an hour at 200 twins: memory, tasks, threads and sockets stay as they are
+	$(BIN)/python -m tests.soak
+
+bench: $(INSTALLED)  ## the federation beside HELICS and mosaik on the same work, 15 minutes on two idle cores
+	$(BIN)/python -m benchmarks.federation
+
+chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how it took them
+	$(BIN)/python -m tests.chaos
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 

@@ -1,73 +1,162 @@
-"""The ring in HELICS 3: threads over one in-process core, or processes over ZeroMQ.
+"""The ring in HELICS 3, the ways that were fastest of those that its Python package offers.
 
-Of the ways that its Python package offers, these were the fastest here: threads (asynchronous
-calls from one thread are several times slower), one core for all of them, and vectors as raw
-bytes (its `helicsInputGetVector` makes a list of 1,024 numbers more than asked for).
+One core for each federate in a process of its own, over ZeroMQ or shared memory, under a broker in
+the process that starts them; or one in-process core for a thread of each federate (asynchronous
+time requests from one thread were several times slower). Logs are off. The vector is published
+as M doubles, as a HELICS federation usually does it, or, in the modes with `-vector`, as one
+value of raw bytes (`helicsInputGetVector` makes a list of 1,024 numbers more than asked for).
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
-import subprocess
-import sys
 import threading
-import time
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import helics  # type: ignore[import-untyped]
 import numpy as np
 
-from benchmarks import check, print_seconds
+from benchmarks import WARM_STEPS, Cost, Meter, check, print_seconds
 
 QUIET = "--loglevel=no_print"
 
+PATIENCE_S = 60.0
 
-def local(n: int, m: int, t: int) -> float:
-    """The wall time from when all threads are in executing mode until the last is through."""
+
+class _Federate:
+    """One place in the ring; it steps at every whole instant."""
+
+    def __init__(
+        self, core_type: str, core: str, options: str, index: int, n: int, m: int, single: bool
+    ) -> None:
+        info = helics.helicsCreateFederateInfo()
+        helics.helicsFederateInfoSetCoreTypeFromString(info, core_type)
+        helics.helicsFederateInfoSetTimeProperty(info, helics.HELICS_PROPERTY_TIME_PERIOD, 1.0)
+        helics.helicsFederateInfoSetCoreName(info, core)
+        helics.helicsFederateInfoSetCoreInitString(info, options)
+        self._federate = helics.helicsCreateValueFederate(f"m{index}", info)
+        kind = helics.HELICS_DATA_TYPE_DOUBLE if single else helics.HELICS_DATA_TYPE_RAW
+        before = (index - 1) % n
+        places = range(m if single else 1)
+        self._after = [
+            helics.helicsFederateRegisterGlobalPublication(
+                self._federate, f"after{index}/{j}", kind, ""
+            )
+            for j in places
+        ]
+        self._before = [
+            helics.helicsFederateRegisterSubscription(self._federate, f"after{before}/{j}", "")
+            for j in places
+        ]
+        self._value = np.zeros(m)
+        self._step = self._singles if single else self._vector
+        self._steps = 0
+        helics.helicsFederateEnterExecutingMode(self._federate)
+
+    def run(self, t: int) -> None:
+        """Do `t` steps more."""
+        for now in range(self._steps, self._steps + t):
+            self._step(now)
+        self._steps += t
+        check(self._value[0], self._steps)
+
+    def leave(self) -> None:
+        helics.helicsFederateDisconnect(self._federate)
+
+    def _singles(self, now: int) -> None:
+        check(self._value[0], now)
+        for publication, number in zip(self._after, (self._value + 1.0).tolist(), strict=True):
+            helics.helicsPublicationPublishDouble(publication, number)
+        helics.helicsFederateRequestTime(self._federate, now + 1)
+        self._value = np.array([helics.helicsInputGetDouble(one) for one in self._before])
+
+    def _vector(self, now: int) -> None:
+        check(self._value[0], now)
+        helics.helicsPublicationPublishBytes(self._after[0], (self._value + 1.0).tobytes())
+        helics.helicsFederateRequestTime(self._federate, now + 1)
+        self._value = np.frombuffer(helics.helicsInputGetBytes(self._before[0]))
+
+
+def threads(single: bool, n: int, m: int, t: int) -> Cost:
+    """All federates in this process."""
     helics.helicsCreateBroker("inproc", "ring", f"--federates={n} {QUIET}")
     helics.helicsCreateCore("inproc", "core", f"--federates={n} --broker=ring {QUIET}")
-    places = [_Place("inproc", i, n, "core") for i in range(n)]
-    started = threading.Barrier(n)
-    spans: list[tuple[float, float]] = []
+    meeting = threading.Barrier(n + 1)
+    failures: list[BaseException] = []
 
-    def run(place: _Place) -> None:
-        helics.helicsFederateEnterExecutingMode(place.federate)
-        started.wait()
-        spans.append(place.run(m, t))
+    def run(index: int) -> None:
+        try:
+            federate = _Federate("inproc", "core", "", index, n, m, single)
+            federate.run(WARM_STEPS)
+            meeting.wait()  # all are warm
+            meeting.wait()  # the clock runs
+            federate.run(t)
+            meeting.wait()
+            federate.leave()
+        except BaseException as failure:
+            failures.append(failure)
+            meeting.abort()
+            raise
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in places]
-    for thread in threads:
+    crew = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(n)]
+    for thread in crew:
         thread.start()
-    for thread in threads:
-        thread.join()
+    meeting.wait()
+    meter = Meter()
+    meeting.wait()
+    meeting.wait()
+    cost = meter.cost()
+    for thread in crew:
+        thread.join(PATIENCE_S)
     helics.helicsCloseLibrary()
-    return _length(spans, n)
+    return cost
 
 
-def sockets(n: int, m: int, t: int) -> float:
-    """The same with a broker here and a process for each place."""
-    port = _free_port()
-    helics.helicsCreateBroker(
-        "zmq", "ring", f"--federates={n} --local --port={port} --portstart={port + 10} {QUIET}"
-    )
-    me = [sys.executable, "-m", "benchmarks.ring_helics", "place"]
-    places = [
-        subprocess.Popen([*me, *map(str, (i, n, m, t, port))], stdout=subprocess.PIPE, text=True)
-        for i in range(n)
-    ]
-    spans = []
-    try:
-        for place in places:
-            said, _ = place.communicate()
-            if place.returncode:
-                raise RuntimeError(f"a federate ended with {place.returncode}")
-            start_s, end_s = map(float, said.split()[-2:])
-            spans.append((start_s, end_s))
-    finally:
-        for place in places:
-            place.kill()
-            place.wait()
-    helics.helicsCloseLibrary()
-    return _length(spans, n)
+def processes(core_type: str, single: bool, n: int, m: int, t: int) -> Cost:
+    """A process for each federate, a broker in this one."""
+    context = multiprocessing.get_context("fork")
+    with ExitStack() as stack:
+        crew: list[tuple[BaseProcess, Connection]] = []
+        for index in range(n):
+            here, there = context.Pipe()
+            process: BaseProcess = context.Process(
+                target=_process, args=(there, core_type, index, n, m, single), daemon=True
+            )
+            process.start()
+            stack.callback(process.kill)
+            there.close()
+            crew.append((process, here))
+        core_options = _broker(core_type, n, m)
+        _tell(crew, core_options)
+        _hear(crew)
+        meter = Meter()
+        _tell(crew, t)
+        _hear(crew)
+        cost = meter.cost()
+        _tell(crew, None)
+        for process, _ in crew:
+            process.join(PATIENCE_S)
+        helics.helicsCloseLibrary()
+        return cost
+
+
+def _broker(core_type: str, n: int, m: int) -> str:
+    """Start the broker; what a core must be told to find it."""
+    if core_type == "zmq":
+        port = _free_port()
+        own, core = f"--local --port={port} --portstart={port + 10}", f"--brokerport={port}"
+        name = "ring"
+    else:
+        own = core = f"--maxsize={max(4096, 16 * m + 1024)}"
+        name = ""
+    broker = helics.helicsCreateBroker(core_type, name, f"--federates={n} {own} {QUIET}")
+    if not helics.helicsBrokerIsConnected(broker):
+        raise RuntimeError("the broker did not start")
+    return f"--federates=1 {core} {QUIET}"
 
 
 def _free_port() -> int:
@@ -76,53 +165,39 @@ def _free_port() -> int:
         return port
 
 
-def _length(spans: list[tuple[float, float]], n: int) -> float:
-    if len(spans) != n:
-        raise RuntimeError(f"{n - len(spans)} federates failed")
-    return max(end_s for _, end_s in spans) - min(start_s for start_s, _ in spans)
+def _tell(crew: list[tuple[BaseProcess, Connection]], what: object) -> None:
+    for _, pipe in crew:
+        pipe.send(what)
 
 
-class _Place:
-    """One place in the ring; it steps at every whole instant."""
-
-    def __init__(self, core_type: str, index: int, n: int, core: str, options: str = "") -> None:
-        info = helics.helicsCreateFederateInfo()
-        helics.helicsFederateInfoSetCoreTypeFromString(info, core_type)
-        helics.helicsFederateInfoSetTimeProperty(info, helics.HELICS_PROPERTY_TIME_PERIOD, 1.0)
-        helics.helicsFederateInfoSetCoreName(info, core)
-        helics.helicsFederateInfoSetCoreInitString(info, options)
-        self.federate = helics.helicsCreateValueFederate(f"m{index}", info)
-        self._after = helics.helicsFederateRegisterGlobalPublication(
-            self.federate, f"after{index}", helics.HELICS_DATA_TYPE_RAW, ""
-        )
-        self._before = helics.helicsFederateRegisterSubscription(
-            self.federate, f"after{(index - 1) % n}", ""
-        )
-
-    def run(self, m: int, t: int) -> tuple[float, float]:
-        """Do all steps, leave, and say when it began and ended, on the machine's clock."""
-        start_s = time.monotonic()
-        value = np.zeros(m)
-        for step in range(t):
-            check(value[0], step)
-            helics.helicsPublicationPublishBytes(self._after, (value + 1.0).tobytes())
-            helics.helicsFederateRequestTime(self.federate, step + 1)
-            value = np.frombuffer(helics.helicsInputGetBytes(self._before))
-        check(value[0], t)
-        end_s = time.monotonic()
-        helics.helicsFederateDisconnect(self.federate)
-        return start_s, end_s
+def _hear(crew: list[tuple[BaseProcess, Connection]]) -> None:
+    for process, pipe in crew:
+        try:
+            pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{process.name} failed") from None
 
 
-def _place(index: int, n: int, m: int, t: int, port: int) -> None:
-    place = _Place("zmq", index, n, f"core{index}", f"--federates=1 --brokerport={port} {QUIET}")
-    helics.helicsFederateEnterExecutingMode(place.federate)
-    print(*place.run(m, t))
+def _process(pipe: Connection, core_type: str, index: int, n: int, m: int, single: bool) -> None:
+    options = pipe.recv()
+    federate = _Federate(core_type, f"core{index}", options, index, n, m, single)
+    federate.run(WARM_STEPS)
+    pipe.send(None)
+    federate.run(pipe.recv())
+    pipe.send(None)
+    pipe.recv()
+    federate.leave()
     helics.helicsCloseLibrary()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "place":
-        _place(*map(int, sys.argv[2:]))
-    else:
-        print_seconds({"local": local, "grpc": sockets})
+    print_seconds(
+        {
+            "inproc": partial(threads, True),
+            "inproc-vector": partial(threads, False),
+            "zmq": partial(processes, "zmq", True),
+            "zmq-vector": partial(processes, "zmq", False),
+            "ipc": partial(processes, "ipc", True),
+            "ipc-vector": partial(processes, "ipc", False),
+        }
+    )

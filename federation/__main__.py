@@ -65,6 +65,12 @@ def command_run(options: argparse.Namespace) -> int:
     from federation.scenario.spec import load
 
     scenario = load(options.scenario)
+    if options.pace is not None:
+        if options.members != "grpc":
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, "only members that are services are paced: --members grpc"
+            )
+        scenario = scenario.paced(options.pace)
     summary = execute(scenario, options, Path(options.out or f"runs/{scenario.name}"))
     if options.json:
         print(json.dumps(summary, indent=2))
@@ -231,8 +237,33 @@ def command_broker(options: argparse.Namespace) -> int:
                 store=options.store,
                 scenario_folder=options.scenarios,
                 planner=planner,
+                keep_runs=options.keep_runs,
                 max_message_bytes=options.max_message_mib << 20,
             )
+        )
+    )
+    return 0
+
+
+def command_why(options: argparse.Namespace) -> int:
+    from federation.broker.client import print_why
+
+    run(print_why(options.broker, options.run))
+    return 0
+
+
+def command_history(options: argparse.Namespace) -> int:
+    from federation.broker.client import print_history
+
+    run(
+        print_history(
+            options.broker,
+            options.run,
+            options.variable,
+            options.start,
+            options.end,
+            options.points,
+            options.entity,
         )
     )
     return 0
@@ -297,6 +328,12 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a scenario, once or as an ensemble")
     run.add_argument("scenario", help="the scenario's YAML file")
     _study_options(run)
+    run.add_argument(
+        "--pace",
+        type=float,
+        metavar="F",
+        help="F seconds of the run per second, 0 for as fast as it can (as the scenario says)",
+    )
     run.add_argument("--json", action="store_true", help="print summary.json on standard output")
     run.set_defaults(do=command_run)
 
@@ -335,9 +372,35 @@ def parser() -> argparse.ArgumentParser:
     broker.add_argument(
         "--scenarios", type=Path, metavar="DIR", help="where the files of scenarios lie"
     )
+    broker.add_argument(
+        "--keep-runs", type=_positive, metavar="N", help="drop all but the newest N ended runs"
+    )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
+
+    why = commands.add_parser("why", help="what a run waits for, and what its time went to")
+    why.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
+    _broker_option(why)
+    why.set_defaults(do=command_why)
+
+    history = commands.add_parser("history", help="what a variable was over a run, as CSV")
+    history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
+    history.add_argument("variable", metavar="MEMBER.VARIABLE")
+    history.add_argument("--from", dest="start", type=float, default=0.0, metavar="H", help="(0)")
+    history.add_argument("--to", dest="end", type=float, metavar="H", help="(all that is settled)")
+    history.add_argument(
+        "--points", type=int, default=0, metavar="N", help="downsample to N buckets (every value)"
+    )
+    history.add_argument("--entity", type=int, metavar="I", help="only this index, with --points")
+    _broker_option(history)
+    history.set_defaults(do=command_history)
     return main
+
+
+def _broker_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--broker", default="127.0.0.1:7700", metavar="ADDRESS", help="(127.0.0.1:7700)"
+    )
 
 
 def _server_options(command: argparse.ArgumentParser, port: int = 0) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from opentelemetry import metrics, trace
 
+from federation.core.critical import CriticalPath
 from federation.errors import Reason, ScenarioError
 
 tracer = trace.get_tracer("multitwin")
@@ -26,9 +27,35 @@ run_lag = _meter.create_histogram(
     unit="s",
     description="Simulated time between the foremost member and the settled time",
 )
+pace_lag = _meter.create_histogram(
+    "multitwin.pace.lag", unit="s", description="How late a grant was by the wall clock of its run"
+)
+clock_offset = _meter.create_gauge(
+    "multitwin.member.clock.offset", unit="s", description="A member's clock less the broker's"
+)
+round_trip = _meter.create_gauge(
+    "multitwin.member.round_trip", unit="s", description="To a member's process and back"
+)
 solve_duration = _meter.create_histogram(
     "multitwin.plan.solve.duration", unit="s", description="One solve of the joint model"
 )
+
+
+def path_attributes(path: CriticalPath) -> dict[str, float | list[str]]:
+    """A run's critical path as attributes of its span: seconds, and the longest frames in words."""
+    name = "multitwin.critical_path"
+    found: dict[str, float | list[str]] = {
+        f"{name}.{part}_s": getattr(path, f"{part}_s")
+        for part in ("coordinator", "store", "pace", "opening", "closing")
+    }
+    found |= {f"{name}.member.{share.member}_s": share.seconds for share in path.members}
+    found[f"{name}.holds"] = [
+        f"{h.holder} held back {h.held} {h.frames} times, {h.seconds:.6f} s" for h in path.holds
+    ]
+    found[f"{name}.longest"] = [
+        f"{f.holder} at {f.time_ns} ns, {f.seconds:.6f} s" for f in path.longest
+    ]
+    return found
 
 
 def is_tracing() -> bool:

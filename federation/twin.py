@@ -239,12 +239,12 @@ class StepResult(NamedTuple):
     next_ns: int | None = None
 
 
-def failed(member: str, error: Exception) -> TwinError:
+def failed(member: str, error: BaseException) -> TwinError:
     """The error of a twin whose own code raised something."""
     return TwinError(
         Reason.TWIN_FAILED,
         f"{member} failed: {type(error).__name__}: {error}",
-        {"member": member},
+        {"member": member, "exception": type(error).__name__},
     )
 
 

@@ -131,6 +131,8 @@ def _failed(
 
 
 class RawTwin(twin_pb2_grpc.TwinServicer):
+    """Of the first contract: it does not know ReadClock, and gRPC answers UNIMPLEMENTED for it."""
+
     def __init__(self) -> None:
         self.sessions: dict[str, Reservoirs] = {}
 
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args()
     server = grpc.server(futures.ThreadPoolExecutor(4))
-    twin_pb2_grpc.add_TwinServicer_to_server(RawTwin(), server)
+    twin_pb2_grpc.add_TwinServicer_to_server(RawTwin(), server)  # type: ignore[abstract]
     port = server.add_insecure_port(f"127.0.0.1:{arguments.port}")
     server.start()
     print(f"serving raw at 127.0.0.1:{port}", file=sys.stderr, flush=True)

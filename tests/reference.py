@@ -55,7 +55,7 @@ class Reference:
         self.sessions = dict(sessions)
         self.horizon_ns = horizon_ns
         self.policy = loop or LoopPolicy()
-        self.ledger = Ledger()
+        self.ledger = Ledger(wiring.leads())
         self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
         # every value ever published: (member, output) -> [(time, value)]
         self.values: dict[tuple[str, str], list[tuple[int, Vector]]] = {}

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from federation.__main__ import planner
+from federation.broker.client import print_history
 from federation.broker.server import SERVICES, BrokerOptions, BrokerServer
 from federation.broker.store import State, Store
 from federation.core.ledger import ActionRecord, Entry, EventRecord
@@ -29,7 +30,7 @@ from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import Case, PlannerFactory, run_local
 from federation.scenario.spec import Scenario, parse
 from federation.scenario.study import cases
-from federation.twin import MINUTE_NS, Action, Twin
+from federation.twin import HOUR_NS, MINUTE_NS, Action, Twin
 from federation.v1 import (
     broker_pb2,
     broker_pb2_grpc,
@@ -449,6 +450,53 @@ def test_a_store_that_can_not_keep_a_run_ends_it_and_readers_are_told() -> None:
             assert ended.state == scenario_pb2.Run.STATE_FAILED
             assert "can't be written: database or disk is full" in ended.error.message
             assert len(await watching) == broker.store.run(run.name).entries
+
+    bounded(story)
+
+
+def test_the_past_of_a_variable_can_be_asked_for_whole_and_in_buckets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scenario = scenario_of()
+    case = case_of(scenario, "plan")
+    known = [
+        r
+        for r in run_local(scenario, case, planner, keep_ledger=True).ledger
+        if (r.owner, r.variable) == ("dams", "release")
+    ]
+
+    async def story() -> None:
+        async with valley() as (broker, services):
+            run = await services.create()
+            await services.ended(run.name)
+
+            async def ask(**said: object) -> broker_pb2.QueryHistoryResponse:
+                request = broker_pb2.QueryHistoryRequest(
+                    run=run.name, member="dams", variable="release"
+                )
+                for name, value in said.items():
+                    setattr(request, name, value)
+                return await services.broker.QueryHistory(request)
+
+            whole = [codec.decode_entry(entry) for entry in (await ask()).entries]
+            assert places(whole) == places(known)
+            later = await ask(start_ns=6 * HOUR_NS, end_ns=9 * HOUR_NS)
+            asked = [r for r in known if 6 * HOUR_NS <= r.time_ns <= 9 * HOUR_NS]
+            assert places([codec.decode_entry(e) for e in later.entries]) == places(asked)
+            buckets = (await ask(buckets=8, entity=0)).buckets
+            assert sum(bucket.count for bucket in buckets) == len(known)
+            highest = max(codec.decode_vector(bucket.high, "high")[0] for bucket in buckets)
+            assert highest == max(record.value[0] for record in known)
+            for wrong, reason in (
+                ({"variable": "relief"}, Reason.UNKNOWN_VARIABLE),
+                ({"entity": 99, "buckets": 4}, Reason.UNKNOWN_ENTITY),
+                ({"start_ns": 5, "end_ns": 4}, Reason.SCENARIO_INVALID),
+                ({"run": "runs/none"}, Reason.RUN_NOT_FOUND),
+            ):
+                assert (await refused(ask(**wrong))).reason is reason
+            await print_history(broker.address, run.name, "dams.release", 6, 9, 0, None)
+            printed = capsys.readouterr().out.splitlines()
+            assert len(printed) == 1 + sum(record.value.size for record in asked)
 
     bounded(story)
 

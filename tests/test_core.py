@@ -92,7 +92,7 @@ def toys(draw: st.DrawFn, is_steady: bool = False, most_late: int = 0) -> World:
     """Up to six toys and some late ones, wired at random; loops without delay only among toys
     that can redo.
 
-    In a steady world all have a period and none wakes on input.
+    In a steady world none wakes on input.
     """
     count: int = draw(st.integers(1, 6))
     groups = [tuple(f"t{i}" for i in range(count))]
@@ -128,7 +128,7 @@ def toys(draw: st.DrawFn, is_steady: bool = False, most_late: int = 0) -> World:
         acts[source] = (names[0],)
     habits: dict[str, Habit] = {}
     for name in names:
-        is_periodic = is_steady or draw(st.booleans())
+        is_periodic = draw(st.booleans())
         is_as_first = is_in_step and habits
         policy = TimePolicy(
             period_ns=draw(st.integers(1, 7)) if is_periodic else 0,
@@ -405,14 +405,14 @@ def test_the_schedule_the_coordinator_and_the_reference_keep_one_ledger(
 
 @pytest.mark.property
 @given(worlds())
-def test_a_schedule_is_made_only_where_the_order_of_steps_is_fixed(
+def test_a_schedule_is_made_only_where_nobody_is_woken(
     world: tuple[dict[str, Habit], Wiring],
 ) -> None:
     habits, wiring = world
     policies = [habit.policy for habit in habits.values()]
     has_loop = any(unit.is_loop for unit in wiring.units)
-    is_fixed = all(p.period_ns and not p.wakes_on_input for p in policies) and not has_loop
-    assert Schedule.suits(wiring) == is_fixed
+    is_woken = has_loop or any(policy.wakes_on_input for policy in policies)
+    assert Schedule.suits(wiring) != is_woken
 
 
 @pytest.mark.property
@@ -422,7 +422,8 @@ def test_every_entry_is_committed_once_and_in_order(
 ) -> None:
     habits, wiring = world
     _, entries = drive(Coordinator(wiring, HORIZON_NS), open_sessions(habits), shuffled(order))
-    keys = [entry.sort_key() for entry in entries]
+    leads = wiring.leads()
+    keys = [(e.time_ns, leads.get(e.rank, e.rank), *e.sort_key()) for e in entries]
     assert keys == sorted(keys)
     assert len(set(keys)) == len(keys)
     owners = {(e.variable, e.owner) for e in entries if isinstance(e, Record)}
@@ -485,6 +486,26 @@ def test_a_loop_without_delay_is_iterated_to_its_fixed_point() -> None:
     memory = {n: 0.5 * seed + 0.1 for n, seed in (("a", 0.0), ("b", 1.0))}
     expected = (memory["a"] + 0.5 * memory["b"]) / (1 - 0.25)
     assert last["a"] == pytest.approx(expected, abs=1e-8)
+
+
+def test_what_a_loop_causes_stands_after_the_loop() -> None:
+    """Its last micro-step comes before the only step of whoever it feeds in the same instant."""
+    redo = TimePolicy(can_redo=True)
+    habits = {
+        "a": Habit(redo, ("u",), 1, False, 0.4, jumps=(0,), event_every=1),
+        "b": Habit(redo, ("u",), 1, False, 0.4, jumps=(0,), event_every=1),
+        "c": Habit(redo, ("u",), 1, False, 0.4, jumps=(0,), event_every=1),
+    }
+    described = {name: session.description for name, session in open_sessions(habits).items()}
+    couplings = [("a", "b"), ("b", "a"), ("a", "c")]
+    wiring = wire(described, [Coupling(a, "x", b, "u") for a, b in couplings])
+    _, entries = drive(Coordinator(wiring, 0), open_sessions(habits))
+    *loop, last = [entry for entry in entries if isinstance(entry, EventRecord)]
+    assert {event.owner for event in loop} == {"a", "b"}
+    assert last.owner == "c"
+    assert all(event.micro > last.micro for event in loop)
+    (cause,) = last.event.causes
+    assert cause in {event.event.id for event in loop}
 
 
 def test_a_loop_that_does_not_settle_is_an_error_that_names_it() -> None:

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from federation.__main__ import main, planner
+from federation.broker.fleet import fleet
 from federation.core.ledger import ActionRecord, EventRecord, Record
+from federation.loop import run as run_loop
 from federation.scenario.explain import Causes
 from federation.scenario.run import Case, Outcome, bind, local_sessions, plan_member, run_local
-from federation.scenario.spec import load
+from federation.scenario.spec import OnFailure, load
+from federation.twin import HOUR_NS
 
 ROOT = Path(__file__).parent.parent
 SCENARIO = ROOT / "twins" / "regions" / "shelby" / "earthquake.yaml"
@@ -187,3 +190,28 @@ def test_services_and_workers_give_the_digest_of_one_process(tmp_path: Path) -> 
     arguments = ["run", str(SCENARIO), "--measures", "none,plan", "--out", str(out)]
     assert main(arguments) == 0
     assert json.loads((out / "summary.json").read_text())["digest"] == services["digest"]
+
+
+def test_a_run_whose_processes_are_all_killed_once_ends_as_if_nothing_had_been(
+    outcome: Outcome, tmp_path: Path
+) -> None:
+    scenario = load(SCENARIO)
+    recovering = {
+        name: member.model_copy(update={"on_failure": OnFailure(do="recover")})
+        for name, member in scenario.members.items()
+    }
+    scenario = scenario.model_copy(update={"members": recovering})
+    falls = list(zip(scenario.members, (6, 20, 34, 50), strict=True))
+
+    async def story() -> Outcome:
+        async with fleet(scenario, tmp_path / "broker.sqlite", tmp_path) as crew:
+
+            def fell(settled_ns: int) -> None:
+                if falls and settled_ns >= falls[0][1] * HOUR_NS:
+                    crew.processes[falls.pop(0)[0]].kill()
+
+            return await crew.broker.run(scenario, outcome.case, planner, on_commit=fell)
+
+    disturbed = run_loop(story())
+    assert {member for member, _, _ in disturbed.recoveries} == set(recovering)
+    assert disturbed.digest == outcome.digest

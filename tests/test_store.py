@@ -419,15 +419,6 @@ def test_of_each_member_the_newest_snapshots_are_kept(store: Store) -> None:
     assert [s.state for s in store.snapshots(name, "dam")] == [b"again"]
 
 
-def test_the_sessions_of_a_run_are_found_again(store: Store) -> None:
-    name = store.create(run()).name
-    store.keep_sessions(name, {"dam": ("s-1", 1), "sky": ("s-2", 1, "10.0.0.7:4000")})
-    store.keep_sessions(name, {"dam": ("s-3", 2)})
-    assert store.sessions(name) == {"dam": ("s-3", 2), "sky": ("s-2", 1, "10.0.0.7:4000")}
-    store.keep_sessions(name, {"sky": ()})
-    assert store.sessions(name) == {"dam": ("s-3", 2)}
-
-
 def test_runs_that_an_earlier_life_left_unfinished_are_listed(store: Store) -> None:
     pending, running, done = (store.create(run()).name for _ in range(3))
     store.change(running, State.RUNNING)

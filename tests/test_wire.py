@@ -929,7 +929,7 @@ def test_a_twin_in_any_language_is_held_to_its_description(
 ) -> None:
     async def story() -> None:
         server = grpc.aio.server()
-        servicer = Misbehaving(codec.encode_step_result(result))
+        servicer = Misbehaving(codec.encode_step_result(result))  # type: ignore[abstract]
         twin_pb2_grpc.add_TwinServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -991,7 +991,7 @@ def test_a_twin_that_can_not_be_built_says_why() -> None:
         raise KeyError("no data")
 
     async def story() -> None:
-        with pytest.raises(TwinError, match="TWIN_FAILED: water failed with KeyError: 'no data'"):
+        with pytest.raises(TwinError, match="TWIN_FAILED: water failed: KeyError: 'no data'"):
             async with serving(broken, "water"):
                 pass
 

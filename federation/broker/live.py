@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
@@ -19,6 +19,7 @@ import numpy as np
 from opentelemetry import trace
 
 from federation import telemetry
+from federation.broker.clocks import Clocks
 from federation.broker.memory import (
     Added,
     Memory,
@@ -28,12 +29,16 @@ from federation.broker.memory import (
     write_description,
     write_replaced,
 )
+from federation.broker.pace import LateSeat, Pacer
 from federation.broker.registry import Lease
 from federation.broker.seats import Degradation, Heir, MemberSeat, Place, Saved, Succession
 from federation.broker.store import NOT_SETTLED, Frame, Item, State, Store
-from federation.core.coordinator import Coordinator
+from federation.broker.why import Lookout, Standing, write_results
+from federation.core import critical
+from federation.core.ages import Ages
+from federation.core.coordinator import FRAME_STEPS, Coordinator
 from federation.core.exchange import change_id
-from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
+from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
 from federation.core.messages import (
     Aborted,
     Accepted,
@@ -51,6 +56,7 @@ from federation.core.messages import (
     Replaced,
     Stepped,
 )
+from federation.core.waits import find_ways
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import (
     Case,
@@ -85,6 +91,15 @@ BACKLOG = 8_192
 
 CONNECT_AGAIN_S = 0.5
 """How long one attempt to reach a member that was lost may take."""
+
+PLAN_WITHIN_S = 600.0
+"""How long the planner may take to open, and for one frame."""
+
+TURN_WITHIN_S = 86_400.0
+"""How long a run may wait for others to end before it begins."""
+
+STORE_WITHIN_S = 120.0
+"""How long the store may take for one batch, or to note where a run stands."""
 
 CLOSE_S = 2.0
 """How long a run waits for its members to close their sessions."""
@@ -237,6 +252,8 @@ class PlannerSession:
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.cpu_s = 0.0
+        self.done: tuple[StepResult, ...] = ()
+        """A frame that fails half-way has done nothing."""
         self._session = Session(planner, PLANNER)
 
     async def open(self, seed: int, parameters: Mapping[str, float]) -> None:
@@ -339,6 +356,7 @@ async def run_live(
     memory: Memory | None = None,
     asked: Sequence[Asked] = (),
     gone: Callable[[str], None] = lambda member: None,
+    lookout: Lookout | None = None,
 ) -> Outcome:
     """Do one run with members that are services, and the planner in this process.
 
@@ -346,22 +364,25 @@ async def run_live(
     closed. `inbox` brings in orders; `prepared` is what `prepare` gave for the same arguments.
     A member that is lost is looked for with `find`, at its old address when that is None.
     `memory` is what an earlier part of the run left, and `asked` what people got of it then.
-    `gone` hears of members that have left. Raises what aborts the run: MEMBER_LOST
+    `gone` hears of members that have left. At `lookout` one sees what the run waits for.
+    Raises what aborts the run: MEMBER_LOST
     when a member goes away for good. A run that is cancelled ends its sessions first. Of
     members that are services the CPU time is not known and stays 0; `Outcome.cpu_s` is that of
     this process, whatever else it did meanwhile.
     """
     started, started_cpu = time.perf_counter(), time.process_time()
-    inbox, memory = inbox or Inbox(), memory or Memory()
+    inbox, memory, lookout = inbox or Inbox(), memory or Memory(), lookout or Lookout()
     home: _Home | None = None
     with telemetry.tracer.start_as_current_span(
         "run", attributes={"scenario": scenario.name, "measure": case.measure, "run": case.run}
-    ):
+    ) as span:
         try:
             prepared = prepared or await prepare(scenario, case, factory, links)
             home = _Home(scenario, case, prepared.planner, links, epoch, find)
+            # a paced frame has one step, so that none is given before its time
+            coordinator = prepared.experiment.coordinator(1 if scenario.pace else FRAME_STEPS)
             shell = _Shell(
-                prepared.experiment.coordinator(),
+                coordinator,
                 Recorder(prepared.experiment, case, keep_ledger),
                 inbox,
                 sink,
@@ -369,14 +390,20 @@ async def run_live(
                 memory,
                 home,
                 gone,
+                Ages(scenario.staleness_ns()),
+                None if scenario.pace is None else Pacer(scenario.pace),
             )
+            lookout.waits_for("the sessions of its members to open", home.open_within_s)
             await shell.seat()
-            outcome = await shell.drive(asked)
+            outcome = await shell.drive(lookout, asked)
         finally:
             inbox.close()
+            lookout.waits_for("the sessions of its members to close", CLOSE_S)
             if home is not None:
                 await home.leave()
-    outcome.wall_s = time.perf_counter() - started
+        outcome.wall_s = time.perf_counter() - started
+        outcome.critical_path = path = shell.path(started, outcome.wall_s)
+        span.set_attributes(telemetry.path_attributes(path))
     outcome.cpu_s = time.process_time() - started_cpu
     return outcome
 
@@ -403,11 +430,18 @@ class _Home:
         self._given = tuple(links.values())
         self._epoch = epoch
         self._find = find or self._find_at_old_address
+        self.clocks = Clocks(lambda: self._links)
         self._heirs: dict[str, Link] = {}
         """Links to services that are to take over."""
         self._has_begun = False
         self._fresh: dict[str, LinkSession] = {}
         """Sessions that have not made a step yet."""
+
+    @property
+    def open_within_s(self) -> float:
+        """How long the opening of all sessions takes at most."""
+        patience_s = max((link.options.answer_timeout_s for link in self._given), default=0.0)
+        return patience_s + (0.0 if self.planner is None else PLAN_WITHIN_S)
 
     def policy(self, member: str) -> OnFailure:
         found = self.members.get(member)
@@ -484,7 +518,7 @@ class _Home:
                                 await before.close()
                         return await self._session(member, link, start_ns)
                     except FederationError as error:
-                        if error.reason not in _AWAY:
+                        if error.reason not in AWAY:
                             raise
                         why = error.message
                     await asyncio.sleep(pause_s)
@@ -507,6 +541,13 @@ class _Home:
 
     async def _open_planner(self) -> PlannerSession:
         """The planner is shown, before it starts, what the members can do."""
+        try:
+            async with asyncio.timeout(PLAN_WITHIN_S):
+                return await self._planner_shown()
+        except TimeoutError:
+            raise _planner_overdue() from None
+
+    async def _planner_shown(self) -> PlannerSession:
         assert self.planner is not None
         session = PlannerSession(self.planner)
         await session.open(self._case.member_seed(PLANNER), self._case.parameters.get(PLANNER, {}))
@@ -530,13 +571,21 @@ class _Home:
             await session.close()
 
 
-_AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)
+AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)
 """Errors of a service that may still come up."""
 
 
 def substitute_of(member: str) -> str:
     """The name under which the service that stands in for a member is found."""
     return f"{member}-substitute"
+
+
+def _planner_overdue() -> TwinError:
+    return TwinError(
+        Reason.MEMBER_LOST,
+        f"the planner did not answer within {PLAN_WITHIN_S:g} s",
+        {"member": PLANNER},
+    )
 
 
 async def _all(work: Sequence[Coroutine[object, object, _T]]) -> list[_T]:
@@ -561,8 +610,25 @@ class _Place:
     name: str
     seat: Seat
     answered: Callable[[Results], None]
+    begin: Callable[[Sequence[StepInput], Callable[[Results], None]], None]
+    """Where its grants go: to the seat, or to who answers for it while it is late."""
+    late: LateSeat | None = None
+    ages: tuple[str, ...] = ()
+    """Of which of its variables the age is bounded."""
     began_s: float = 0.0
+    ended_s: float = 0.0
+    """When its last answer came."""
     granted: int = 0
+    """How many steps it is granted; 0 when it owes no answer."""
+    until_ns: int = 0
+    """The last of them."""
+    unlocked_by: critical.Frame | None = None
+    """The answer upon which they were granted."""
+    pace_s: float = 0.0
+    """How long the grant waited for the wall clock."""
+    due_s: float | None = None
+    """When a grant that waits for the wall clock is given, by the clock of the loop."""
+    timer: asyncio.TimerHandle | None = None
     span: trace.Span | None = None
     steps: int = 0
     on_record: int = 0
@@ -588,6 +654,8 @@ class _Shell:
         memory: Memory,
         home: _Home,
         gone: Callable[[str], None],
+        ages: Ages,
+        pacer: Pacer | None,
     ) -> None:
         self._coordinator = coordinator
         self._home = home
@@ -596,8 +664,13 @@ class _Shell:
         """Members that leave, and when."""
         self._left: set[str] = set()
         self._parting: set[asyncio.Task[None]] = set()
-        self._acks: list[tuple[Ear, Accepted]] = []
-        """What was granted and is to be said so as soon as it is on record."""
+        self._ages = ages
+        self._pacer = pacer
+        self._clocks: Clocks | None = None
+        self._last: critical.Frame | None = None
+        """The answer that was taken last."""
+        self._frames = 0
+        self._drive_s = 0.0
         self._places: dict[str, _Place] = {}
         self._memory = memory
         self._recorder = recorder
@@ -608,13 +681,15 @@ class _Shell:
         self._parent = trace.get_current_span()
         self._is_traced = self._parent.get_span_context().is_valid
         self._end: asyncio.Future[str] = self._loop.create_future()
-        self._held: deque[Stepped | Failed] = deque()
+        self._held: deque[tuple[Stepped | Failed, critical.Frame]] = deque()
         """Answers that wait until the sink has caught up."""
         self._unkept: list[Entry] = []
         """Entries that are final and have not been given to the sink."""
         self._items: list[Item] = []
         self._saved: list[tuple[str, Saved]] = []
         """What the run could be continued from and has not been given to the sink."""
+        self._accepted: list[tuple[Ear, Accepted]] = []
+        """Requests that are granted, of which nobody is told before they are on record."""
         self._keeping: asyncio.Task[None] | None = None
         self._verdict: Finished | Aborted | None = None
         self._receive_ns: dict[tuple[str, int], int] = {}
@@ -637,11 +712,42 @@ class _Shell:
         async def place(name: str, description: Description) -> None:
             self._sit(name, await sit(name, description))
 
+        self._clocks = home.clocks
         descriptions = self._coordinator.wiring.descriptions
         await _all([place(n, d) for n, d in descriptions.items() if n != PLANNER])
         if PLANNER in descriptions:  # it is shown what the others can do
             await place(PLANNER, descriptions[PLANNER])
         home.begin()
+
+    def _is_given_up_when_late(self, member: str) -> bool:
+        """Whether others go on without a member that is late: nothing but its period says when
+        it steps, and at its instants it steps once."""
+        wiring = self._coordinator.wiring
+        policy = wiring.descriptions[member].time
+        return (
+            self._pacer is not None
+            and self._pacer.pace.when_late == "degrade"
+            and policy.period_ns > 0
+            and not policy.wakes_on_input
+            and not wiring.units[wiring.unit_of[member]].is_loop
+        )
+
+    def _late_seat(self, place: _Place) -> LateSeat:
+        assert self._pacer is not None
+        late_after_s = self._pacer.pace.late_after_s
+
+        def changed(time_ns: int, quality: Quality) -> None:
+            is_late = quality is Quality.STALE
+            why = (
+                f"it took more than {late_after_s:g} s for its step" if is_late else "in time again"
+            )
+            error = TwinError(Reason.MEMBER_LATE, why, {"member": place.name})
+            self.degraded(place.name, Degradation(time_ns, quality, error), is_new=True)
+
+        def failed(error: FederationError) -> None:
+            self._do(lambda: self._coordinator.handle(Failed(place.name, error)))
+
+        return LateSeat(place.seat.begin, late_after_s, changed, failed)
 
     def _seat(self, name: str, description: Description, start_ns: int = 0) -> MemberSeat:
         policy, past = self._home.policy(name), self._memory.pasts.get(name)
@@ -650,14 +756,25 @@ class _Shell:
 
     def _sit(self, name: str, seat: Seat) -> None:
         self._home.seats.append(seat)
-        place = self._places[name] = _Place(name, seat, _ignore)
+        place = self._places[name] = _Place(name, seat, _ignore, seat.begin)
         place.answered = partial(self._answered, place)
+        place.ages = self._ages.of(name)
+        if self._is_given_up_when_late(name):
+            place.late = self._late_seat(place)
+            place.begin = place.late.begin
         if (past := self._memory.pasts.get(name)) is not None:
             place.on_record = past.steps
 
-    async def drive(self, asked: Sequence[Asked]) -> Outcome:
+    async def drive(self, lookout: Lookout, asked: Sequence[Asked]) -> Outcome:
         """Let the coordinator begin with what people have `asked` for already, and got."""
         ticking = self._loop.create_task(self._tick())
+        asking = self._loop.create_task(self._clocks.measure()) if self._clocks else None
+        lookout.waits_for("")
+        lookout.standings = self._standings
+        lookout.stale = lambda: self._ages.stale(self._present_ns())
+        if self._pacer is not None:
+            lookout.pace = self._pacer.report
+        self._drive_s = time.perf_counter()
         try:
             told = list(asked)
             events = [a.event if isinstance(a, Entrance) else a for a in asked]
@@ -666,19 +783,82 @@ class _Shell:
             digest = await self._end
         finally:
             self._inbox.attach(None)
-            for ear, _ in self._acks:
-                _tell(ear, _ENDED)
             self._verdict = self._verdict or Aborted(_GONE)
-            tasks = [task for task in (ticking, self._keeping) if task is not None]
+            for place in self._places.values():
+                if place.timer is not None:
+                    place.timer.cancel()
+                if place.late is not None:
+                    place.late.close()
+            lookout.standings = tuple
+            tasks = [task for task in (ticking, asking, self._keeping) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for verdict, _ in self._accepted:
+                _tell(verdict, _ENDED)
         outcome = self._recorder.finish(digest)
         outcome.costs = {
             name: MemberCost(place.steps, place.wall_s, place.cpu_s)
             for name, place in self._places.items()
         }
+        outcome.pace = None if self._pacer is None else self._pacer.report()
+        outcome.stale = list(self._ages.stale(self._coordinator.horizon_ns))
         return outcome
+
+    # -- what it waits for, and what it waited for -----------------------------------------
+
+    def path(self, started_s: float, wall_s: float) -> critical.CriticalPath:
+        """What the wall time of the run went to, which began at `started_s`."""
+        ways = find_ways(self._coordinator.wiring)
+        return critical.critical_path(
+            self._last,
+            {pair: name for pair, (_, name) in ways.items()},
+            started_s=started_s,
+            drive_s=self._drive_s,
+            ended_s=started_s + wall_s,
+        )
+
+    def _fold(self) -> None:
+        heads = [place.unlocked_by for place in self._places.values() if place.granted]
+        heads += [frame for _, frame in self._held]
+        critical.fold([head for head in (self._last, *heads) if head is not None])
+
+    def _present_ns(self) -> int:
+        """Up to when the run is settled or, if that is later, what the wall clock stands at."""
+        now_ns = self._coordinator.now_ns - 1
+        if self._pacer is not None:
+            now_ns = max(now_ns, self._pacer.now_ns(self._loop.time()))
+        return min(now_ns, self._coordinator.horizon_ns)
+
+    def _standings(self) -> list[Standing]:
+        now_s, clock_s = time.perf_counter(), time.monotonic()
+        found = []
+        for wait in self._coordinator.waits():
+            place = self._places[wait.member]
+            since_s = place.began_s if place.granted else place.ended_s or self._drive_s
+            remaining_s: float | None = None
+            trouble = place.seat.trouble if isinstance(place.seat, MemberSeat) else None
+            paced_s = None
+            if place.due_s is not None:
+                paced_s = max(place.due_s - self._loop.time(), 0.0)
+                since_s = place.ended_s or self._drive_s
+            elif trouble is not None:
+                remaining_s = trouble.due_s - clock_s
+                since_s = now_s - (clock_s - trouble.since_s)
+            elif place.granted:
+                remaining_s = _answer_within_s(place.seat) - (now_s - since_s)
+            found.append(
+                Standing(
+                    wait,
+                    now_s - since_s,
+                    remaining_s,
+                    trouble,
+                    paced_s,
+                    None if self._clocks is None else self._clocks.of(wait.member),
+                    place.late is not None and place.late.is_late,
+                )
+            )
+        return found
 
     # -- what is said besides answers ------------------------------------------------------
 
@@ -697,7 +877,7 @@ class _Shell:
         if heir is not None:
             self._items.append(write_replaced(member, change))
             event_id = change_id("replaced", member, change.time_ns)
-            self._acks.append((heir.done, Accepted(event_id, change.time_ns)))
+            self._accepted.append((heir.done, Accepted(event_id, change.time_ns)))
         self._do(lambda: self._coordinator.handle(event))
 
     def recovered(self, member: str, error: FederationError, wall_s: float) -> None:
@@ -745,7 +925,7 @@ class _Shell:
             self._items.append(write_asked(replace(asked, time_ns=effect.time_ns, serial=serial)))
         else:
             self._items.append(write_asked(replace(asked, time_ns=effect.time_ns)))
-        self._acks.append((ear, effect))
+        self._accepted.append((ear, effect))
 
     def _take_over(self, takeover: Takeover, ear: Ear) -> None:
         """Have another service go on for a member; its seat knows when."""
@@ -762,6 +942,10 @@ class _Shell:
             metadata = {"earliest_ns": str(first_ns)}
             _tell(ear, Refused(why, Reason.INSTANT_PASSED, metadata))
             return
+        if place.late is not None:
+            why = "a run that goes on without late members (pace: when_late: degrade) keeps them"
+            _tell(ear, Refused(why, Reason.UNSUPPORTED, {"member": member}))
+            return
         self._home.expect(takeover)
         seat = place.seat
         if isinstance(seat, LinkSession):
@@ -769,6 +953,7 @@ class _Shell:
             seat = self._seat(member, self._coordinator.wiring.descriptions[member])
             seat.adopt(session, present, events)
             self._home.seats[self._home.seats.index(session)] = place.seat = seat
+            place.begin = seat.begin
         assert isinstance(seat, MemberSeat)
         heir = Heir(time_ns, takeover.text, takeover.is_same, takeover.place, ear)
         seat.replace(heir, present, events)
@@ -777,9 +962,14 @@ class _Shell:
         """Take what became of a grant."""
         if self._verdict is not None:
             return
-        wall_s = time.perf_counter() - place.began_s
+        place.ended_s = now_s = time.perf_counter()
+        wall_s = now_s - place.began_s
         place.wall_s += wall_s
         place.steps += place.granted
+        place.granted = 0
+        frame = critical.Frame(
+            place.unlocked_by, place.name, place.until_ns, place.began_s, now_s, 0.0, place.pace_s
+        )
         telemetry.step_duration.record(wall_s, {"member": place.name})
         if isinstance(place.seat, PlannerSession):
             place.cpu_s = place.seat.cpu_s
@@ -794,12 +984,20 @@ class _Shell:
             place.span.end()
             place.span = None
         if len(self._unkept) > BACKLOG:
-            self._held.append(answer)
+            self._held.append((answer, frame))
         else:
-            self._handle(answer)
+            self._handle(answer, frame)
 
-    def _handle(self, answer: Stepped | Failed) -> None:
+    def _handle(self, answer: Stepped | Failed, frame: critical.Frame) -> None:
+        self._last = frame
+        self._frames += 1
+        if self._frames % critical.FOLD_EVERY == 0:
+            self._fold()
         if isinstance(answer, Stepped) and answer.results:
+            for variable in self._places[answer.member].ages:
+                for result in answer.results:
+                    if variable in result.outputs:
+                        self._ages.published_ns[answer.member, variable] = result.time_ns
             if self._sink is not None:
                 now_ns = time.time_ns()
                 for result in answer.results:
@@ -851,9 +1049,46 @@ class _Shell:
     def _grant(self, grant: Grant) -> None:
         place = self._places[grant.member]
         place.granted = len(grant.steps)
+        place.until_ns = grant.steps[-1].time_ns
+        place.unlocked_by = self._last
         place.began_s = time.perf_counter()
+        if self._pacer is not None and self._is_early(place, grant, self._pacer):
+            return
+        self._give(place, grant)
+
+    def _is_early(self, place: _Place, grant: Grant, pacer: Pacer) -> bool:
+        """Whether a grant has to wait for the wall clock; then it is given in time.
+
+        What is on record is not waited for; the clock starts with the first step that is not.
+        """
+        if place.steps < place.on_record:
+            return False
+        place.pace_s = 0.0
+        time_ns, now_s = grant.steps[0].time_ns, self._loop.time()
+        due_s = pacer.due_s(time_ns, now_s, time_ns if self._memory.pasts else 0)
+        if due_s <= now_s:
+            self._note_lag(pacer, time_ns, now_s)
+            return False
+
+        def in_time() -> None:
+            place.due_s = place.timer = None
+            if self._verdict is None:
+                began_s = time.perf_counter()
+                place.pace_s, place.began_s = began_s - place.began_s, began_s
+                self._note_lag(pacer, time_ns, self._loop.time())
+                self._give(place, grant)
+
+        place.due_s = due_s
+        place.timer = self._loop.call_at(due_s, in_time)
+        return True
+
+    def _note_lag(self, pacer: Pacer, time_ns: int, now_s: float) -> None:
+        pacer.gave(time_ns, now_s)
+        telemetry.pace_lag.record(pacer.lag_s)
+
+    def _give(self, place: _Place, grant: Grant) -> None:
         if not self._is_traced:
-            place.seat.begin(grant.steps, place.answered)
+            place.begin(grant.steps, place.answered)
             return
         span = telemetry.tracer.start_span(
             "grant",
@@ -866,7 +1101,7 @@ class _Shell:
         )
         place.span = span
         with trace.use_span(span):
-            place.seat.begin(grant.steps, place.answered)
+            place.begin(grant.steps, place.answered)
 
     def _keep(self, entries: Sequence[Entry]) -> None:
         """Take entries that are final, and hand on what there is unless the sink is at work."""
@@ -875,28 +1110,38 @@ class _Shell:
             return
         if self._sink is None:
             self._commit()
+            self._tell_accepted(len(self._accepted))
             self._finish()
         else:
             self._keeping = self._loop.create_task(self._feed(self._sink))
 
     async def _feed(self, sink: Sink) -> None:
-        """Give the sink one batch after the other until it has all."""
+        """Give the sink one batch after the other until no entry is left."""
         try:
             while (batch := self._commit()) is not None:
-                acks, self._acks = self._acks, []
+                count = len(self._accepted)
                 await sink(batch)
-                for ear, effect in acks:
-                    _tell(ear, effect)
+                self._tell_accepted(count)
                 if self._on_commit is not None:
                     self._on_commit(batch.settled_ns + 1)
                 while self._held and len(self._unkept) <= BACKLOG:
-                    self._handle(self._held.popleft())
+                    answer, frame = self._held.popleft()
+                    frame.store_s = time.perf_counter() - frame.ended_s
+                    self._handle(answer, frame)
+                if not self._unkept and self._verdict is None:
+                    break  # that time has gone on meanwhile is news for the next tick
         except Exception as error:
             if not self._end.done():
                 self._end.set_exception(error)
         else:
             self._keeping = None
             self._finish()
+
+    def _tell_accepted(self, count: int) -> None:
+        """Say yes to the first so many orders, which are on record now."""
+        for verdict, effect in self._accepted[:count]:
+            _tell(verdict, effect)
+        del self._accepted[:count]
 
     def _commit(self) -> Batch | None:
         """What is final and was not handed on, if there is news."""
@@ -914,9 +1159,6 @@ class _Shell:
         items, self._items = tuple(self._items), []
         saved, self._saved = tuple(self._saved), []
         if self._sink is None:
-            for ear, effect in self._acks:
-                _tell(ear, effect)
-            self._acks.clear()
             if self._on_commit is not None:
                 self._on_commit(settled_ns + 1)
             return None
@@ -952,7 +1194,22 @@ class _Shell:
             for place in self._places.values():
                 if isinstance(place.seat, MemberSeat):
                     place.seat.look(now_s)
+                elif isinstance(place.seat, PlannerSession):
+                    self._look_at_planner(place)
             self._keep(())
+
+    def _look_at_planner(self, place: _Place) -> None:
+        """Give the planner up when it is overdue; the thread that it is in can't be ended."""
+        is_at_work = place.granted and place.due_s is None
+        if is_at_work and time.perf_counter() > place.began_s + PLAN_WITHIN_S:
+            place.answered(_planner_overdue())
+
+
+def _answer_within_s(seat: Seat) -> float:
+    """How long a member may take for a frame."""
+    if isinstance(seat, MemberSeat):
+        return seat.answer_within_s
+    return seat.link.options.answer_timeout_s if isinstance(seat, LinkSession) else PLAN_WITHIN_S
 
 
 def _tell(ear: Ear, what: Effect) -> None:
@@ -999,6 +1256,8 @@ class LiveRun:
     """How many entries of the ledger an earlier life of the broker has stored."""
     settled_ns: int = NOT_SETTLED
     """The instant up to which they are complete."""
+    turn_within_s: float = TURN_WITHIN_S
+    lookout: Lookout = field(default_factory=Lookout)
     _inbox: Inbox = field(default_factory=Inbox)
     _task: asyncio.Task[Outcome] | None = None
     _ended_by: str = ""
@@ -1023,7 +1282,9 @@ class LiveRun:
 
     async def _go(self, turn: asyncio.Semaphore) -> Outcome:
         try:
-            async with turn:
+            async with AsyncExitStack() as stack:
+                await self._wait_for_turn(turn)
+                stack.callback(turn.release)
                 await self._change(State.RUNNING)
                 outcome = await run_live(
                     self.scenario,
@@ -1040,11 +1301,13 @@ class LiveRun:
                     memory=self.memory,
                     asked=self.asked,
                     gone=self._let_go,
+                    lookout=self.lookout,
                 )
             origin = None if self.memory is None else self.memory.origin
             if origin is not None and origin.is_replay:
                 await asyncio.to_thread(self._compare, origin, outcome.digest)
-            await self._change(State.SUCCEEDED, digest=outcome.digest)
+            results = write_results(outcome.critical_path, outcome.pace, outcome.stale)
+            await self._change(State.SUCCEEDED, digest=outcome.digest, results=results)
             return outcome
         except asyncio.CancelledError:
             await self._change(State.CANCELLED)
@@ -1060,6 +1323,19 @@ class LiveRun:
             self._inbox.close()
             links = (*self.links.values(), *self._more_links)
             await asyncio.gather(*(link.close() for link in links))
+
+    async def _wait_for_turn(self, turn: asyncio.Semaphore) -> None:
+        self.lookout.waits_for("its turn, after other runs", self.turn_within_s)
+        try:
+            async with asyncio.timeout(self.turn_within_s):
+                await turn.acquire()
+        except TimeoutError:
+            raise ScenarioError(
+                Reason.NO_TURN,
+                f"{self.name} did not get its turn within {self.turn_within_s:g} s: other runs "
+                "go on for longer",
+                {"run": self.name},
+            ) from None
 
     async def submit(self, operator: str, action: Action) -> Accepted:
         """Let a person set an actuator. Fails with UNKNOWN_MEMBER, UNKNOWN_VARIABLE,
@@ -1193,7 +1469,7 @@ class LiveRun:
         await asyncio.wait([self._task])
 
     async def _keep(self, batch: Batch) -> None:
-        await asyncio.to_thread(self._store, batch)
+        await _stored(lambda: self._store(batch))
         self._announce()
 
     def _store(self, batch: Batch) -> None:
@@ -1210,20 +1486,27 @@ class LiveRun:
             self.store.keep_snapshot(self.name, member, saved.steps, saved.time_ns, saved.state)
 
     async def _change(
-        self, state: State, *, digest: str = "", error: FederationError | None = None
+        self,
+        state: State,
+        *,
+        digest: str = "",
+        error: FederationError | None = None,
+        results: str = "",
     ) -> None:
         end_ns = time.time_ns() if state.is_over else None
         by, because = self._ended_by, self._ended_because
         try:
-            await asyncio.to_thread(
-                self.store.change,
-                self.name,
-                state,
-                digest=digest,
-                error=error,
-                end_ns=end_ns,
-                ended_by=by,
-                ended_because=because,
+            await _stored(
+                lambda: self.store.change(
+                    self.name,
+                    state,
+                    digest=digest,
+                    error=error,
+                    end_ns=end_ns,
+                    ended_by=by,
+                    ended_because=because,
+                    results=results,
+                )
             )
         except FederationError as failure:
             if state in (State.RUNNING, State.SUCCEEDED):
@@ -1323,6 +1606,17 @@ def show(entry: Entry) -> str:
             action = entry.action
             place = f"{action.member}.{action.actuator}[{action.entity}]"
             return f"{entry.owner} sets {place} to {action.value!r} {entry.refusal} {at}"
+
+
+async def _stored(work: Callable[[], None]) -> None:
+    """Have the store do something, unless it takes too long, which ends the run."""
+    try:
+        async with asyncio.timeout(STORE_WITHIN_S):
+            await asyncio.to_thread(work)
+    except TimeoutError:
+        raise ScenarioError(
+            Reason.STORE_FAILED, f"the broker's store has not answered for {STORE_WITHIN_S:g} s"
+        ) from None
 
 
 def _seen(task: asyncio.Task[Outcome]) -> None:

@@ -17,10 +17,11 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from federation.broker.why import Trouble
 from federation.core.ledger import Quality
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.spec import OnFailure
@@ -29,6 +30,8 @@ from federation.wire import codec
 
 REPLAY_STEPS = 64
 """How many steps a frame carries when they are done again."""
+
+_T = TypeVar("_T")
 
 ATTEMPTS = 3
 """How often a step is tried in fresh sessions before its error is believed."""
@@ -39,6 +42,10 @@ Done = Callable[[Answer], None]
 
 class Session(Protocol):
     """A session of a twin, as `federation.wire.link` calls it."""
+
+    @property
+    def done(self) -> Sequence[StepResult]:
+        """What the last frame did, also when it failed half-way."""
 
     def begin(self, steps: Sequence[StepInput], done: Done) -> None: ...
 
@@ -171,11 +178,11 @@ class MemberSeat:
         self._witness = witness
         self._past = past or Past()
         self._session: Session | None = None
-        self._lost: FederationError | None = None
-        """Why it lost its session when nothing was asked of it."""
         self._is_known = bool(self._past.items)
         """Whether it had a session before, here or in an earlier life of the broker."""
         self._track = _Track(self._past, policy, start_ns)
+        self.trouble: Trouble | None = None
+        """How the member is being brought back, while it is lost."""
         self._quality = Quality.GOOD
         self._known: tuple[StepResult, ...] = ()
         """Answers to the first steps of the frame, from the record."""
@@ -188,6 +195,13 @@ class MemberSeat:
         self._asked_s = math.inf
         """When the session was given the frame that it owes an answer to."""
         self._task: asyncio.Task[None] | None = None
+        self._lost: FederationError | None = None
+        """Why there is no session, if it was lost while it owed nothing."""
+
+    @property
+    def answer_within_s(self) -> float:
+        """How long its session may take for a frame."""
+        return self._policy.answer_within_s
 
     async def open(self) -> None:
         """Open the member's session, unless there is a past to go through first."""
@@ -243,12 +257,8 @@ class MemberSeat:
 
     def _go(self) -> None:
         """Have the rest of the frame done."""
-        lost = self._lost
-        if lost is not None:
-            loop = asyncio.get_running_loop()
-            loop.call_soon(lambda: self._fail(lost) if self._done is not None else None)
-        elif self._session is None:
-            self._work(self._resume(None))
+        if self._session is None:
+            asyncio.get_running_loop().call_soon(self._begin_again)
         elif self._is_time_to_save():
             self._work(self._save())
         else:
@@ -256,25 +266,22 @@ class MemberSeat:
 
     def look(self, now_s: float) -> None:
         """Give the member up when its answer is overdue at `now_s` of the monotonic clock."""
-        limit_s = self._policy.answer_within_s
-        if self._asked_s + limit_s < now_s:
-            self.lose(
-                TwinError(
-                    Reason.MEMBER_LOST,
-                    f"{self.member} did not answer within {limit_s:g} s for its step at "
-                    f"{self._rest[0].time_ns} ns",
-                    {"member": self.member},
-                )
-            )
+        if self._asked_s + self._policy.answer_within_s < now_s:
+            self._fail(self._overdue())
 
     def lose(self, error: FederationError) -> None:
-        """The member may not be heard any more, whatever its session says later."""
-        session, self._session = self._session, None
-        if session is not None:
-            self._leave(session)
-            self._lost = error
-        if self._done is not None and self._rest and self._task is None:
+        """The member may not be heard any more, whatever its session says later.
+
+        One that is idle, or being saved, is missed when it is next needed. Who stands in for a
+        member is not lost with it.
+        """
+        if self._quality is not Quality.GOOD or self._session is None:
+            return
+        if self._asked_s < math.inf:
             self._fail(error)
+            return
+        session, self._session, self._lost = self._session, None, error
+        self._leave(session)
 
     async def close(self) -> None:
         """End what goes on, and the session."""
@@ -289,6 +296,15 @@ class MemberSeat:
 
     # -- a frame and its answer ----------------------------------------------------------
 
+    def _begin_again(self) -> None:
+        """Begin a frame without a session: it was lost, or there is a past to go through."""
+        if self._done is None:
+            return
+        if self._lost is None:
+            self._work(self._resume(None))
+        else:
+            self._fail(self._lost)
+
     def _ask(self, session: Session) -> None:
         self._asked_s = time.monotonic()
         steps = self._track.filled(self._rest)
@@ -299,28 +315,44 @@ class MemberSeat:
         if self._done is None or self._session is not session:
             return  # it was given up meanwhile
         if isinstance(answer, FederationError):
-            self._fail(answer)
-            return
-        try:
-            results = self._checked(answer)
-        except FederationError as error:
-            self._fail(error)
+            results, error = self._sound(session.done, is_whole=False)
+            error = error or answer
         else:
+            results, error = self._sound(answer, is_whole=True)
+        if error is None:
             self._answer(results)
+        else:
+            self._fail(error, results)
+
+    def _sound(
+        self, answer: Sequence[StepResult], *, is_whole: bool
+    ) -> tuple[tuple[StepResult, ...], FederationError | None]:
+        """The answers that are as they should be, and what is wrong with the first that isn't.
+
+        They are held to what was asked and described; their events are numbered on.
+        """
+        sound: list[StepResult] = []
+        try:
+            for step, result in zip(self._rest, answer, strict=False):
+                if (step.time_ns, step.micro) != (result.time_ns, result.micro):
+                    raise self._misfit(f"for {step.time_ns} ns answered for {result.time_ns} ns")
+                check_outputs(self.member, self._sizes, result)
+                sound.append(self._track.renumbered(self.member, result))
+            if is_whole and len(answer) != len(self._rest):
+                raise self._misfit(f"{len(self._rest)} steps answered for {len(answer)}")
+        except FederationError as error:
+            return tuple(sound), error
+        return tuple(sound), None
+
+    def _misfit(self, how: str) -> TwinError:
+        text = f"{self.member}, asked {how}"
+        return TwinError(Reason.INVALID_FRAME, text, {"member": self.member})
 
     def _checked(self, answer: Sequence[StepResult]) -> tuple[StepResult, ...]:
-        """The answers with their events numbered on, held to what was asked and described."""
-        asked = [(step.time_ns, step.micro) for step in self._rest]
-        answered = [(result.time_ns, result.micro) for result in answer]
-        if asked != answered:
-            raise TwinError(
-                Reason.INVALID_FRAME,
-                f"{self.member} was given the steps {asked} and answered for {answered}",
-                {"member": self.member},
-            )
-        for result in answer:
-            check_outputs(self.member, self._sizes, result)
-        return tuple(self._track.renumbered(self.member, result) for result in answer)
+        results, error = self._sound(answer, is_whole=True)
+        if error is not None:
+            raise error
+        return results
 
     def _answer(self, results: tuple[StepResult, ...]) -> None:
         self._asked_s = math.inf
@@ -336,16 +368,19 @@ class MemberSeat:
         done, self._done = self._done, None
         done(self._known)
 
-    def _fail(self, error: FederationError) -> None:
-        """Do as the policy says about a frame that has no good answer."""
-        session, self._session, self._asked_s = self._session, None, math.inf
-        self._lost = None
+    def _fail(self, error: FederationError, sound: tuple[StepResult, ...] = ()) -> None:
+        """Do as the policy says about a frame that has good answers to its first steps only."""
+        session, self._session = self._session, None
+        self._asked_s, self._lost = math.inf, None
         if session is not None:
             self._leave(session)
         match self._policy.do:
             case "recover":
                 self._work(self._resume(error))
             case "hold" | "substitute" if self._quality is Quality.GOOD:
+                for step, result in zip(self._rest, sound, strict=False):
+                    self._track.add(step, result)
+                self._known, self._rest = self._known + sound, self._rest[len(sound) :]
                 held = self._policy.do == "hold"
                 quality = Quality.HELD if held else Quality.SUBSTITUTED
                 change = Degradation(self._rest[0].time_ns, quality, error)
@@ -358,6 +393,7 @@ class MemberSeat:
                 self._end(error)
 
     def _end(self, error: FederationError) -> None:
+        self.trouble = None
         done, self._done = self._done, None
         if done is not None:
             done(error)
@@ -410,12 +446,12 @@ class MemberSeat:
         """Bring a session to where the member is: by its state, or by doing all its steps."""
         if self._session is not None:
             try:
-                state = await self._session.snapshot()
+                state = await self._in_time(self._session.snapshot())
             except FederationError:
                 if not self._track.is_whole:
                     raise
             else:
-                await session.restore(state)
+                await self._in_time(session.restore(state))
                 self._witness.saved(self.member, self._track.save(state))
                 return
         if not self._track.is_whole:
@@ -460,47 +496,88 @@ class MemberSeat:
         )
 
     async def _save(self) -> None:
-        assert self._session is not None
+        session = self._session
+        assert session is not None
         try:
-            state = await self._session.snapshot()
+            state = await self._in_time(session.snapshot())
         except FederationError as error:
             self._fail(error)
             return
         saved = self._track.save(state)
         self._witness.saved(self.member, saved)
-        if self._session is not None:
-            self._ask(self._session)
+        if self._session is session:
+            self._ask(session)
+        else:
+            self._begin_again()
 
     async def _resume(self, error: FederationError | None) -> None:
         """Bring a fresh session to where the member is, and let it do what is due.
 
         A step that fails the same way in every fresh session is the twin's own fault, and its
-        error is the answer.
+        error is the answer. A service that is lost again was not there to be at fault.
         """
         began_s = time.perf_counter()
-        for _ in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
+                self._recover(attempt, "a session is opened", error, self._policy.back_within_s)
                 session = await self._open()
                 try:
+                    self._recover(attempt, "it does again what it had done", error)
                     await self._redo(session)
-                    results = self._checked(await session.advance(self._track.filled(self._rest)))
+                    self._recover(attempt, "it does what is due", error)
+                    steps = self._track.filled(self._rest)
+                    results = self._checked(await self._in_time(session.advance(steps)))
                 except BaseException:
                     self._leave(session)
                     raise
             except FederationError as failure:
                 is_same = error is not None and str(failure) == str(error)
                 error = failure
-                if is_same or failure.reason in _FINAL:
+                if is_same and failure.reason is not Reason.MEMBER_LOST:
+                    break
+                if failure.reason in _FINAL:
                     break
             else:
-                self._session = session
+                self._session, self.trouble = session, None
                 self._track.arrived()
                 if error is not None:
                     self._witness.recovered(self.member, error, time.perf_counter() - began_s)
                 self._answer(results)
                 return
         assert error is not None
-        self._end(error)
+        if self._policy.do == "recover":
+            self._end(error)
+        else:
+            self._fail(error)
+
+    def _recover(
+        self,
+        attempt: int,
+        stage: str,
+        error: FederationError | None,
+        within_s: float | None = None,
+    ) -> None:
+        """Say, to who looks, how the member is being brought back."""
+        now_s = time.monotonic()
+        since_s = now_s if self.trouble is None else self.trouble.since_s
+        within_s = self._policy.answer_within_s if within_s is None else within_s
+        self.trouble = Trouble(attempt, stage, error, since_s, now_s + within_s)
+
+    async def _in_time(self, work: Awaitable[_T]) -> _T:
+        """What a session that is not heard yet gives, unless its time is over."""
+        try:
+            async with asyncio.timeout(self._policy.answer_within_s):
+                return await work
+        except TimeoutError:
+            raise self._overdue() from None
+
+    def _overdue(self) -> TwinError:
+        return TwinError(
+            Reason.MEMBER_LOST,
+            f"{self.member} did not answer within {self._policy.answer_within_s:g} s for its step "
+            f"at {self._rest[0].time_ns} ns",
+            {"member": self.member},
+        )
 
     async def _open(self) -> Session:
         if self._quality is Quality.SUBSTITUTED:
@@ -511,9 +588,10 @@ class MemberSeat:
     async def _redo(self, session: Session) -> None:
         """Do again what is not in the saved state; the answers must be the known ones."""
         if self._track.saved is not None:
-            await session.restore(self._track.saved.state)
+            await self._in_time(session.restore(self._track.saved.state))
         for steps, marks in self._track.frames():
-            for result, mark in zip(await session.advance(steps), marks, strict=True):
+            results = await self._in_time(session.advance(steps))
+            for result, mark in zip(results, marks, strict=True):
                 if _mark(self._track.renumbered(self.member, result)) != mark:
                     raise TwinError(
                         Reason.REPLAY_DIFFERS,

@@ -9,21 +9,26 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import grpc
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from federation.broker.live import (
+    AWAY,
     CONNECT_AGAIN_S,
+    TURN_WITHIN_S,
     Asked,
     Find,
     LiveRun,
+    Prepared,
     entrance,
     prepare,
     substitute_of,
@@ -44,12 +49,14 @@ from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
 from federation.broker.seats import Place, Succession
 from federation.broker.service import BrokerService
 from federation.broker.store import Frame, Item, Note, Run, State, Store, Stored
-from federation.core.ledger import ActionRecord, EventRecord
+from federation.broker.why import read_results
+from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
 from federation.scenario.spec import (
     PLANNER,
+    Addition,
     CouplingSpec,
     Member,
     Scenario,
@@ -84,6 +91,7 @@ SERVICES = tuple(
 )
 
 PAGE_SIZE = 100
+MOST_BUCKETS = 10_000
 CHUNK_BYTES = 2 * MEBIBYTE
 """About how much one answer of `Watch` carries; less than any client's default limit."""
 
@@ -97,9 +105,11 @@ class BrokerOptions:
 
     `scenario_folder` is where the maps of documents that come over the wire are looked for; no
     file outside it is read. `planner` builds the planner of a scenario that has repairs. Of the
-    runs that were asked for, `parallel_runs` go on at a time. A broker that `continues`
+    runs that were asked for, `parallel_runs` go on at a time; one that has not got its turn within
+    `turn_within_s` fails. A broker that `continues`
     takes up the runs that an earlier life of it left unfinished; else they are marked as failed.
-    `link` says how patient it is with twins.
+    With `keep_runs`, only so many runs that have ended stay in its store. `link` says how patient
+    it is with twins.
     """
 
     host: str = "127.0.0.1"
@@ -108,7 +118,9 @@ class BrokerOptions:
     scenario_folder: Path | None = None
     planner: PlannerFactory | None = None
     parallel_runs: int = 4
+    turn_within_s: float = TURN_WITHIN_S
     continues: bool = True
+    keep_runs: int | None = None
     lease_ttl_s: float = DEFAULT_TTL_NS / 1e9
     max_message_bytes: int = 64 * MEBIBYTE
     grace_s: float = 2.0
@@ -130,7 +142,7 @@ class BrokerServer:
         """How many runs of an earlier life of the broker were marked as failed."""
         self.continued: tuple[str, ...] = ()
         """The runs of an earlier life of the broker that go on."""
-        self._continuing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._ahead: dict[str, asyncio.Event] = {}
         """Runs that go on as soon as their members are there, or have failed by then."""
         self.store: Store
@@ -156,9 +168,9 @@ class BrokerServer:
             for run in unfinished:
                 self._ahead[run.name] = asyncio.Event()
                 continuing = asyncio.create_task(self._continue(run))
-                self._continuing.add(continuing)
-                continuing.add_done_callback(self._continuing.discard)
-            stack.push_async_callback(_all_ended, self._continuing)
+                self._tasks.add(continuing)
+                continuing.add_done_callback(self._tasks.discard)
+            stack.push_async_callback(_all_ended, self._tasks)
             self._stack = stack.pop_all()
         return self
 
@@ -352,6 +364,7 @@ class BrokerServer:
         return live, await self._start(live)
 
     async def _start(self, live: LiveRun) -> asyncio.Task[Outcome]:
+        live.turn_within_s = self.options.turn_within_s
         self._live[live.name] = live
         task = await live.start(self._turn)
         task.add_done_callback(lambda _: self._forget(live))
@@ -384,6 +397,15 @@ class BrokerServer:
         scenario = await asyncio.to_thread(parse, run.document, "scenario", folder)
         hours = run.horizon_ns / HOUR_NS
         scenario = scenario.model_copy(update={"horizon_h": hours})
+        if scenario.pace is not None and scenario.pace.when_late == "degrade":
+            raise ScenarioError(
+                Reason.UNSUPPORTED,
+                f"{run.name} has a past that can't be gone through again: it depends on when "
+                "its members answered (pace: when_late: degrade)",
+                {"run": run.name},
+            )
+        if memory.origin is not None:  # what might be is wanted sooner than what is
+            scenario = scenario.model_copy(update={"pace": None})
         additions = {
             asked: await asyncio.to_thread(parse_addition, asked.document, "addition", folder)
             for asked in memory.asked
@@ -396,28 +418,19 @@ class BrokerServer:
         needed = {name: member for name, member in members.items() if name not in over}
         places = {**_places(members), **memory.places}
         here = {name: places[name] for name in needed}
-        if wait and needed:
-            by_name = [place.name for place in here.values() if place.address is None]
-            await self.members_ready(
-                by_name, max(m.on_failure.back_within_s for m in needed.values())
-            )
-        leases: dict[str, Lease] = {}
-        links = await self._connect(self._addresses(here, leases))
-        try:
-            asked_before: list[Asked] = []
-            for asked in memory.asked:
-                if not isinstance(asked, Added):
-                    asked_before.append(asked)
-                    continue
-                addition = additions[asked]
-                own = {name: links.pop(name) for name in addition.members if name in links}
-                known = {n: d for n, d in memory.descriptions.items() if n in addition.members}
-                asked_before.append(await entrance(addition, own, asked.time_ns, known))
-            factory = None if PLANNER in over else self.options.planner
-            prepared = await prepare(scenario, memory.case, factory, links, memory.descriptions)
-        except BaseException:
-            await asyncio.gather(*(link.close() for link in links.values()))
-            raise
+        patience_s = max((m.on_failure.back_within_s for m in needed.values()), default=0.0)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + (patience_s if wait else 0.0)
+        while True:
+            leases: dict[str, Lease] = {}
+            try:
+                reached = await self._reach(scenario, memory, additions, here, leases, over)
+                break
+            except FederationError as error:
+                if error.reason not in AWAY or loop.time() >= until_s:
+                    raise
+            await asyncio.sleep(CONNECT_AGAIN_S)
+        links, prepared, asked = reached
         live = LiveRun(
             run.name,
             scenario,
@@ -430,11 +443,43 @@ class BrokerServer:
             self.epoch,
             find=self._finder(places, leases),
             memory=memory,
-            asked=tuple(asked_before),
+            asked=asked,
             stored=run.entries,
             settled_ns=run.settled_ns,
         )
         await self._start(live)
+
+    async def _reach(
+        self,
+        scenario: Scenario,
+        memory: Memory,
+        additions: Mapping[Added, Addition],
+        here: Mapping[str, Place],
+        leases: dict[str, Lease],
+        over: set[str],
+    ) -> tuple[dict[str, Link], Prepared, tuple[Asked, ...]]:
+        """Links to the members that are needed, their wiring, and what people have asked for."""
+        assert memory.case is not None
+        links = await self._connect(self._addresses(here, leases))
+        reached = tuple(links.values())
+        try:
+            asked: list[Asked] = []
+            for request in memory.asked:
+                if isinstance(request, Added):
+                    addition = additions[request]
+                    own = {n: links.pop(n) for n in addition.members if n in links}
+                    asked.append(
+                        await entrance(addition, own, request.time_ns, memory.descriptions)
+                    )
+                else:
+                    asked.append(request)
+            factory = None if PLANNER in over else self.options.planner
+            known = memory.descriptions
+            prepared = await prepare(scenario, memory.case, factory, links, known)
+        except BaseException:
+            await asyncio.gather(*(link.close() for link in reached))
+            raise
+        return links, prepared, tuple(asked)
 
     def _addresses(self, places: Mapping[str, Place], leases: dict[str, Lease]) -> dict[str, str]:
         """Where the members are. Notes the leases of those that are found by their names."""
@@ -605,6 +650,16 @@ class BrokerServer:
     def _forget(self, live: LiveRun) -> None:
         if live.unkept is None:
             self._live.pop(live.name, None)
+        if self.options.keep_runs is not None:
+            pruning = asyncio.create_task(self._prune(self.options.keep_runs))
+            self._tasks.add(pruning)
+            pruning.add_done_callback(self._tasks.discard)
+
+    async def _prune(self, keep_runs: int) -> None:
+        try:
+            await asyncio.to_thread(partial(self.store.prune, keep_runs=keep_runs))
+        except FederationError as error:
+            _say(f"old runs could not be dropped: {error}")
 
     async def _connect(self, addresses: Mapping[str, str]) -> dict[str, Link]:
         """A link to every member, all at once; of several failures the first in order."""
@@ -622,12 +677,19 @@ class BrokerServer:
 
     # -- runs on request -----------------------------------------------------------------
 
-    async def create(self, document: str, seed: int | None) -> str:
-        """Begin a run of a document, under its first measure; the name of the run."""
+    async def create(
+        self, document: str, seed: int | None, pace_factor: float | None = None
+    ) -> str:
+        """Begin a run of a document, under its first measure; the name of the run.
+
+        `pace_factor` counts in place of the document's.
+        """
         scenario = await asyncio.to_thread(
             parse, document, "scenario", self.options.scenario_folder
         )
         _check_files(scenario.couplings, self.options.scenario_folder)
+        if pace_factor is not None:
+            scenario, document = scenario.paced(pace_factor), ""
         measure = next(iter(scenario.measures))
         (case,) = cases(scenario, [measure], 1, scenario.seed if seed is None else seed)
         live, _ = await self.begin(scenario, case, self.options.planner, document=document)
@@ -646,7 +708,30 @@ class BrokerServer:
 
     async def report(self, run: Run) -> scenario_pb2.Run:
         """A run as the wire carries it, with its figures so far."""
-        return await asyncio.to_thread(_report, self.store, run)
+        return await asyncio.to_thread(_report, self.store, run, self._stale(run))
+
+    def _stale(self, run: Run) -> frozenset[tuple[str, str]]:
+        """The variables whose values are older, now or at the end, than the scenario allows."""
+        live = self._live.get(run.name)
+        if live is not None and not run.state.is_over:
+            return frozenset((stale.member, stale.variable) for stale in live.lookout.stale())
+        if not run.results:
+            return frozenset()
+        values = read_results(run.results, scenario_pb2.Run()).stale_values
+        return frozenset((stale.member, stale.variable) for stale in values)
+
+    async def why(self, name: str) -> control_pb2.WhyResponse:
+        """What a run waits for or, when it has ended, what its time went to."""
+        run = await self.find(name)
+        report = await self.report(run)
+        live = self._live.get(name)
+        if run.state.is_over:
+            return read_results(run.results, report)
+        if live is not None:
+            return live.lookout.told(report)
+        response = control_pb2.WhyResponse(run=report)
+        response.wait.cause = "its members to be there again, to continue"
+        return response
 
     async def live(self, name: str) -> LiveRun | None:
         """A run that has not ended, or None when it has. Fails with RUN_NOT_FOUND."""
@@ -677,12 +762,13 @@ class BrokerServer:
                 self.store.snapshot, name, members=members, variables=variables
             )
             told_ns = run.settled_ns
+            stale = self._stale(run)
             yield self._checked(
                 broker_pb2.WatchResponse(
                     cursor=f"{prefix}{after}",
                     snapshot=True,
                     time_ns=run.settled_ns,
-                    entries=map(_encode, found),
+                    entries=[_encode(stored, stale) for stored in found],
                 )
             )
         while True:
@@ -716,14 +802,63 @@ class BrokerServer:
             await changed.wait()
 
     def _checked(self, response: broker_pb2.WatchResponse) -> broker_pb2.WatchResponse:
+        self._fitting(response, "fewer members or variables")
+        return response
+
+    def _fitting(self, response: Message, instead: str) -> None:
         size, limit = response.ByteSize(), self.options.max_message_bytes
         if size > limit:
             raise ScenarioError(
                 Reason.MESSAGE_TOO_LARGE,
-                f"the state of the run has {size} bytes; the limit is {limit}: name fewer "
-                "members or variables, or raise the limit",
+                f"the answer has {size} bytes; the limit is {limit}: ask for {instead}, or raise "
+                "the limit",
                 {"bytes": str(size)},
             )
+
+    async def history(
+        self, request: broker_pb2.QueryHistoryRequest
+    ) -> broker_pb2.QueryHistoryResponse:
+        """The past of one variable, whole or in buckets; fails as `QueryHistory` says."""
+        run = await self.find(request.run)
+        end_ns = request.end_ns if request.HasField("end_ns") else run.settled_ns
+        if not request.start_ns <= end_ns or not 0 <= request.buckets <= MOST_BUCKETS:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                f"a span from {request.start_ns} to {end_ns} ns in {request.buckets} buckets; it "
+                f"takes a start, an end not before it, and at most {MOST_BUCKETS} buckets",
+            )
+        where = (request.run, request.member, request.variable)
+        entity = request.entity if request.HasField("entity") else None
+        latest = await asyncio.to_thread(self.store.value, *where)
+        if latest is None or not (entity is None or 0 <= entity < latest.size):
+            what = f"{request.member}.{request.variable}"
+            problem = "is on record" if latest is None else f"has {latest.size} entities"
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE if latest is None else Reason.UNKNOWN_ENTITY,
+                f"no {what} {problem}" if latest is None else f"{what} {problem}",
+                {"member": request.member, "variable": request.variable},
+            )
+        response = broker_pb2.QueryHistoryResponse()
+        if request.buckets == 0:
+            found = await asyncio.to_thread(self.store.history, *where, request.start_ns, end_ns)
+            response.entries.extend(map(_encode, found))
+        else:
+            outline = await asyncio.to_thread(
+                partial(self.store.outline, entity=entity),
+                *(*where, request.start_ns, end_ns, request.buckets),
+            )
+            for row in range(len(outline.count)):
+                response.buckets.add(
+                    start_ns=int(outline.start_ns[row]),
+                    end_ns=int(outline.end_ns[row]),
+                    count=int(outline.count[row]),
+                    first=codec.encode_vector(outline.first[row]),
+                    last=codec.encode_vector(outline.last[row]),
+                    low=codec.encode_vector(outline.low[row]),
+                    high=codec.encode_vector(outline.high[row]),
+                    mean=codec.encode_vector(outline.mean[row]),
+                )
+        self._fitting(response, "a shorter span, or for buckets of one entity")
         return response
 
     async def follow_run(self, name: str) -> AsyncIterator[Run]:
@@ -854,15 +989,25 @@ def _instant(unix_ns: int) -> Timestamp:
     return found
 
 
-def _encode(stored: Stored) -> broker_pb2.LedgerEntry:
-    message = codec.encode_entry(stored.entry)
+def _encode(stored: Stored, stale: Collection[tuple[str, str]] = ()) -> broker_pb2.LedgerEntry:
+    """An entry for a reader; a value that is stale by now is told as such."""
+    entry = stored.entry
+    if isinstance(entry, Record) and (entry.owner, entry.variable) in stale:
+        entry = entry._replace(quality=Quality.STALE)
+    message = codec.encode_entry(entry)
     message.receive_time.FromNanoseconds(stored.receive_ns)
     return message
 
 
-def _report(store: Store, run: Run) -> scenario_pb2.Run:
+def _report(store: Store, run: Run, stale: Collection[tuple[str, str]]) -> scenario_pb2.Run:
     kpis = [
-        scenario_pb2.Kpi(member=member, name=variable, unit=unit, value=value)
+        scenario_pb2.Kpi(
+            member=member,
+            name=variable,
+            unit=unit,
+            value=value,
+            is_stale=(member, variable) in stale,
+        )
         for member, variable, unit in run.figures
         if (value := store.present(run.name, member, variable)) is not None
     ]
@@ -985,6 +1130,17 @@ class _Broker(BrokerService):
             ):
                 yield response
 
+    async def QueryHistory(  # noqa: N802
+        self,
+        request: broker_pb2.QueryHistoryRequest,
+        context: grpc.aio.ServicerContext[
+            broker_pb2.QueryHistoryRequest, broker_pb2.QueryHistoryResponse
+        ],
+    ) -> broker_pb2.QueryHistoryResponse:
+        async with refusing(context):
+            return await self._broker.history(request)
+        raise AssertionError("abort raises")
+
 
 class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
     def __init__(self, broker: BrokerServer) -> None:
@@ -999,7 +1155,8 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
     ) -> scenario_pb2.CreateRunResponse:
         async with refusing(context):
             seed = request.seed if request.HasField("seed") else None
-            name = await self._broker.create(request.document, seed)
+            pace = request.pace_factor if request.HasField("pace_factor") else None
+            name = await self._broker.create(request.document, seed, pace)
             return scenario_pb2.CreateRunResponse(run=await self._report(name))
         raise AssertionError("abort raises")
 
@@ -1198,6 +1355,15 @@ class _Control(control_pb2_grpc.ControlServicer):
                 await live.cancel(request.operator, request.reason)
             run = await self._broker.find(request.run)
             return control_pb2.StopRunResponse(run=await self._broker.report(run))
+        raise AssertionError("abort raises")
+
+    async def Why(  # noqa: N802
+        self,
+        request: control_pb2.WhyRequest,
+        context: grpc.aio.ServicerContext[control_pb2.WhyRequest, control_pb2.WhyResponse],
+    ) -> control_pb2.WhyResponse:
+        async with refusing(context):
+            return await self._broker.why(request.run)
         raise AssertionError("abort raises")
 
 

@@ -40,6 +40,7 @@ from federation.core.messages import (
     Replaced,
     Request,
 )
+from federation.core.waits import Wait, find_waits
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.twin import NOTHING, Action, Event, StepInput, StepResult
 
@@ -48,6 +49,9 @@ OPERATOR = "operator"
 
 OPERATOR_RANK = -1
 """A person's order comes before all steps of its instant."""
+
+FRAME_STEPS = 64
+"""How many steps a grant carries at most unless told otherwise."""
 
 SETTLE_EVERY = 512
 """Ledger entries to gather at least before they are put in order; a matter of speed only."""
@@ -134,7 +138,7 @@ class Coordinator:
         *,
         loop: LoopPolicy | None = None,
         pools: tuple[Pool, ...] = (),
-        frame_steps: int = 64,
+        frame_steps: int = FRAME_STEPS,
     ) -> None:
         self.wiring = wiring
         self.horizon_ns = horizon_ns
@@ -195,7 +199,7 @@ class Coordinator:
                 return self._continue_loop(unit, unit.loop, member, results[0])
             for result in results:
                 self._exchange.absorb(member, result)
-                _set_next(member, result)
+                member.set_next(result)
             member.reached_ns = member.granted[-1].time_ns
             member.granted = ()
             return self._advance(self._moved(unit))
@@ -213,6 +217,10 @@ class Coordinator:
     def settle(self) -> tuple[Entry, ...]:
         """What is settled and was not committed yet; nothing earlier can come any more."""
         return self._settle(self.now_ns)
+
+    def waits(self) -> tuple[Wait, ...]:
+        """What each member that has not come to its end is doing, and who holds it back."""
+        return find_waits(self._units, _next_step, self.wiring, self.horizon_ns)
 
     def present(self, member: str) -> tuple[StepInput, int]:
         """All that a member was given by its last step, as one step; and its events so far.
@@ -439,6 +447,8 @@ class Coordinator:
             if coupling.source in known:
                 unit = self._units[known[coupling.source].unit]
                 first_ns = max(first_ns, unit.reached_ns() + 1)
+        if self.wiring.arrivals:  # ranks are in the order of joining
+            first_ns = max(first_ns, self.wiring.arrivals[-1].time_ns)
         time_ns = first_ns if event.time_ns is None else event.time_ns
         if refusal := self._too_soon(time_ns, first_ns, ", ".join(new)):
             return refusal
@@ -620,7 +630,7 @@ class Coordinator:
             result = loop.stepped.get(member.name)
             if result is not None:
                 self._exchange.absorb(member, result)
-                _set_next(member, result)
+                member.set_next(result)
         for member in unit.members:
             member.reached_ns = loop.time_ns
             for inlet in member.inlets:
@@ -648,24 +658,6 @@ def _next_step(member: Member) -> int:
 
 
 _OVER = Refused("the run has ended")
-
-
-def _set_next(member: Member, result: StepResult) -> None:
-    """Set the member's own next instant after its step at `result.time_ns`."""
-    if member.period_ns:
-        if member.next_ns <= result.time_ns:
-            member.next_ns = result.time_ns + member.period_ns
-        return
-    if result.next_ns is not None:
-        if result.next_ns <= result.time_ns:
-            raise TwinError(
-                Reason.TIME_REGRESSION,
-                f"{member.name} stepped at {result.time_ns} ns and asked for {result.next_ns} ns",
-                {"member": member.name},
-            )
-        member.next_ns = result.next_ns
-    elif member.next_ns <= result.time_ns:
-        member.next_ns = NEVER
 
 
 def _commit(entries: tuple[Entry, ...]) -> tuple[Effect, ...]:

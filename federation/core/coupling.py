@@ -229,6 +229,15 @@ class Wiring:
                 return arrival.time_ns
         return 0
 
+    def leads(self) -> dict[int, int]:
+        """Per rank of a member of a loop the lowest rank in its loop."""
+        return {
+            self.rank[member]: self.rank[unit.members[0]]
+            for unit in self.units
+            if unit.is_loop
+            for member in unit.members
+        }
+
 
 def wire(
     descriptions: Mapping[str, Description],

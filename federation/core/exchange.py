@@ -241,6 +241,23 @@ class Member:
                 inlet.is_behind = is_rung = True
         return is_rung
 
+    def set_next(self, result: StepResult) -> None:
+        """Set its own next instant after its step at `result.time_ns`."""
+        if self.period_ns:
+            if self.next_ns <= result.time_ns:
+                self.next_ns = result.time_ns + self.period_ns
+            return
+        if result.next_ns is not None:
+            if result.next_ns <= result.time_ns:
+                raise TwinError(
+                    Reason.TIME_REGRESSION,
+                    f"{self.name} stepped at {result.time_ns} ns and asked for {result.next_ns} ns",
+                    {"member": self.name},
+                )
+            self.next_ns = result.next_ns
+        elif self.next_ns <= result.time_ns:
+            self.next_ns = NEVER
+
     def put_off(self, step: StepInput) -> None:
         """Keep the causes of a step that is not done after all."""
         self.reached_ns = step.time_ns
@@ -266,9 +283,11 @@ class Exchange:
     """The members of a wiring with their ledger: takes answers in and hands them on."""
 
     def __init__(self, wiring: Wiring, pools: tuple[Pool, ...] = ()) -> None:
-        self.ledger = Ledger()
+        self.ledger = Ledger(wiring.leads())
         self.members: dict[str, Member] = {}
         self._pools = pools
+        self._changes: dict[str, Degraded] = {}
+        """Changes of quality that are ahead, by member."""
         self._arrive(wiring)
 
     def admit(self, wiring: Wiring) -> None:
@@ -282,6 +301,7 @@ class Exchange:
 
     def _arrive(self, wiring: Wiring) -> list[str]:
         """The same, without a word; the names of those who are new."""
+        self.ledger.leads = wiring.leads()
         self.envelope = Envelope(wiring.descriptions, wiring.actuations, self._pools)
         self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
         new = [name for name in wiring.descriptions if name not in self.members]
@@ -332,9 +352,9 @@ class Exchange:
         inlet.feeds.append(feed)
         outlet = self.members[coupling.source].outlets[coupling.output]
         outlet.feeds.append(feed)
-        if outlet.value is not None and outlet.data is not None:
-            known = dict(outlet.causes)
-            feed.pending.append((coupling.since_ns, outlet.value, outlet.data, known))
+        if outlet.value is not None:
+            data = outlet.value.tobytes()
+            feed.pending.append((coupling.since_ns, outlet.value, data, dict(outlet.causes)))
             member.awaits = True
 
     def absorb(self, member: Member, result: StepResult) -> None:
@@ -349,6 +369,8 @@ class Exchange:
         """Record what has changed of a result's values, and hand it on with its causes."""
         outputs = result.outputs
         time_ns = result.time_ns
+        if time_ns >= member.degraded_ns and member.name in self._changes:
+            self._record_change(member)
         names: Iterable[str] = outputs
         if causes:
             names = dict.fromkeys(chain(outputs, causes))
@@ -402,17 +424,10 @@ class Exchange:
                 feed.member.awaits = True
 
     def degrade(self, change: Degraded) -> None:
-        """Note that a member's values are of another quality from an instant on.
-
-        What it has published and now holds is recorded anew, as held.
-        """
+        """Note that a member's values are of another quality from an instant on."""
         member = self.members[change.member]
-        time_ns, member.quality = change.time_ns, change.quality
-        member.degraded_ns = time_ns
-        kind = change.quality.name.lower()
-        self._note(time_ns, kind, member.name, f"{member.name} is {kind}: {change.error}")
-        if change.quality is Quality.HELD:
-            self._hold(member, time_ns)
+        member.quality, member.degraded_ns = change.quality, change.time_ns
+        self._changes[change.member] = change
 
     def replace(self, change: Replaced) -> None:
         """Note that another service goes on under a member's name."""
@@ -425,14 +440,33 @@ class Exchange:
 
     def hold(self, member: Member) -> None:
         """Record what a member that has made its last step leaves behind, as held."""
-        self._hold(member, member.until_ns)
-
-    def _hold(self, member: Member, time_ns: int) -> None:
         for name, outlet in member.outlets.items():
-            if outlet.value is not None:
-                outlet.revision += 1
-                place = (time_ns, 0, member.rank, member.name, name)
-                self.ledger.add(Record(*place, outlet.revision, outlet.value, Quality.HELD))
+            self._hold(member, name, outlet, member.until_ns, Quality.HELD)
+
+    def _record_change(self, member: Member) -> None:
+        """Record that the quality changes; what is held or stale, anew.
+
+        Not before the member's own answers to the steps before have been recorded.
+        """
+        change = self._changes.pop(member.name)
+        time_ns = change.time_ns
+        quality = change.quality.name.lower()
+        self._note(time_ns, quality, member.name, f"{member.name} is {quality}: {change.error}")
+        if change.quality is Quality.SUBSTITUTED:
+            return
+        for name, outlet in member.outlets.items():
+            if change.quality is not Quality.GOOD:
+                self._hold(member, name, outlet, time_ns, change.quality)
+            elif outlet.value is not None:
+                outlet.data = b""  # what it says next is news, be it the same as before
+
+    def _hold(
+        self, member: Member, name: str, outlet: Outlet, time_ns: int, quality: Quality
+    ) -> None:
+        if outlet.value is not None:
+            outlet.revision += 1
+            place = (time_ns, 0, member.rank, member.name, name)
+            self.ledger.add(Record(*place, outlet.revision, outlet.value, quality))
 
     def _note(self, time_ns: int, what: str, member: str, text: str) -> str:
         """Record a change of members. Its name does not depend on when it became known."""

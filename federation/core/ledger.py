@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -105,15 +106,18 @@ def record_head(rank: int, owner: str, variable: str, size: int, quality: Qualit
 class Ledger:
     """Puts entries, in whatever order they arrive, into the defined one and hashes them.
 
-    The digest is SHA-256 over all entries by time, micro-step, topological rank and name,
-    so it does not depend on when messages arrived. Hashed are, little-endian: before the first
+    The order is by time, unit (a member, or all members of a loop), micro-step, topological
+    rank and name, so that nothing stands before its cause; `leads` says of the ranks in loops
+    which is the lowest of the loop. The digest is SHA-256 over all entries and does not depend
+    on when messages arrived. Hashed are, little-endian: before the first
     entry of each micro-step its time (int64) and number (int32); of every entry its rank
     (int32), kind and quality (bytes), the length of its name (uint32), the name, the length of
     its body (uint64) and the body. The body of a record are its values; its revision is the
     number of records of its name so far, and so needs no place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leads: Mapping[int, int]) -> None:
+        self.leads = leads
         self._waiting: list[_Waiting] = []
         self._serial = 0
         self._hash = hashlib.sha256()
@@ -132,20 +136,12 @@ class Ledger:
         if isinstance(entry, Record):
             if data is None:
                 data = plain_zeros(entry.value).tobytes()
-            self._waiting.append(
-                (
-                    entry.time_ns,
-                    entry.micro,
-                    entry.rank,
-                    0,
-                    entry.variable,
-                    self._serial,
-                    entry,
-                    data,
-                )
-            )
+            key = (entry.micro, entry.rank, 0, entry.variable)
         else:
-            self._waiting.append((*entry.sort_key(), self._serial, entry, b""))
+            data = b""
+            key = entry.sort_key()[1:]
+        unit = self.leads.get(entry.rank, entry.rank)
+        self._waiting.append((entry.time_ns, unit, key, self._serial, entry, data))
 
     def settle(self, before_ns: int) -> tuple[Entry, ...]:
         """Commit every entry of a time < `before_ns`; nothing earlier can come any more."""
@@ -160,10 +156,10 @@ class Ledger:
         entries = []
         parts: list[bytes] = []
         now = self._now
-        for time_ns, micro, _, _, _, _, entry, data in ready:
-            if now != (time_ns, micro):
-                now = (time_ns, micro)
-                parts.append(_INSTANT.pack(time_ns, micro))
+        for time_ns, _, _, _, entry, data in ready:
+            if now != (time_ns, entry.micro):
+                now = (time_ns, entry.micro)
+                parts.append(_INSTANT.pack(*now))
             if isinstance(entry, Record):
                 parts.append(self._record_head(entry))
                 parts.append(data)
@@ -217,8 +213,9 @@ class Ledger:
         self._parts_bytes = 0
 
 
-_Waiting = tuple[int, int, int, int, str, int, Entry, bytes]
-"""Sort key, serial number (so that no two compare equal), entry, bytes of a record's value."""
+_Waiting = tuple[int, int, tuple[int, int, int, str], int, Entry, bytes]
+"""Time, unit, order within it, serial number (so that no two compare equal), entry, bytes of a
+record's value."""
 
 
 def _story(entry: EventRecord | ActionRecord) -> bytes:

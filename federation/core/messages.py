@@ -34,7 +34,8 @@ class Degraded:
     """From its step at `time_ns` on, a member's values are of another quality.
 
     It comes before the answer to that step. A held member publishes nothing any more; one that
-    is substituted is answered for by another model.
+    is substituted is answered for by another model. The values of one that is late are stale,
+    until they are good again, when it publishes all of them with its answer.
     """
 
     member: str

@@ -1,10 +1,10 @@
-"""The order of steps worked out beforehand, for members in one process whose periods are fixed.
+"""The order of steps without questions, for members in one process that nobody wakes.
 
-Where every member has a period, none wakes on input and no instant couplings form a loop, who
-steps when does not depend on what is said. So nobody has to be asked what may be done next: the
-members that are due at an instant are walked by rank, in stages of which none feeds another at
-once, and what a stage has published is checked, hashed and handed on in one piece. The ledger is
-the coordinator's, bit for bit.
+Where none wakes on input and no instant couplings form a loop, each member alone says when it
+steps: it has a period, or it asks for its next instant. So nobody has to be asked what may be
+done next: the members that are due at an instant are walked by rank, in stages of which none
+feeds another at once, and what a stage has published is checked, hashed and handed on in one
+piece. The ledger is the coordinator's, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from federation.core.coupling import Wiring
 from federation.core.envelope import Pool
-from federation.core.exchange import Exchange, Feed, Member, Outlet
+from federation.core.exchange import NEVER, Exchange, Feed, Member, Outlet
 from federation.core.ledger import Entry, Record
 from federation.errors import FederationError
 from federation.twin import (
@@ -124,7 +124,7 @@ class Schedule:
         )
         self._entries: list[Entry] = []
         self._wall_s = self._cpu_s = 0.0
-        rhythms: dict[tuple[int, int], list[Place]] = {}
+        rhythms: dict[tuple[int, int, str], list[Place]] = {}
         for name, member in self._exchange.members.items():
             plain: list[Feed] = []
             mixed: list[Feed] = []
@@ -134,17 +134,21 @@ class Schedule:
                     if inlet.is_plain:
                         feed.visible, feed.data = inlet.value, inlet.data
             place = Place(member, sessions[name], plain, mixed)
-            rhythms.setdefault((member.next_ns, member.period_ns), []).append(place)
+            # one that asks for its instants is a rhythm of its own
+            own = "" if member.period_ns else name
+            rhythms.setdefault((member.next_ns, member.period_ns, own), []).append(place)
         self._rhythms = list(rhythms.values())
-        self._due = [(offset_ns, i, period_ns) for i, (offset_ns, period_ns) in enumerate(rhythms)]
-        """A heap of (next instant, index, period) of all members of one rhythm."""
+        self._due = [
+            (offset_ns, i, period_ns) for i, (offset_ns, period_ns, _) in enumerate(rhythms)
+        ]
+        """A heap of (next instant, index, period or 0) of all members of one rhythm."""
         self._stages: dict[tuple[int, ...], list[Stage]] = {}
 
     @staticmethod
     def suits(wiring: Wiring) -> bool:
-        """Whether the order of steps is fixed beforehand."""
+        """Whether each member alone says when it steps."""
         policies = [description.time for description in wiring.descriptions.values()]
-        is_fixed = all(p.period_ns and not p.wakes_on_input for p in policies)
+        is_fixed = not any(p.wakes_on_input for p in policies)
         return is_fixed and not wiring.arrivals and not any(u.is_loop for u in wiring.units)
 
     def run(self, commit: Callable[[list[Entry], int], None]) -> str:
@@ -159,16 +163,23 @@ class Schedule:
         committed = 0
         while due and (time_ns := due[0][0]) <= self._horizon_ns:
             rhythms = []
-            while due[0][0] == time_ns:
+            asking: list[int] = []
+            while due and due[0][0] == time_ns:
                 _, index, period_ns = due[0]
-                heapq.heapreplace(due, (time_ns + period_ns, index, period_ns))
                 rhythms.append(index)
+                if period_ns:
+                    heapq.heapreplace(due, (time_ns + period_ns, index, period_ns))
+                else:
+                    heapq.heappop(due)
+                    asking.append(index)
             pattern = tuple(rhythms)
             stages = self._stages.get(pattern)
             if stages is None:
                 stages = self._arrange(pattern)
             for stage in stages:
                 self._walk(stage, time_ns)
+            for index in asking:
+                heapq.heappush(due, (self._rhythms[index][0].member.next_ns, index, 0))
             if self.ledger.size - committed >= COMMIT_EVERY:
                 committed = self.ledger.size
                 entries, self._entries = self._entries, []
@@ -275,7 +286,7 @@ class Schedule:
                 else:
                     outputs = session.run(time_ns, changed, actions)
                 place.steps += 1
-                member.next_ns = time_ns + member.period_ns
+                member.next_ns = time_ns + member.period_ns if member.period_ns else NEVER
                 if session.has_more:
                     has_more = True
                 for name, data in outputs.items() if len(outputs) < 2 else sorted(outputs.items()):
@@ -368,7 +379,9 @@ class Schedule:
     def _absorb(self, stage: Stage, time_ns: int) -> None:
         """The same for a stage that also tells of events, causes or actions."""
         for place in stage.places:
-            self._exchange.absorb(place.member, place.session.result())
+            result = place.session.result()
+            self._exchange.absorb(place.member, result)
+            place.member.set_next(result)
         for entry in self.ledger.settle(time_ns + 1):
             if not isinstance(entry, Record) or self._is_kept(entry):
                 self._entries.append(entry)

@@ -10,15 +10,36 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from federation.core.coordinator import Coordinator
+from federation.core.ages import Stale
+from federation.core.coordinator import FRAME_STEPS, Coordinator
 from federation.core.coupling import Actuation, Coupling, Wiring, wire
+from federation.core.critical import CriticalPath, path_in_one_thread
 from federation.core.envelope import Pool
-from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
-from federation.core.messages import Aborted, Commit, Effect, Failed, Finished, Grant, Stepped
+from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
+from federation.core.messages import (
+    Aborted,
+    Commit,
+    Degraded,
+    Effect,
+    Failed,
+    Finished,
+    Grant,
+    Stepped,
+)
 from federation.core.schedule import Schedule
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.scenario.spec import PLANNER, Policy, Scenario
-from federation.twin import MINUTE_NS, SYSTEM, Description, Planner, Session, Twin, failed
+from federation.twin import (
+    MINUTE_NS,
+    SYSTEM,
+    Description,
+    Planner,
+    Session,
+    StepInput,
+    StepResult,
+    Twin,
+    failed,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,12 @@ class Outcome:
     recoveries: list[tuple[str, str, float]] = field(default_factory=list)
     """Members that were lost and came back: who, why, and after how many seconds."""
     failure: FederationError | None = None
+    critical_path: CriticalPath | None = None
+    """What the wall time went to; None for a run that failed."""
+    pace: Mapping[str, float | str] | None = None
+    """How a paced run kept to the wall clock (`federation.broker.pace.Pacer.report`)."""
+    stale: list[Stale] = field(default_factory=list)
+    """Values that were older at the end of a live run than the scenario allows."""
 
     @property
     def error(self) -> str:
@@ -105,8 +132,10 @@ class Experiment:
             return self.scenario.kpis
         return tuple(f"{name}.{kpi}" for name, d in self.descriptions.items() for kpi in d.kpis)
 
-    def coordinator(self) -> Coordinator:
-        return Coordinator(self.wiring, self.scenario.horizon_ns, pools=self.pools)
+    def coordinator(self, frame_steps: int = FRAME_STEPS) -> Coordinator:
+        return Coordinator(
+            self.wiring, self.scenario.horizon_ns, pools=self.pools, frame_steps=frame_steps
+        )
 
 
 def bind(
@@ -150,6 +179,15 @@ def bind(
             raise ScenarioError(
                 Reason.UNKNOWN_VARIABLE,
                 f"the KPI {name} is no scalar output of {member}; it has {sorted(known)}",
+                {"member": member, "variable": variable},
+            )
+    for member, variable in scenario.staleness_ns():
+        outputs = {v.name for v in members[member].outputs()}
+        if variable not in outputs:
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE,
+                f"staleness bounds {member}.{variable}, which is no output; {member} has "
+                f"{', '.join(sorted(outputs))}",
                 {"member": member, "variable": variable},
             )
     for name in (*scenario.parameters, *scenario.uncertainty, *scenario.sensitivity):
@@ -304,7 +342,9 @@ def run_local(
 ) -> Outcome:
     """Do one run in this process and in one thread.
 
-    `on_commit` hears the time up to which the run is settled. Raises what aborts the run.
+    `on_commit` hears the time up to which the run is settled. A member that fails is held when
+    its policy says so; there is nothing here to recover it with, nor anybody to stand in. Raises
+    what aborts the run.
     """
     started, started_cpu = time.perf_counter(), time.process_time()
     sessions = local_sessions(scenario)
@@ -326,7 +366,9 @@ def run_local(
         )
     recorder = Recorder(experiment, case, keep_ledger)
     costs: dict[str, MemberCost] = {}
-    walk = _walk if Schedule.suits(experiment.wiring) else _drive
+    opening_s = time.perf_counter() - started
+    holds = any(member.on_failure.do == "hold" for member in scenario.members.values())
+    walk = _walk if Schedule.suits(experiment.wiring) and not holds else _drive
     try:
         digest = walk(experiment, sessions, recorder, costs, on_commit)
     finally:
@@ -335,6 +377,8 @@ def run_local(
     outcome = recorder.finish(digest)
     outcome.costs = costs
     outcome.wall_s = time.perf_counter() - started
+    taken = {name: (cost.steps, cost.wall_s) for name, cost in costs.items()}
+    outcome.critical_path = path_in_one_thread(taken, opening_s, outcome.wall_s)
     outcome.cpu_s = time.process_time() - started_cpu
     return outcome
 
@@ -358,7 +402,7 @@ def _walk(
     costs: dict[str, MemberCost],
     on_commit: Callable[[int], None] | None,
 ) -> str:
-    """Run members whose order of steps is fixed beforehand."""
+    """Run members that nobody wakes."""
 
     def commit(entries: Iterable[Entry], settled_ns: int) -> None:
         recorder.take(entries)
@@ -389,17 +433,33 @@ def _drive(
     """Run members of any kind, as the coordinator lets them."""
     coordinator = experiment.coordinator()
     spent = {name: [0, 0.0, 0.0] for name in sessions}
+    held: set[str] = set()
+    members = experiment.scenario.members
+
+    def step_on(name: str, step: StepInput) -> StepResult:
+        """One step of a member, or nothing new when it is held."""
+        unchanged = StepResult(step.time_ns, step.micro)
+        if name in held:
+            return unchanged
+        try:
+            with blame(name):
+                return sessions[name].advance(step)
+        except FederationError as error:
+            if name not in members or members[name].on_failure.do != "hold":
+                raise
+            held.add(name)
+            coordinator.handle(Degraded(name, step.time_ns, Quality.HELD, error))
+            return unchanged
+
     waiting: deque[Effect] = deque(coordinator.start())
     while waiting:
         effect = waiting.popleft()
         match effect:
             case Grant():
                 wall, cpu = time.perf_counter(), time.thread_time()
-                session = sessions[effect.member]
                 answer: Stepped | Failed
                 try:
-                    with blame(effect.member):
-                        results = tuple([session.advance(step) for step in effect.steps])
+                    results = tuple([step_on(effect.member, step) for step in effect.steps])
                     answer = Stepped(effect.member, results)
                 except FederationError as error:
                     answer = Failed(effect.member, error)

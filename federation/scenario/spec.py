@@ -101,6 +101,23 @@ class Member(Service):
     on_failure: OnFailure = OnFailure()
 
 
+class Pace(Part):
+    """How a run of services keeps to the wall clock; a run in one process goes as fast as it can.
+
+    No step is granted before its instant. When the federation falls behind, it may `wait`: what
+    is late is done at once, until the clock is caught up with. It may `skip`: when a step is
+    granted more than `late_after_s` late, the clock is set back and the time is lost for good. Or
+    it may `degrade`: a member with a period, outside of loops without delay, that takes more than
+    `late_after_s` for a step is not waited for any longer; its values hold and are marked as stale
+    until it has caught up. What such a run gives depends on the wall clock, what the other two
+    give does not.
+    """
+
+    factor: PositiveFloat = Field(description="seconds of the run per second of wall time")
+    when_late: Literal["wait", "skip", "degrade"] = "wait"
+    late_after_s: PositiveFloat = Field(default=1.0, description="of wall time")
+
+
 class Map(Part):
     """Links taken from two columns of a CSV file beside the scenario."""
 
@@ -183,6 +200,10 @@ class Scenario(Part):
     measures: dict[str, Measure] = {"none": Measure()}
     kpis: tuple[Variable, ...] = ()
     sensitivity: dict[str, tuple[float, float]] = {}
+    pace: Pace | None = None
+    staleness: dict[Variable, PositiveFloat] = Field(
+        default={}, description="minutes of the run that an output may go unpublished"
+    )
     folder: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)
 
@@ -192,11 +213,35 @@ class Scenario(Part):
             raise ValueError(f"{PLANNER!r} is the name of the built-in member; choose another")
         if any(m.crews != "none" for m in self.measures.values()) and self.repairs is None:
             raise ValueError("a measure sends crews, but the scenario has no repairs")
+        if self.pace is not None and self.pace.when_late == "degrade":
+            for name, member in self.members.items():
+                if member.on_failure.do in ("hold", "substitute"):
+                    raise ValueError(
+                        f"{name} has on_failure: {member.on_failure.do}, which can't be together "
+                        "with pace: when_late: degrade; let it fail or recover"
+                    )
         return self
 
     @property
     def horizon_ns(self) -> int:
         return round(self.horizon_h * HOUR_NS)
+
+    def paced(self, factor: float) -> Scenario:
+        """The same at another pace, and with 0 at none. Fails with SCENARIO_INVALID."""
+        if not 0 <= factor < float("inf"):
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, f"{factor:g} is no pace: seconds of the run per second"
+            )
+        pace = self.pace or Pace(factor=1.0)
+        changed = pace.model_copy(update={"factor": factor}) if factor else None
+        return self.model_copy(update={"pace": changed})
+
+    def staleness_ns(self) -> dict[tuple[str, str], int]:
+        """Per member and variable how old a value may be, in nanoseconds of the run."""
+        return {
+            (name.partition(".")[0], name.partition(".")[2]): round(bound_min * MINUTE_NS)
+            for name, bound_min in self.staleness.items()
+        }
 
     def couplings_resolved(self) -> tuple[Coupling, ...]:
         """The couplings with their maps read; raises MISSING_FILE or SCENARIO_INVALID."""
@@ -373,6 +418,7 @@ def _references(scenario: Scenario) -> Mapping[str, list[str]]:
         "uncertainty": [*scenario.uncertainty],
         "kpis": [*scenario.kpis],
         "sensitivity": [*scenario.sensitivity],
+        "staleness": [*scenario.staleness],
         "measures": [p for m in scenario.measures.values() for p in m.parameters],
         "repairs": [
             v

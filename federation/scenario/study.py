@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -349,7 +349,21 @@ def summarise(
         ],
         **figures(outcomes, measures),
         "cascade": cascade_of(first.events, first.domains) if first else {},
+        "critical_path": _waits_of(first) if first else {},
     }
+
+
+def _waits_of(outcome: Outcome) -> dict[str, Any]:
+    """What the wall time of a run went to; if it was paced, how late it was; what was too old."""
+    path = outcome.critical_path
+    found: dict[str, Any] = {"run": outcome.case.run, "measure": outcome.case.measure}
+    if path is not None:
+        found |= {"wall_s": path.wall_s, **asdict(path)}
+    if outcome.pace is not None:
+        found["pace"] = dict(outcome.pace)
+    if outcome.stale:
+        found["stale"] = [asdict(stale) for stale in outcome.stale]
+    return found
 
 
 def cascade_of(events: Sequence[EventRecord], domains: Mapping[str, str]) -> dict[str, Any]:

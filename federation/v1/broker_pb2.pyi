@@ -377,6 +377,141 @@ class WatchResponse(_message.Message):
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
 
 @_typing.final
+class QueryHistoryRequest(_message.Message):
+    """Asks for the past of one variable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    VARIABLE_FIELD_NUMBER: _builtins.int
+    START_NS_FIELD_NUMBER: _builtins.int
+    END_NS_FIELD_NUMBER: _builtins.int
+    BUCKETS_FIELD_NUMBER: _builtins.int
+    ENTITY_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's name, `runs/{run}`."""
+    member: _builtins.str
+    """The member that publishes it."""
+    variable: _builtins.str
+    """The variable."""
+    start_ns: _builtins.int
+    """The first instant, in nanoseconds of the run."""
+    end_ns: _builtins.int
+    """The last instant; unset for all that is settled."""
+    buckets: _builtins.int
+    """How many buckets of equal length to sort the values into, at most 10,000; 0 for every
+    single value.
+    """
+    entity: _builtins.int
+    """The index of the one entity that is asked for; unset for all. Only with buckets."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        member: _builtins.str = ...,
+        variable: _builtins.str = ...,
+        start_ns: _builtins.int = ...,
+        end_ns: _builtins.int | None = ...,
+        buckets: _builtins.int = ...,
+        entity: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns", "_entity", b"_entity", "end_ns", b"end_ns", "entity", b"entity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns", "_entity", b"_entity", "buckets", b"buckets", "end_ns", b"end_ns", "entity", b"entity", "member", b"member", "run", b"run", "start_ns", b"start_ns", "variable", b"variable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end_ns: _TypeAlias = _typing.Literal["end_ns"]  # noqa: Y015
+    _WhichOneofArgType__end_ns: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns"]  # noqa: Y015
+    _WhichOneofReturnType__entity: _TypeAlias = _typing.Literal["entity"]  # noqa: Y015
+    _WhichOneofArgType__entity: _TypeAlias = _typing.Literal["_entity", b"_entity"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_ns) -> _WhichOneofReturnType__end_ns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__entity) -> _WhichOneofReturnType__entity | None: ...
+
+Global___QueryHistoryRequest: _TypeAlias = QueryHistoryRequest  # noqa: Y015
+
+@_typing.final
+class QueryHistoryResponse(_message.Message):
+    """The past of one variable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Bucket(_message.Message):
+        """What the values of one bucket come to, entity by entity, each a vector of little-endian
+        float64. The mean is over the values that were recorded, whatever time they held for.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        START_NS_FIELD_NUMBER: _builtins.int
+        END_NS_FIELD_NUMBER: _builtins.int
+        COUNT_FIELD_NUMBER: _builtins.int
+        FIRST_FIELD_NUMBER: _builtins.int
+        LAST_FIELD_NUMBER: _builtins.int
+        LOW_FIELD_NUMBER: _builtins.int
+        HIGH_FIELD_NUMBER: _builtins.int
+        MEAN_FIELD_NUMBER: _builtins.int
+        start_ns: _builtins.int
+        """The time of the first value in the bucket."""
+        end_ns: _builtins.int
+        """The time of the last value in the bucket."""
+        count: _builtins.int
+        """How many values there are."""
+        first: _builtins.bytes
+        """The first value."""
+        last: _builtins.bytes
+        """The last value."""
+        low: _builtins.bytes
+        """The lowest value."""
+        high: _builtins.bytes
+        """The highest value."""
+        mean: _builtins.bytes
+        """The mean of the values."""
+        def __init__(
+            self,
+            *,
+            start_ns: _builtins.int = ...,
+            end_ns: _builtins.int = ...,
+            count: _builtins.int = ...,
+            first: _builtins.bytes = ...,
+            last: _builtins.bytes = ...,
+            low: _builtins.bytes = ...,
+            high: _builtins.bytes = ...,
+            mean: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "end_ns", b"end_ns", "first", b"first", "high", b"high", "last", b"last", "low", b"low", "mean", b"mean", "start_ns", b"start_ns"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    BUCKETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
+        """Without buckets: every value of the span, in order."""
+
+    @_builtins.property
+    def buckets(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueryHistoryResponse.Bucket]:
+        """The buckets that have values, in order."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        buckets: _abc.Iterable[Global___QueryHistoryResponse.Bucket] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryHistoryResponse: _TypeAlias = QueryHistoryResponse  # noqa: Y015
+
+@_typing.final
 class LedgerEntry(_message.Message):
     """One entry of a run's ledger. Entries are ordered by time, iteration, rank, and then values
     before events before actions.
@@ -399,7 +534,10 @@ class LedgerEntry(_message.Message):
         QUALITY_SUBSTITUTED: LedgerEntry._Quality.ValueType  # 3
         """The twin is lost; a surrogate stands in."""
         QUALITY_STALE: LedgerEntry._Quality.ValueType  # 4
-        """It is older than the run allows."""
+        """It is older than the run allows: its twin is later than the pace of the run allows, and
+        others go on without it; or, told in the opening answer of Watch, its twin has not published
+        it for longer than the scenario's `staleness` allows.
+        """
 
     class Quality(_Quality, metaclass=_QualityEnumTypeWrapper):
         """How a value came about."""
@@ -413,7 +551,10 @@ class LedgerEntry(_message.Message):
     QUALITY_SUBSTITUTED: LedgerEntry.Quality.ValueType  # 3
     """The twin is lost; a surrogate stands in."""
     QUALITY_STALE: LedgerEntry.Quality.ValueType  # 4
-    """It is older than the run allows."""
+    """It is older than the run allows: its twin is later than the pace of the run allows, and
+    others go on without it; or, told in the opening answer of Watch, its twin has not published
+    it for longer than the scenario's `staleness` allows.
+    """
 
     @_typing.final
     class Value(_message.Message):

@@ -60,6 +60,11 @@ class BrokerStub:
                 request_serializer=federation_dot_v1_dot_broker__pb2.WatchRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_broker__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.QueryHistory = channel.unary_unary(
+                '/federation.v1.Broker/QueryHistory',
+                request_serializer=federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.FromString,
+                _registered_method=True)
 
 
 class BrokerServicer:
@@ -112,6 +117,17 @@ class BrokerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QueryHistory(self, request, context):
+        """Reads what one variable was over a span of a run, whole or downsampled.
+
+        Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
+        record, with SCENARIO_INVALID on an empty span or too many buckets, and with
+        MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BrokerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -139,6 +155,11 @@ def add_BrokerServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=federation_dot_v1_dot_broker__pb2.WatchRequest.FromString,
                     response_serializer=federation_dot_v1_dot_broker__pb2.WatchResponse.SerializeToString,
+            ),
+            'QueryHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryHistory,
+                    request_deserializer=federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -277,6 +298,33 @@ class Broker:
             '/federation.v1.Broker/Watch',
             federation_dot_v1_dot_broker__pb2.WatchRequest.SerializeToString,
             federation_dot_v1_dot_broker__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Broker/QueryHistory',
+            federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.SerializeToString,
+            federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,13 @@ class BrokerStub:
 
     Fails with RUN_NOT_FOUND.
     """
+    QueryHistory: _grpc.UnaryUnaryMultiCallable[_broker_pb2.QueryHistoryRequest, _broker_pb2.QueryHistoryResponse]
+    """Reads what one variable was over a span of a run, whole or downsampled.
+
+    Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
+    record, with SCENARIO_INVALID on an empty span or too many buckets, and with
+    MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
+    """
 
 @_typing.type_check_only
 class BrokerAsyncStub(BrokerStub):
@@ -86,6 +93,13 @@ class BrokerAsyncStub(BrokerStub):
     run ends or the caller goes.
 
     Fails with RUN_NOT_FOUND.
+    """
+    QueryHistory: _aio.UnaryUnaryMultiCallable[_broker_pb2.QueryHistoryRequest, _broker_pb2.QueryHistoryResponse]  # type: ignore[assignment]
+    """Reads what one variable was over a span of a run, whole or downsampled.
+
+    Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
+    record, with SCENARIO_INVALID on an empty span or too many buckets, and with
+    MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
     """
 
 class BrokerServicer(metaclass=_abc_1.ABCMeta):
@@ -143,6 +157,19 @@ class BrokerServicer(metaclass=_abc_1.ABCMeta):
         run ends or the caller goes.
 
         Fails with RUN_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def QueryHistory(
+        self,
+        request: _broker_pb2.QueryHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_broker_pb2.QueryHistoryResponse, _abc.Awaitable[_broker_pb2.QueryHistoryResponse]]:
+        """Reads what one variable was over a span of a run, whole or downsampled.
+
+        Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
+        record, with SCENARIO_INVALID on an empty span or too many buckets, and with
+        MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
         """
 
 def add_BrokerServicer_to_server(servicer: BrokerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

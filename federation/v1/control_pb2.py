@@ -22,37 +22,65 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from federation.v1 import error_pb2 as federation_dot_v1_dot_error__pb2
 from federation.v1 import scenario_pb2 as federation_dot_v1_dot_scenario__pb2
 from federation.v1 import twin_pb2 as federation_dot_v1_dot_twin__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x65ration/v1/control.proto\x12\rfederation.v1\x1a\x1c\x66\x65\x64\x65ration/v1/scenario.proto\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\"[\n\x13SubmitActionRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12%\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x15.federation.v1.Action\x12\x10\n\x08operator\x18\x03 \x01(\t\"6\n\x14SubmitActionResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"f\n\x11\x41\x64\x64MembersRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08\x64ocument\x18\x02 \x01(\t\x12\x14\n\x07time_ns\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08operator\x18\x04 \x01(\tB\n\n\x08_time_ns\"4\n\x12\x41\x64\x64MembersResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"f\n\x13RemoveMemberRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x14\n\x07time_ns\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08operator\x18\x04 \x01(\tB\n\n\x08_time_ns\"6\n\x14RemoveMemberResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"\x95\x01\n\x14ReplaceMemberRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x11\n\x07service\x18\x03 \x01(\tH\x00\x12\x11\n\x07\x61\x64\x64ress\x18\x04 \x01(\tH\x00\x12\x14\n\x07time_ns\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x10\n\x08operator\x18\x06 \x01(\tB\x06\n\x04heirB\n\n\x08_time_ns\"7\n\x15ReplaceMemberResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"?\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"2\n\x0fStopRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run2\xb4\x03\n\x07\x43ontrol\x12W\n\x0cSubmitAction\x12\".federation.v1.SubmitActionRequest\x1a#.federation.v1.SubmitActionResponse\x12Q\n\nAddMembers\x12 .federation.v1.AddMembersRequest\x1a!.federation.v1.AddMembersResponse\x12W\n\x0cRemoveMember\x12\".federation.v1.RemoveMemberRequest\x1a#.federation.v1.RemoveMemberResponse\x12Z\n\rReplaceMember\x12#.federation.v1.ReplaceMemberRequest\x1a$.federation.v1.ReplaceMemberResponse\x12H\n\x07StopRun\x12\x1d.federation.v1.StopRunRequest\x1a\x1e.federation.v1.StopRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64\x65ration/v1/control.proto\x12\rfederation.v1\x1a\x19\x66\x65\x64\x65ration/v1/error.proto\x1a\x1c\x66\x65\x64\x65ration/v1/scenario.proto\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\x1a\x1egoogle/protobuf/duration.proto\"[\n\x13SubmitActionRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12%\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x15.federation.v1.Action\x12\x10\n\x08operator\x18\x03 \x01(\t\"6\n\x14SubmitActionResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"f\n\x11\x41\x64\x64MembersRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08\x64ocument\x18\x02 \x01(\t\x12\x14\n\x07time_ns\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08operator\x18\x04 \x01(\tB\n\n\x08_time_ns\"4\n\x12\x41\x64\x64MembersResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"f\n\x13RemoveMemberRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x14\n\x07time_ns\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08operator\x18\x04 \x01(\tB\n\n\x08_time_ns\"6\n\x14RemoveMemberResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"\x95\x01\n\x14ReplaceMemberRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x11\n\x07service\x18\x03 \x01(\tH\x00\x12\x11\n\x07\x61\x64\x64ress\x18\x04 \x01(\tH\x00\x12\x14\n\x07time_ns\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x10\n\x08operator\x18\x06 \x01(\tB\x06\n\x04heirB\n\n\x08_time_ns\"7\n\x15ReplaceMemberResponse\x12\r\n\x05\x65vent\x18\x01 \x01(\t\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\"?\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"2\n\x0fStopRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\"\x19\n\nWhyRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x8e\x02\n\x0bWhyResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\x12$\n\x04wait\x18\x02 \x01(\x0b\x32\x16.federation.v1.RunWait\x12*\n\x07members\x18\x03 \x03(\x0b\x32\x19.federation.v1.MemberWait\x12\'\n\x04pace\x18\x04 \x01(\x0b\x32\x19.federation.v1.PaceReport\x12/\n\x0cstale_values\x18\x05 \x03(\x0b\x32\x19.federation.v1.StaleValue\x12\x32\n\rcritical_path\x18\x06 \x01(\x0b\x32\x1b.federation.v1.CriticalPath\"\x84\x01\n\x07RunWait\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x33\n\x10\x65lapsed_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12remaining_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf4\x03\n\nMemberWait\x12\x0e\n\x06member\x18\x01 \x01(\t\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.federation.v1.MemberWait.State\x12\x0f\n\x07time_ns\x18\x03 \x01(\x03\x12\x10\n\x08until_ns\x18\x04 \x01(\x03\x12\n\n\x02\x62y\x18\x05 \x01(\t\x12\x10\n\x08\x63oupling\x18\x06 \x01(\t\x12\r\n\x05\x62y_ns\x18\x07 \x01(\x03\x12\x33\n\x10\x65lapsed_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12remaining_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x08recovery\x18\n \x01(\x0b\x32\x17.federation.v1.Recovery\x12*\n\x05\x63lock\x18\x0b \x01(\x0b\x32\x1b.federation.v1.ClockReading\x12\x0f\n\x07is_late\x18\x0c \x01(\x08\"\x81\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WORKING\x10\x01\x12\x13\n\x0fSTATE_HELD_BACK\x10\x02\x12\x12\n\x0eSTATE_SLEEPING\x10\x03\x12\x14\n\x10STATE_RECOVERING\x10\x04\x12\x0f\n\x0bSTATE_PACED\x10\x05\"O\n\x08Recovery\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\r\n\x05stage\x18\x02 \x01(\t\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.federation.v1.Error\"w\n\x0c\x43lockReading\x12/\n\x0c\x63lock_offset\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13round_trip_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xff\x01\n\nPaceReport\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x01\x12\x11\n\twhen_late\x18\x02 \x01(\t\x12/\n\x0clag_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10max_lag_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10p99_lag_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10skipped_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"Y\n\nStaleValue\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x10\n\x08variable\x18\x02 \x01(\t\x12\x17\n\x0fpublish_time_ns\x18\x03 \x01(\x03\x12\x10\n\x08\x62ound_ns\x18\x04 \x01(\x03\"\xf5\x05\n\x0c\x43riticalPath\x12\x32\n\x07members\x18\x01 \x03(\x0b\x32!.federation.v1.CriticalPath.Share\x12/\n\x05holds\x18\x02 \x03(\x0b\x32 .federation.v1.CriticalPath.Hold\x12\x39\n\x0elongest_frames\x18\x03 \x03(\x0b\x32!.federation.v1.CriticalPath.Frame\x12\x37\n\x14\x63oordinator_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0estore_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rpace_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10opening_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63losing_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x1aY\n\x05Share\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x0e\n\x06\x66rames\x18\x02 \x01(\x03\x12\x30\n\rwall_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x1ax\n\x04Hold\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\t\x12\x10\n\x08\x63oupling\x18\x03 \x01(\t\x12\x0e\n\x06\x66rames\x18\x04 \x01(\x03\x12\x30\n\rwall_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1ah\n\x05\x46rame\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\t\x12\x0f\n\x07time_ns\x18\x03 \x01(\x03\x12\x30\n\rwall_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2\xf2\x03\n\x07\x43ontrol\x12W\n\x0cSubmitAction\x12\".federation.v1.SubmitActionRequest\x1a#.federation.v1.SubmitActionResponse\x12Q\n\nAddMembers\x12 .federation.v1.AddMembersRequest\x1a!.federation.v1.AddMembersResponse\x12W\n\x0cRemoveMember\x12\".federation.v1.RemoveMemberRequest\x1a#.federation.v1.RemoveMemberResponse\x12Z\n\rReplaceMember\x12#.federation.v1.ReplaceMemberRequest\x1a$.federation.v1.ReplaceMemberResponse\x12H\n\x07StopRun\x12\x1d.federation.v1.StopRunRequest\x1a\x1e.federation.v1.StopRunResponse\x12<\n\x03Why\x12\x19.federation.v1.WhyRequest\x1a\x1a.federation.v1.WhyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'federation.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUBMITACTIONREQUEST']._serialized_start=102
-  _globals['_SUBMITACTIONREQUEST']._serialized_end=193
-  _globals['_SUBMITACTIONRESPONSE']._serialized_start=195
-  _globals['_SUBMITACTIONRESPONSE']._serialized_end=249
-  _globals['_ADDMEMBERSREQUEST']._serialized_start=251
-  _globals['_ADDMEMBERSREQUEST']._serialized_end=353
-  _globals['_ADDMEMBERSRESPONSE']._serialized_start=355
-  _globals['_ADDMEMBERSRESPONSE']._serialized_end=407
-  _globals['_REMOVEMEMBERREQUEST']._serialized_start=409
-  _globals['_REMOVEMEMBERREQUEST']._serialized_end=511
-  _globals['_REMOVEMEMBERRESPONSE']._serialized_start=513
-  _globals['_REMOVEMEMBERRESPONSE']._serialized_end=567
-  _globals['_REPLACEMEMBERREQUEST']._serialized_start=570
-  _globals['_REPLACEMEMBERREQUEST']._serialized_end=719
-  _globals['_REPLACEMEMBERRESPONSE']._serialized_start=721
-  _globals['_REPLACEMEMBERRESPONSE']._serialized_end=776
-  _globals['_STOPRUNREQUEST']._serialized_start=778
-  _globals['_STOPRUNREQUEST']._serialized_end=841
-  _globals['_STOPRUNRESPONSE']._serialized_start=843
-  _globals['_STOPRUNRESPONSE']._serialized_end=893
-  _globals['_CONTROL']._serialized_start=896
-  _globals['_CONTROL']._serialized_end=1332
+  _globals['_SUBMITACTIONREQUEST']._serialized_start=161
+  _globals['_SUBMITACTIONREQUEST']._serialized_end=252
+  _globals['_SUBMITACTIONRESPONSE']._serialized_start=254
+  _globals['_SUBMITACTIONRESPONSE']._serialized_end=308
+  _globals['_ADDMEMBERSREQUEST']._serialized_start=310
+  _globals['_ADDMEMBERSREQUEST']._serialized_end=412
+  _globals['_ADDMEMBERSRESPONSE']._serialized_start=414
+  _globals['_ADDMEMBERSRESPONSE']._serialized_end=466
+  _globals['_REMOVEMEMBERREQUEST']._serialized_start=468
+  _globals['_REMOVEMEMBERREQUEST']._serialized_end=570
+  _globals['_REMOVEMEMBERRESPONSE']._serialized_start=572
+  _globals['_REMOVEMEMBERRESPONSE']._serialized_end=626
+  _globals['_REPLACEMEMBERREQUEST']._serialized_start=629
+  _globals['_REPLACEMEMBERREQUEST']._serialized_end=778
+  _globals['_REPLACEMEMBERRESPONSE']._serialized_start=780
+  _globals['_REPLACEMEMBERRESPONSE']._serialized_end=835
+  _globals['_STOPRUNREQUEST']._serialized_start=837
+  _globals['_STOPRUNREQUEST']._serialized_end=900
+  _globals['_STOPRUNRESPONSE']._serialized_start=902
+  _globals['_STOPRUNRESPONSE']._serialized_end=952
+  _globals['_WHYREQUEST']._serialized_start=954
+  _globals['_WHYREQUEST']._serialized_end=979
+  _globals['_WHYRESPONSE']._serialized_start=982
+  _globals['_WHYRESPONSE']._serialized_end=1252
+  _globals['_RUNWAIT']._serialized_start=1255
+  _globals['_RUNWAIT']._serialized_end=1387
+  _globals['_MEMBERWAIT']._serialized_start=1390
+  _globals['_MEMBERWAIT']._serialized_end=1890
+  _globals['_MEMBERWAIT_STATE']._serialized_start=1761
+  _globals['_MEMBERWAIT_STATE']._serialized_end=1890
+  _globals['_RECOVERY']._serialized_start=1892
+  _globals['_RECOVERY']._serialized_end=1971
+  _globals['_CLOCKREADING']._serialized_start=1973
+  _globals['_CLOCKREADING']._serialized_end=2092
+  _globals['_PACEREPORT']._serialized_start=2095
+  _globals['_PACEREPORT']._serialized_end=2350
+  _globals['_STALEVALUE']._serialized_start=2352
+  _globals['_STALEVALUE']._serialized_end=2441
+  _globals['_CRITICALPATH']._serialized_start=2444
+  _globals['_CRITICALPATH']._serialized_end=3201
+  _globals['_CRITICALPATH_SHARE']._serialized_start=2884
+  _globals['_CRITICALPATH_SHARE']._serialized_end=2973
+  _globals['_CRITICALPATH_HOLD']._serialized_start=2975
+  _globals['_CRITICALPATH_HOLD']._serialized_end=3095
+  _globals['_CRITICALPATH_FRAME']._serialized_start=3097
+  _globals['_CRITICALPATH_FRAME']._serialized_end=3201
+  _globals['_CONTROL']._serialized_start=3204
+  _globals['_CONTROL']._serialized_end=3702
 # @@protoc_insertion_point(module_scope)

@@ -3,10 +3,15 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
+from federation.v1 import error_pb2 as _error_pb2
 from federation.v1 import scenario_pb2 as _scenario_pb2
 from federation.v1 import twin_pb2 as _twin_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -330,3 +335,547 @@ class StopRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopRunResponse: _TypeAlias = StopRunResponse  # noqa: Y015
+
+@_typing.final
+class WhyRequest(_message.Message):
+    """Asks what a run waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's name, `runs/{run}`."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhyRequest: _TypeAlias = WhyRequest  # noqa: Y015
+
+@_typing.final
+class WhyResponse(_message.Message):
+    """What a run waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    PACE_FIELD_NUMBER: _builtins.int
+    STALE_VALUES_FIELD_NUMBER: _builtins.int
+    CRITICAL_PATH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> _scenario_pb2.Run:
+        """The run."""
+
+    @_builtins.property
+    def wait(self) -> Global___RunWait:
+        """What the run as a whole waits for, such as its turn or the store; unset while it only waits
+        for its members, and when it has ended.
+        """
+
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberWait]:
+        """Every member that has anything left to do; empty before the first grant and after the end."""
+
+    @_builtins.property
+    def pace(self) -> Global___PaceReport:
+        """How the run keeps to the wall clock; unset when it goes as fast as it can."""
+
+    @_builtins.property
+    def stale_values(self) -> _containers.RepeatedCompositeFieldContainer[Global___StaleValue]:
+        """The values that are older than the scenario allows."""
+
+    @_builtins.property
+    def critical_path(self) -> Global___CriticalPath:
+        """What the wall time went to; only of a run that has succeeded."""
+
+    def __init__(
+        self,
+        *,
+        run: _scenario_pb2.Run | None = ...,
+        wait: Global___RunWait | None = ...,
+        members: _abc.Iterable[Global___MemberWait] | None = ...,
+        pace: Global___PaceReport | None = ...,
+        stale_values: _abc.Iterable[Global___StaleValue] | None = ...,
+        critical_path: Global___CriticalPath | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["critical_path", b"critical_path", "pace", b"pace", "run", b"run", "wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["critical_path", b"critical_path", "members", b"members", "pace", b"pace", "run", b"run", "stale_values", b"stale_values", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhyResponse: _TypeAlias = WhyResponse  # noqa: Y015
+
+@_typing.final
+class RunWait(_message.Message):
+    """What a run as a whole waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAUSE_FIELD_NUMBER: _builtins.int
+    ELAPSED_DURATION_FIELD_NUMBER: _builtins.int
+    REMAINING_DURATION_FIELD_NUMBER: _builtins.int
+    cause: _builtins.str
+    """What for, as the end of a sentence that begins with "it waits for"."""
+    @_builtins.property
+    def elapsed_duration(self) -> _duration_pb2.Duration:
+        """How long it has waited."""
+
+    @_builtins.property
+    def remaining_duration(self) -> _duration_pb2.Duration:
+        """When the wait ends with an error at the latest; unset when nothing is overdue by itself."""
+
+    def __init__(
+        self,
+        *,
+        cause: _builtins.str = ...,
+        elapsed_duration: _duration_pb2.Duration | None = ...,
+        remaining_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["elapsed_duration", b"elapsed_duration", "remaining_duration", b"remaining_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "elapsed_duration", b"elapsed_duration", "remaining_duration", b"remaining_duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunWait: _TypeAlias = RunWait  # noqa: Y015
+
+@_typing.final
+class MemberWait(_message.Message):
+    """What one member does, or waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[MemberWait._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: MemberWait._State.ValueType  # 0
+        """Not said; never sent."""
+        STATE_WORKING: MemberWait._State.ValueType  # 1
+        """It owes the answer to a grant."""
+        STATE_HELD_BACK: MemberWait._State.ValueType  # 2
+        """It has a next step, which somebody holds back."""
+        STATE_SLEEPING: MemberWait._State.ValueType  # 3
+        """It has no next step of its own and may be woken."""
+        STATE_RECOVERING: MemberWait._State.ValueType  # 4
+        """It was lost while it owed an answer, and is being brought back."""
+        STATE_PACED: MemberWait._State.ValueType  # 5
+        """Its grant waits for its instant on the wall clock."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """What a member does."""
+
+    STATE_UNSPECIFIED: MemberWait.State.ValueType  # 0
+    """Not said; never sent."""
+    STATE_WORKING: MemberWait.State.ValueType  # 1
+    """It owes the answer to a grant."""
+    STATE_HELD_BACK: MemberWait.State.ValueType  # 2
+    """It has a next step, which somebody holds back."""
+    STATE_SLEEPING: MemberWait.State.ValueType  # 3
+    """It has no next step of its own and may be woken."""
+    STATE_RECOVERING: MemberWait.State.ValueType  # 4
+    """It was lost while it owed an answer, and is being brought back."""
+    STATE_PACED: MemberWait.State.ValueType  # 5
+    """Its grant waits for its instant on the wall clock."""
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    UNTIL_NS_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    COUPLING_FIELD_NUMBER: _builtins.int
+    BY_NS_FIELD_NUMBER: _builtins.int
+    ELAPSED_DURATION_FIELD_NUMBER: _builtins.int
+    REMAINING_DURATION_FIELD_NUMBER: _builtins.int
+    RECOVERY_FIELD_NUMBER: _builtins.int
+    CLOCK_FIELD_NUMBER: _builtins.int
+    IS_LATE_FIELD_NUMBER: _builtins.int
+    member: _builtins.str
+    """The member."""
+    state: Global___MemberWait.State.ValueType
+    """What it does."""
+    time_ns: _builtins.int
+    """Its next step; of those that it was granted the first; for a member that sleeps, when it can
+    be woken at the earliest.
+    """
+    until_ns: _builtins.int
+    """The last step that it was granted; else as `time_ns`."""
+    by: _builtins.str
+    """The member that holds it back or could wake it first; empty for one that works."""
+    coupling: _builtins.str
+    """The coupling through which `by` does."""
+    by_ns: _builtins.int
+    """The earliest instant at which `by` may still publish."""
+    is_late: _builtins.bool
+    """Its values are marked as stale, because it is later than the run's pace allows."""
+    @_builtins.property
+    def elapsed_duration(self) -> _duration_pb2.Duration:
+        """For how long it has done this."""
+
+    @_builtins.property
+    def remaining_duration(self) -> _duration_pb2.Duration:
+        """When the member at the end of the chain is given up at the latest. Unset when that one waits
+        for nobody but the wall clock.
+        """
+
+    @_builtins.property
+    def recovery(self) -> Global___Recovery:
+        """How it is brought back; only with STATE_RECOVERING."""
+
+    @_builtins.property
+    def clock(self) -> Global___ClockReading:
+        """Its clock against the broker's; unset while unknown, and of twins that do not tell."""
+
+    def __init__(
+        self,
+        *,
+        member: _builtins.str = ...,
+        state: Global___MemberWait.State.ValueType = ...,
+        time_ns: _builtins.int = ...,
+        until_ns: _builtins.int = ...,
+        by: _builtins.str = ...,
+        coupling: _builtins.str = ...,
+        by_ns: _builtins.int = ...,
+        elapsed_duration: _duration_pb2.Duration | None = ...,
+        remaining_duration: _duration_pb2.Duration | None = ...,
+        recovery: Global___Recovery | None = ...,
+        clock: Global___ClockReading | None = ...,
+        is_late: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock", b"clock", "elapsed_duration", b"elapsed_duration", "recovery", b"recovery", "remaining_duration", b"remaining_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "by_ns", b"by_ns", "clock", b"clock", "coupling", b"coupling", "elapsed_duration", b"elapsed_duration", "is_late", b"is_late", "member", b"member", "recovery", b"recovery", "remaining_duration", b"remaining_duration", "state", b"state", "time_ns", b"time_ns", "until_ns", b"until_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemberWait: _TypeAlias = MemberWait  # noqa: Y015
+
+@_typing.final
+class Recovery(_message.Message):
+    """How a member that was lost is brought back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Which attempt this is, from 1."""
+    stage: _builtins.str
+    """What is being done, in words."""
+    @_builtins.property
+    def error(self) -> _error_pb2.Error:
+        """Why it was lost, or why the attempt before failed; unset for a run that is continued."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        stage: _builtins.str = ...,
+        error: _error_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recovery: _TypeAlias = Recovery  # noqa: Y015
+
+@_typing.final
+class ClockReading(_message.Message):
+    """A clock against the broker's, from four time stamps of one exchange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLOCK_OFFSET_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_DURATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def clock_offset(self) -> _duration_pb2.Duration:
+        """What the other clock shows when the broker's shows zero; true within half the round trip."""
+
+    @_builtins.property
+    def round_trip_duration(self) -> _duration_pb2.Duration:
+        """The time on the way, there and back."""
+
+    def __init__(
+        self,
+        *,
+        clock_offset: _duration_pb2.Duration | None = ...,
+        round_trip_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "round_trip_duration", b"round_trip_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "round_trip_duration", b"round_trip_duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockReading: _TypeAlias = ClockReading  # noqa: Y015
+
+@_typing.final
+class PaceReport(_message.Message):
+    """How a run keeps to the wall clock. What is given late is given at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FACTOR_FIELD_NUMBER: _builtins.int
+    WHEN_LATE_FIELD_NUMBER: _builtins.int
+    LAG_DURATION_FIELD_NUMBER: _builtins.int
+    MAX_LAG_DURATION_FIELD_NUMBER: _builtins.int
+    P99_LAG_DURATION_FIELD_NUMBER: _builtins.int
+    SKIPPED_DURATION_FIELD_NUMBER: _builtins.int
+    factor: _builtins.float
+    """Seconds of the run per second of wall time."""
+    when_late: _builtins.str
+    """What is done when the run falls behind: `wait`, `skip` or `degrade`."""
+    @_builtins.property
+    def lag_duration(self) -> _duration_pb2.Duration:
+        """How much later than its instant on the wall clock the last grant was given."""
+
+    @_builtins.property
+    def max_lag_duration(self) -> _duration_pb2.Duration:
+        """The most that a grant was late."""
+
+    @_builtins.property
+    def p99_lag_duration(self) -> _duration_pb2.Duration:
+        """What 99 of 100 grants were late by at most; up to a tenth too high."""
+
+    @_builtins.property
+    def skipped_duration(self) -> _duration_pb2.Duration:
+        """How much wall time was given up for lost, under `skip`."""
+
+    def __init__(
+        self,
+        *,
+        factor: _builtins.float = ...,
+        when_late: _builtins.str = ...,
+        lag_duration: _duration_pb2.Duration | None = ...,
+        max_lag_duration: _duration_pb2.Duration | None = ...,
+        p99_lag_duration: _duration_pb2.Duration | None = ...,
+        skipped_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lag_duration", b"lag_duration", "max_lag_duration", b"max_lag_duration", "p99_lag_duration", b"p99_lag_duration", "skipped_duration", b"skipped_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["factor", b"factor", "lag_duration", b"lag_duration", "max_lag_duration", b"max_lag_duration", "p99_lag_duration", b"p99_lag_duration", "skipped_duration", b"skipped_duration", "when_late", b"when_late"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PaceReport: _TypeAlias = PaceReport  # noqa: Y015
+
+@_typing.final
+class StaleValue(_message.Message):
+    """A value that is older than the scenario allows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    VARIABLE_FIELD_NUMBER: _builtins.int
+    PUBLISH_TIME_NS_FIELD_NUMBER: _builtins.int
+    BOUND_NS_FIELD_NUMBER: _builtins.int
+    member: _builtins.str
+    """The member that it comes from."""
+    variable: _builtins.str
+    """The variable's name."""
+    publish_time_ns: _builtins.int
+    """When it was last published, as an instant of the run; -1 when it never was."""
+    bound_ns: _builtins.int
+    """How old it may be, in nanoseconds of the run."""
+    def __init__(
+        self,
+        *,
+        member: _builtins.str = ...,
+        variable: _builtins.str = ...,
+        publish_time_ns: _builtins.int = ...,
+        bound_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_ns", b"bound_ns", "member", b"member", "publish_time_ns", b"publish_time_ns", "variable", b"variable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StaleValue: _TypeAlias = StaleValue  # noqa: Y015
+
+@_typing.final
+class CriticalPath(_message.Message):
+    """What the wall time of a run went to: from its last answer back, the frames that were waited
+    for, and what lay between them. All durations but those of `holds` and `longest_frames`, which
+    say more about the frames, add up to the run's wall time.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Share(_message.Message):
+        """The frames of one member on the path."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MEMBER_FIELD_NUMBER: _builtins.int
+        FRAMES_FIELD_NUMBER: _builtins.int
+        WALL_DURATION_FIELD_NUMBER: _builtins.int
+        member: _builtins.str
+        """The member."""
+        frames: _builtins.int
+        """How many they are."""
+        @_builtins.property
+        def wall_duration(self) -> _duration_pb2.Duration:
+            """How long they took."""
+
+        def __init__(
+            self,
+            *,
+            member: _builtins.str = ...,
+            frames: _builtins.int = ...,
+            wall_duration: _duration_pb2.Duration | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["wall_duration", b"wall_duration"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "member", b"member", "wall_duration", b"wall_duration"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Hold(_message.Message):
+        """How one member held another one back, or itself."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HOLDER_FIELD_NUMBER: _builtins.int
+        HELD_FIELD_NUMBER: _builtins.int
+        COUPLING_FIELD_NUMBER: _builtins.int
+        FRAMES_FIELD_NUMBER: _builtins.int
+        WALL_DURATION_FIELD_NUMBER: _builtins.int
+        holder: _builtins.str
+        """Who was waited for."""
+        held: _builtins.str
+        """Who waited."""
+        coupling: _builtins.str
+        """The coupling by which; empty when `holder` is `held`, and when none leads from one to the
+        other directly.
+        """
+        frames: _builtins.int
+        """How often."""
+        @_builtins.property
+        def wall_duration(self) -> _duration_pb2.Duration:
+            """How long, of the frames of `holder` on the path."""
+
+        def __init__(
+            self,
+            *,
+            holder: _builtins.str = ...,
+            held: _builtins.str = ...,
+            coupling: _builtins.str = ...,
+            frames: _builtins.int = ...,
+            wall_duration: _duration_pb2.Duration | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["wall_duration", b"wall_duration"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["coupling", b"coupling", "frames", b"frames", "held", b"held", "holder", b"holder", "wall_duration", b"wall_duration"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Frame(_message.Message):
+        """One frame on the path."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HOLDER_FIELD_NUMBER: _builtins.int
+        HELD_FIELD_NUMBER: _builtins.int
+        TIME_NS_FIELD_NUMBER: _builtins.int
+        WALL_DURATION_FIELD_NUMBER: _builtins.int
+        holder: _builtins.str
+        """Whose it was."""
+        held: _builtins.str
+        """Who waited for it; empty for the last of the run."""
+        time_ns: _builtins.int
+        """The last instant of the run that it was about."""
+        @_builtins.property
+        def wall_duration(self) -> _duration_pb2.Duration:
+            """How long it took."""
+
+        def __init__(
+            self,
+            *,
+            holder: _builtins.str = ...,
+            held: _builtins.str = ...,
+            time_ns: _builtins.int = ...,
+            wall_duration: _duration_pb2.Duration | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["wall_duration", b"wall_duration"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "holder", b"holder", "time_ns", b"time_ns", "wall_duration", b"wall_duration"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    LONGEST_FRAMES_FIELD_NUMBER: _builtins.int
+    COORDINATOR_DURATION_FIELD_NUMBER: _builtins.int
+    STORE_DURATION_FIELD_NUMBER: _builtins.int
+    PACE_DURATION_FIELD_NUMBER: _builtins.int
+    OPENING_DURATION_FIELD_NUMBER: _builtins.int
+    CLOSING_DURATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___CriticalPath.Share]:
+        """Per member."""
+
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedCompositeFieldContainer[Global___CriticalPath.Hold]:
+        """Per pair of members."""
+
+    @_builtins.property
+    def longest_frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___CriticalPath.Frame]:
+        """The longest frames, the longest first."""
+
+    @_builtins.property
+    def coordinator_duration(self) -> _duration_pb2.Duration:
+        """What the broker itself took between answers and the grants that followed."""
+
+    @_builtins.property
+    def store_duration(self) -> _duration_pb2.Duration:
+        """What was waited for the store."""
+
+    @_builtins.property
+    def pace_duration(self) -> _duration_pb2.Duration:
+        """What was waited for the wall clock."""
+
+    @_builtins.property
+    def opening_duration(self) -> _duration_pb2.Duration:
+        """From the start of the run to its first grant: the opening of sessions."""
+
+    @_builtins.property
+    def closing_duration(self) -> _duration_pb2.Duration:
+        """From the last answer to the end: the last entries are kept, the sessions closed."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[Global___CriticalPath.Share] | None = ...,
+        holds: _abc.Iterable[Global___CriticalPath.Hold] | None = ...,
+        longest_frames: _abc.Iterable[Global___CriticalPath.Frame] | None = ...,
+        coordinator_duration: _duration_pb2.Duration | None = ...,
+        store_duration: _duration_pb2.Duration | None = ...,
+        pace_duration: _duration_pb2.Duration | None = ...,
+        opening_duration: _duration_pb2.Duration | None = ...,
+        closing_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closing_duration", b"closing_duration", "coordinator_duration", b"coordinator_duration", "opening_duration", b"opening_duration", "pace_duration", b"pace_duration", "store_duration", b"store_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing_duration", b"closing_duration", "coordinator_duration", b"coordinator_duration", "holds", b"holds", "longest_frames", b"longest_frames", "members", b"members", "opening_duration", b"opening_duration", "pace_duration", b"pace_duration", "store_duration", b"store_duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CriticalPath: _TypeAlias = CriticalPath  # noqa: Y015

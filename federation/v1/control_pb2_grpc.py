@@ -60,6 +60,11 @@ class ControlStub:
                 request_serializer=federation_dot_v1_dot_control__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_control__pb2.StopRunResponse.FromString,
                 _registered_method=True)
+        self.Why = channel.unary_unary(
+                '/federation.v1.Control/Why',
+                request_serializer=federation_dot_v1_dot_control__pb2.WhyRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_control__pb2.WhyResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -124,6 +129,17 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Why(self, request, context):
+        """Says of a run that goes on what each member does, who holds back whom, through which
+        coupling, since when, and by when that ends one way or the other; of a run that has ended,
+        what its time went to.
+
+        Fails with RUN_NOT_FOUND. Older brokers answer UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -151,6 +167,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.StopRun,
                     request_deserializer=federation_dot_v1_dot_control__pb2.StopRunRequest.FromString,
                     response_serializer=federation_dot_v1_dot_control__pb2.StopRunResponse.SerializeToString,
+            ),
+            'Why': grpc.unary_unary_rpc_method_handler(
+                    servicer.Why,
+                    request_deserializer=federation_dot_v1_dot_control__pb2.WhyRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_control__pb2.WhyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -289,6 +310,33 @@ class Control:
             '/federation.v1.Control/StopRun',
             federation_dot_v1_dot_control__pb2.StopRunRequest.SerializeToString,
             federation_dot_v1_dot_control__pb2.StopRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Why(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Control/Why',
+            federation_dot_v1_dot_control__pb2.WhyRequest.SerializeToString,
+            federation_dot_v1_dot_control__pb2.WhyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,13 @@ class ControlStub:
     """Ends a live run at once. Stopping a run that has ended changes nothing. Fails with
     RUN_NOT_FOUND.
     """
+    Why: _grpc.UnaryUnaryMultiCallable[_control_pb2.WhyRequest, _control_pb2.WhyResponse]
+    """Says of a run that goes on what each member does, who holds back whom, through which
+    coupling, since when, and by when that ends one way or the other; of a run that has ended,
+    what its time went to.
+
+    Fails with RUN_NOT_FOUND. Older brokers answer UNIMPLEMENTED.
+    """
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -114,6 +121,13 @@ class ControlAsyncStub(ControlStub):
     StopRun: _aio.UnaryUnaryMultiCallable[_control_pb2.StopRunRequest, _control_pb2.StopRunResponse]  # type: ignore[assignment]
     """Ends a live run at once. Stopping a run that has ended changes nothing. Fails with
     RUN_NOT_FOUND.
+    """
+    Why: _aio.UnaryUnaryMultiCallable[_control_pb2.WhyRequest, _control_pb2.WhyResponse]  # type: ignore[assignment]
+    """Says of a run that goes on what each member does, who holds back whom, through which
+    coupling, since when, and by when that ends one way or the other; of a run that has ended,
+    what its time went to.
+
+    Fails with RUN_NOT_FOUND. Older brokers answer UNIMPLEMENTED.
     """
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
@@ -185,6 +199,19 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_control_pb2.StopRunResponse, _abc.Awaitable[_control_pb2.StopRunResponse]]:
         """Ends a live run at once. Stopping a run that has ended changes nothing. Fails with
         RUN_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def Why(
+        self,
+        request: _control_pb2.WhyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.WhyResponse, _abc.Awaitable[_control_pb2.WhyResponse]]:
+        """Says of a run that goes on what each member does, who holds back whom, through which
+        coupling, since when, and by when that ends one way or the other; of a run that has ended,
+        what its time went to.
+
+        Fails with RUN_NOT_FOUND. Older brokers answer UNIMPLEMENTED.
         """
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

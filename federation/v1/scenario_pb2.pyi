@@ -139,6 +139,7 @@ class Kpi(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    IS_STALE_FIELD_NUMBER: _builtins.int
     member: _builtins.str
     """The member that it comes from."""
     name: _builtins.str
@@ -147,6 +148,8 @@ class Kpi(_message.Message):
     """Its unit, a pint expression."""
     value: _builtins.float
     """Its present value."""
+    is_stale: _builtins.bool
+    """It is older than the scenario allows."""
     def __init__(
         self,
         *,
@@ -154,10 +157,11 @@ class Kpi(_message.Message):
         name: _builtins.str = ...,
         unit: _builtins.str = ...,
         value: _builtins.float = ...,
+        is_stale: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "name", b"name", "unit", b"unit", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_stale", b"is_stale", "member", b"member", "name", b"name", "unit", b"unit", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -171,22 +175,33 @@ class CreateRunRequest(_message.Message):
 
     DOCUMENT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PACE_FACTOR_FIELD_NUMBER: _builtins.int
     document: _builtins.str
     """The scenario, as the text of its YAML document."""
     seed: _builtins.int
     """The seed; unset: the one in the document."""
+    pace_factor: _builtins.float
+    """Seconds of the run per second of wall time, in place of the document's; 0 for as fast as it
+    can. Unset: as the document says.
+    """
     def __init__(
         self,
         *,
         document: _builtins.str = ...,
         seed: _builtins.int | None = ...,
+        pace_factor: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pace_factor", b"_pace_factor", "_seed", b"_seed", "pace_factor", b"pace_factor", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "document", b"document", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pace_factor", b"_pace_factor", "_seed", b"_seed", "document", b"document", "pace_factor", b"pace_factor", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pace_factor: _TypeAlias = _typing.Literal["pace_factor"]  # noqa: Y015
+    _WhichOneofArgType__pace_factor: _TypeAlias = _typing.Literal["_pace_factor", b"_pace_factor"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pace_factor) -> _WhichOneofReturnType__pace_factor | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___CreateRunRequest: _TypeAlias = CreateRunRequest  # noqa: Y015

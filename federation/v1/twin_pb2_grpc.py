@@ -58,6 +58,11 @@ class TwinStub:
                 request_serializer=federation_dot_v1_dot_twin__pb2.FlexibilityRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_twin__pb2.FlexibilityResponse.FromString,
                 _registered_method=True)
+        self.ReadClock = channel.unary_unary(
+                '/federation.v1.Twin/ReadClock',
+                request_serializer=federation_dot_v1_dot_twin__pb2.ReadClockRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.ReadClockResponse.FromString,
+                _registered_method=True)
 
 
 class TwinServicer:
@@ -105,6 +110,14 @@ class TwinServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadClock(self, request, context):
+        """Tells what the process's clock shows, so that a caller can find how far it is off. Older
+        twins answer UNIMPLEMENTED; their clocks are not known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TwinServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -122,6 +135,11 @@ def add_TwinServicer_to_server(servicer, server):
                     servicer.Flexibility,
                     request_deserializer=federation_dot_v1_dot_twin__pb2.FlexibilityRequest.FromString,
                     response_serializer=federation_dot_v1_dot_twin__pb2.FlexibilityResponse.SerializeToString,
+            ),
+            'ReadClock': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadClock,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.ReadClockRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.ReadClockResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -214,6 +232,33 @@ class Twin:
             '/federation.v1.Twin/Flexibility',
             federation_dot_v1_dot_twin__pb2.FlexibilityRequest.SerializeToString,
             federation_dot_v1_dot_twin__pb2.FlexibilityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadClock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/ReadClock',
+            federation_dot_v1_dot_twin__pb2.ReadClockRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.ReadClockResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,10 @@ class TwinStub:
     when the twin's block contradicts itself. A twin without flexibility may answer
     UNIMPLEMENTED; callers take that for an answer without a block.
     """
+    ReadClock: _grpc.UnaryUnaryMultiCallable[_twin_pb2.ReadClockRequest, _twin_pb2.ReadClockResponse]
+    """Tells what the process's clock shows, so that a caller can find how far it is off. Older
+    twins answer UNIMPLEMENTED; their clocks are not known.
+    """
 
 @_typing.type_check_only
 class TwinAsyncStub(TwinStub):
@@ -96,6 +100,10 @@ class TwinAsyncStub(TwinStub):
     Fails with INVALID_FRAME when there is no such session, and with WRONG_SHAPE or NOT_FINITE
     when the twin's block contradicts itself. A twin without flexibility may answer
     UNIMPLEMENTED; callers take that for an answer without a block.
+    """
+    ReadClock: _aio.UnaryUnaryMultiCallable[_twin_pb2.ReadClockRequest, _twin_pb2.ReadClockResponse]  # type: ignore[assignment]
+    """Tells what the process's clock shows, so that a caller can find how far it is off. Older
+    twins answer UNIMPLEMENTED; their clocks are not known.
     """
 
 class TwinServicer(metaclass=_abc_1.ABCMeta):
@@ -146,6 +154,16 @@ class TwinServicer(metaclass=_abc_1.ABCMeta):
         Fails with INVALID_FRAME when there is no such session, and with WRONG_SHAPE or NOT_FINITE
         when the twin's block contradicts itself. A twin without flexibility may answer
         UNIMPLEMENTED; callers take that for an answer without a block.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadClock(
+        self,
+        request: _twin_pb2.ReadClockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.ReadClockResponse, _abc.Awaitable[_twin_pb2.ReadClockResponse]]:
+        """Tells what the process's clock shows, so that a caller can find how far it is off. Older
+        twins answer UNIMPLEMENTED; their clocks are not known.
         """
 
 def add_TwinServicer_to_server(servicer: TwinServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
+import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -68,6 +69,14 @@ class LinkOptions:
     resume_timeout_s: float = 1.0
     keepalive_s: float = 20.0
     max_message_bytes: int = 64 * MEBIBYTE
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Another clock against ours: what it shows at our zero, within half the round trip."""
+
+    offset_s: float
+    round_trip_s: float
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -304,7 +313,7 @@ class Link:
 
     @classmethod
     async def connect(cls, address: str, name: str, options: LinkOptions | None = None) -> Link:
-        """Connect to `address` (`host:port`, or `unix:PATH`) and read its description.
+        """Connect to `address` (`host:port`) and read its description.
 
         `name` is for messages. Fails with UNREACHABLE, or UNSUPPORTED when what listens there
         is no twin.
@@ -358,6 +367,28 @@ class Link:
             self._sizes = description.output_sizes()
             self._description = description
         return self._description
+
+    async def clock(self) -> Clock | None:
+        """The twin's clock against ours, from one exchange; None when it does not tell.
+
+        With the times at which a question leaves, comes, is answered and the answer comes, what
+        is on the way equally long there and back drops out (Mills, RFC 5905, section 8). Fails
+        when the twin is not there.
+        """
+        asked_ns = time.time_ns()
+        try:
+            async with self._calling():
+                answer = await self._stub.ReadClock(
+                    twin_pb2.ReadClockRequest(), timeout=self.options.connect_timeout_s
+                )
+        except TwinError as error:
+            if error.reason is Reason.UNSUPPORTED:
+                return None
+            raise
+        heard_ns = time.time_ns()
+        came_ns, left_ns = answer.receive_time.ToNanoseconds(), answer.send_time.ToNanoseconds()
+        offset_ns = ((came_ns - asked_ns) + (left_ns - heard_ns)) / 2
+        return Clock(offset_ns / 1e9, ((heard_ns - asked_ns) - (left_ns - came_ns)) / 1e9)
 
     async def session(
         self,

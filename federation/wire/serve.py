@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,9 +24,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.errors import FederationError, Reason, ScenarioError
 from federation.telemetry import is_tracing, tracer
-from federation.twin import Description, Twin
+from federation.twin import Description, Twin, failed
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
 from federation.wire import codec, status
@@ -96,6 +96,8 @@ class _Hosted:
 
     def refusal(self, request: twin_pb2.SessionRequest) -> FederationError | None:
         """Why this frame may not be carried out, or repeated, now."""
+        if self.is_due(request):
+            return None
         command = request.WhichOneof("command")
         if self.frame and request.epoch < self.epoch:
             return ScenarioError(
@@ -120,6 +122,16 @@ class _Hosted:
         if not problem:
             return None
         return ScenarioError(Reason.INVALID_FRAME, problem, {EXPECTED: str(self.frame + 1)})
+
+    def is_due(self, request: twin_pb2.SessionRequest) -> bool:
+        """Whether this is the advance that is expected next; nothing is wrong with most."""
+        return (
+            self.session is not None
+            and request.frame == self.frame + 1
+            and request.epoch >= self.epoch
+            and request.HasField("advance")
+            and not _time_problem(self.session.last_ns, request.advance)
+        )
 
     def repeats(self, request: twin_pb2.SessionRequest) -> bool:
         return 0 < request.frame == self.frame and not self.reopens(request)
@@ -285,6 +297,11 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             "Session": grpc.stream_stream_rpc_method_handler(
                 self.Session, twin_pb2.SessionRequest.FromString
             ),
+            "ReadClock": grpc.unary_unary_rpc_method_handler(
+                self.ReadClock,
+                twin_pb2.ReadClockRequest.FromString,
+                twin_pb2.ReadClockResponse.SerializeToString,
+            ),
             "Flexibility": grpc.unary_unary_rpc_method_handler(
                 self.Flexibility,
                 twin_pb2.FlexibilityRequest.FromString,
@@ -299,6 +316,16 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         context: grpc.aio.ServicerContext[twin_pb2.DescribeRequest, twin_pb2.DescribeResponse],
     ) -> twin_pb2.DescribeResponse:
         return self._described
+
+    async def ReadClock(  # noqa: N802
+        self,
+        request: twin_pb2.ReadClockRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ReadClockRequest, twin_pb2.ReadClockResponse],
+    ) -> twin_pb2.ReadClockResponse:
+        answer = twin_pb2.ReadClockResponse()
+        answer.receive_time.GetCurrentTime()
+        answer.send_time.GetCurrentTime()
+        return answer
 
     async def Session(  # type: ignore[override]  # noqa: N802 - it reads and writes by itself
         self,
@@ -485,6 +512,11 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 span.set_attribute("error.type", error.reason.value)
             return answer
 
+    def _name_of(self, hosted: _Hosted, request: twin_pb2.SessionRequest) -> str:
+        """What the federation calls the member whose session this is."""
+        opened = request.open if hosted.opened is None else hosted.opened
+        return opened.member or self.name
+
     def _answer(
         self, hosted: _Hosted, request: twin_pb2.SessionRequest
     ) -> tuple[bytes, FederationError | None]:
@@ -492,7 +524,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         command = request.WhichOneof("command")
         failure: FederationError | None = None
         try:
-            with _blaming(self.name):
+            with _blaming(self._name_of(hosted, request)):
                 match command:
                     case "advance":
                         self._advance(hosted, request.advance, response)
@@ -611,19 +643,19 @@ def _copy(done: asyncio.Future[_T], to: asyncio.Future[_T]) -> None:
         to.set_exception(error)
 
 
-@contextlib.contextmanager
-def _blaming(name: str) -> Iterator[None]:
+class _blaming:  # noqa: N801 - reads as a statement
     """Anything that model code raises, but for errors of ours, becomes TWIN_FAILED."""
-    try:
-        yield
-    except FederationError:
-        raise
-    except (Exception, SystemExit) as error:
-        _log.exception("%s failed", name)
-        kind = type(error).__name__
-        raise TwinError(
-            Reason.TWIN_FAILED, f"{name} failed with {kind}: {error}", {"exception": kind}
-        ) from error
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception | SystemExit) and not isinstance(error, FederationError):
+            _log.error("%s failed", self._name, exc_info=error)
+            raise failed(self._name, error) from error
 
 
 def new_server(max_message_bytes: int) -> grpc.aio.Server:

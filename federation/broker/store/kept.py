@@ -30,7 +30,7 @@ CREATE TABLE runs (
     items {integer} NOT NULL,      -- of the journal, numbered from 1
     end_ns {integer},              -- Unix time, as all instants that are not of a run
     facts TEXT NOT NULL,           -- JSON: what doesn't change
-    ending TEXT NOT NULL           -- JSON: digest, error, by whom and why
+    ending TEXT NOT NULL           -- JSON: digest, error, by whom and why, results
 );
 CREATE TABLE series (              -- the shared variables of a run, numbered from 0
     run {integer} NOT NULL, id {integer} NOT NULL, owner TEXT NOT NULL, variable TEXT NOT NULL,
@@ -72,11 +72,6 @@ CREATE TABLE snapshots (
     time_ns {integer} NOT NULL, state {bytes} NOT NULL,
     PRIMARY KEY (run, member, number)
 );
-CREATE TABLE sessions (
-    run {integer} NOT NULL, member TEXT NOT NULL,
-    session TEXT NOT NULL,         -- JSON: what the broker must know to find it again
-    PRIMARY KEY (run, member)
-);
 """
 
 RUN = "name, state, settled_ns, entries, items, end_ns, facts, ending"
@@ -113,7 +108,7 @@ class Run:
     delay_ns)` after which an action takes effect. `settled_ns` is the instant up to which the
     stored ledger is complete; `entries` and `items` are how many the ledger and the journal
     have ever had. `ended_by` and `ended_because` are for the record of a run that somebody
-    ended.
+    ended; `results` is what one that succeeded is told with, besides its ledger.
     """
 
     name: str
@@ -134,6 +129,7 @@ class Run:
     ended_by: str = ""
     ended_because: str = ""
     items: int = 0
+    results: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +187,17 @@ def facts(run: Run) -> str:
     return json.dumps([*known, run.figures, run.delays])
 
 
-def ending(digest: str, error: FederationError | None, by: str, because: str) -> str:
+def ending(
+    digest: str, error: FederationError | None, by: str, because: str, results: str = ""
+) -> str:
     told = error and {"reason": error.reason, "message": error.message, "metadata": error.metadata}
-    return json.dumps([digest, told, by, because])
+    return json.dumps([digest, told, by, because, *filter(None, [results])])
 
 
 def run_of(row: Sequence[Any]) -> Run:
     name, state, settled_ns, entries, items, end_ns, facts, ending = row
     scenario, measure, document, seed, horizon_ns, create_ns, figures, delays = json.loads(facts)
-    digest, error, by, because = json.loads(ending)
+    digest, error, by, because, *results = json.loads(ending)
     return Run(
         name,
         scenario,
@@ -219,6 +217,7 @@ def run_of(row: Sequence[Any]) -> Run:
         by,
         because,
         items,
+        "".join(results),
     )
 
 

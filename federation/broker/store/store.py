@@ -3,7 +3,6 @@ journals from which they can go on."""
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import threading
@@ -23,6 +22,7 @@ from federation.broker.store.database import Cursor, Database, Sqlite
 from federation.broker.store.kept import Item, Run, Snapshot, State, Stored
 from federation.core.ledger import ActionRecord, Entry, Record
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.twin import Vector
 
 T = TypeVar("T")
 
@@ -58,7 +58,8 @@ class Store:
     """A SQLite file, ":memory:", or a PostgreSQL database by its `postgresql://` URL.
 
     Calls may come from any thread; they take turns. What a writing call has returned from is
-    stored, whole; what it has failed with isn't, not even in part. Every failure is a
+    stored, whole; what it has failed with isn't, not even in part (whole or not at all, if a
+    server went away for good while it committed: `run(...).entries` tells). Every failure is a
     `FederationError`.
 
     Values are first kept as they came, a row per `append`, and after a while sorted into chunks
@@ -271,14 +272,17 @@ class Store:
         end_ns: int | None = None,
         ended_by: str = "",
         ended_because: str = "",
+        results: str = "",
     ) -> None:
         """Keep where a run stands now."""
+
+        ending = kept.ending(digest, error, ended_by, ended_because, results)
 
         def body(db: Cursor) -> None:
             id_, _, _ = self._id(db, run)
             db.execute(
                 "UPDATE runs SET state = ?, end_ns = ?, ending = ? WHERE id = ?",
-                (str(state), end_ns, kept.ending(digest, error, ended_by, ended_because), id_),
+                (str(state), end_ns, ending, id_),
             )
             if state.is_over:
                 self._open.pop(id_, None)
@@ -433,32 +437,6 @@ class Store:
                 found.append(Snapshot(name, number, time_ns, bytes(chunks.unseal(sealed))))
         return found
 
-    def keep_sessions(self, run: str, sessions: Mapping[str, tuple[str | int, ...]]) -> None:
-        """Keep how the broker finds the sessions of these members again: id, epoch, and so on.
-
-        Members that aren't named stay as they are; an empty tuple forgets one.
-        """
-
-        def body(db: Cursor) -> None:
-            id_, _, _ = self._id(db, run)
-            for member, session in sessions.items():
-                who = (id_, kept.plain(member))
-                db.execute("DELETE FROM sessions WHERE run = ? AND member = ?", who)
-                if session:
-                    db.execute("INSERT INTO sessions VALUES (?, ?, ?)", (*who, json.dumps(session)))
-
-        self._write(body)
-
-    def sessions(self, run: str) -> dict[str, tuple[str | int, ...]]:
-        """What `keep_sessions` has kept, by member."""
-
-        def body(db: Cursor) -> list[Any]:
-            id_, _, _ = self._id(db, run)
-            query = "SELECT member, session FROM sessions WHERE run = ? ORDER BY member"
-            return db.execute(query, (id_,)).fetchall()
-
-        return {kept.said(m): tuple(json.loads(text)) for m, text in self._db.read(body)}
-
     # -- reading -----------------------------------------------------------------------
 
     def run(self, name: str) -> Run:
@@ -554,6 +532,11 @@ class Store:
 
     def present(self, run: str, owner: str, variable: str, at: int | None = None) -> float | None:
         """The last value of a scalar, or the last not after entry number `at`; None for none."""
+        value = self.value(run, owner, variable, at)
+        return None if value is None else float(value[0])
+
+    def value(self, run: str, owner: str, variable: str, at: int | None = None) -> Vector | None:
+        """The last value of a variable, or the last not after entry number `at`."""
 
         def body(db: Cursor) -> tuple[_Values, int]:
             id_, total, _ = self._id(db, run)
@@ -571,7 +554,7 @@ class Store:
 
         values, last = self._db.read(body)
         for _, _, record in self._latest(run, values, last):
-            return float(record.value[0])
+            return record.value
         return None
 
     def history(
@@ -678,7 +661,7 @@ class Store:
         ended at `ended_before_ns` (Unix time) or later; the names of those that were dropped.
 
         With `journal_only` a run stays with its ledger and loses only what it would need to go
-        on: its journal, snapshots and sessions. A run that hasn't ended stays whole. The room is
+        on: its journal and snapshots. A run that hasn't ended stays whole. The room is
         given back: the file of SQLite gets smaller.
         """
 
@@ -880,7 +863,7 @@ def _happened(db: Cursor, where: str, values: Sequence[object]) -> list[Any]:
 
 
 def _drop(db: Cursor, id_: int, journal_only: bool) -> int:
-    tables = ["journal", "snapshots", "sessions"]
+    tables = ["journal", "snapshots"]
     if not journal_only:
         query = "DELETE FROM vectors WHERE chunk IN (SELECT id FROM chunks WHERE run = ?)"
         db.execute(query, (id_,))

@@ -1,0 +1,69 @@
+"""The twins of the ring, apart from what runs them: their processes import what a twin needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from benchmarks import check
+from federation.twin import (
+    MINUTE_NS,
+    Causality,
+    Description,
+    Entity,
+    Step,
+    TimePolicy,
+    Twin,
+    Variable,
+)
+
+
+class RingTwin(Twin):
+    """One place in the ring; a step is a minute."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def describe(self) -> Description:
+        return Description(
+            model="ring",
+            version="1",
+            domain="benchmark",
+            entities=tuple(Entity(f"e{i}", "cell") for i in range(self.size)),
+            variables=(
+                Variable("before", "cell", "1", Causality.INPUT),
+                Variable("after", "cell", "1", Causality.OUTPUT),
+            ),
+            time=TimePolicy(period_ns=MINUTE_NS),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        return None
+
+    def advance(self, step: Step) -> None:
+        value = step["before"]
+        check(value[0], step.time_ns // MINUTE_NS)
+        step.publish("after", value + 1.0)
+
+
+MARK = "granted at "
+
+
+class FirstGrant(RingTwin):
+    """Tells on standard output when its first step began, in Unix time."""
+
+    def advance(self, step: Step) -> None:
+        if step.time_ns == 0:
+            print(f"{MARK}{time.time():.6f}", flush=True)
+        super().advance(step)
+
+
+PACE_S = 0.05
+
+
+class PacedTwin(RingTwin):
+    """Takes `PACE_S` for a step."""
+
+    def advance(self, step: Step) -> None:
+        time.sleep(PACE_S)
+        super().advance(step)

@@ -1,0 +1,240 @@
+"""Runs a federation for a long time and looks for what grows: `python -m tests.soak`.
+
+200 twins in four processes form a ring with events and causes, under a broker that stores
+everything and keeps its newest runs. One run follows the other, each watched and steered by
+clients over sockets. Between runs, when nothing is owed to anybody, the resident memory of the
+broker and of the hosts is measured, and tasks, threads and sockets are counted. One JSON line
+says how far these grew between the end of the warm-up and the end; code 1 when memory grew by
+2 % or more, or anything was left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import math
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import grpc
+import numpy as np
+import psutil
+
+from federation import loop
+from federation.broker.server import BrokerOptions, BrokerServer
+from federation.twin import (
+    MINUTE_NS,
+    Actuator,
+    Causality,
+    Description,
+    Entity,
+    Step,
+    TimePolicy,
+    Twin,
+    Variable,
+)
+from federation.v1 import (
+    broker_pb2,
+    broker_pb2_grpc,
+    control_pb2,
+    control_pb2_grpc,
+    scenario_pb2,
+    scenario_pb2_grpc,
+    twin_pb2,
+)
+
+HOSTS = 4
+SIZE = 10
+MOST_GROWTH = 0.02
+
+WARM_UP = 0.2
+"""The share of the time in which caches fill and the allocator finds its size."""
+
+
+class Cell(Twin):
+    """One place of the ring: a leaky store that spills now and then, and says why."""
+
+    def describe(self) -> Description:
+        return Description(
+            model="cell",
+            version="1",
+            domain="soak",
+            entities=tuple(Entity(f"e{i}", "cell") for i in range(SIZE)),
+            variables=(
+                Variable("inflow", "cell", "1", Causality.INPUT),
+                Variable("outflow", "cell", "1", Causality.OUTPUT),
+            ),
+            time=TimePolicy(period_ns=MINUTE_NS),
+            actuators=(Actuator("valve", "cell", "1", 0.0, 1.0, safe_default=0.0),),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.level = np.zeros(SIZE)
+
+    def advance(self, step: Step) -> None:
+        self.level = 0.5 * self.level + 0.4 * step["inflow"] + self.rng.random(SIZE)
+        causes: dict[int, str] = {}
+        spilling = int(np.argmax(self.level))
+        if self.rng.random() < 0.02:
+            told = (*step.cause("inflow", spilling), *(a.cause for a in step.actions))
+            causes[spilling] = step.emit("spilled", f"e{spilling}", "the cell spills", told)
+            self.level[spilling] = 0.0
+        step.publish("outflow", self.level, causes)
+
+
+def document(addresses: list[str], twins: int, steps: int) -> str:
+    """The ring, each twin at one of the hosts in turn."""
+    return json.dumps(
+        {
+            "name": "soak",
+            "region": "nowhere",
+            "horizon_h": steps / 60,
+            "members": {f"m{i}": {"address": addresses[i % HOSTS]} for i in range(twins)},
+            "couplings": [
+                {"from": f"m{i}.outflow", "to": f"m{(i + 1) % twins}.inflow", "delay_min": 1}
+                for i in range(twins)
+            ],
+        }
+    )
+
+
+@asynccontextmanager
+async def hosts() -> AsyncIterator[tuple[list[str], list[int]]]:
+    """The addresses and process ids of the hosts."""
+    command = (sys.executable, "-m", "federation", "serve", "tests.soak:Cell")
+    processes = [
+        await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        for _ in range(HOSTS)
+    ]
+    try:
+        addresses = []
+        for process in processes:
+            assert process.stderr is not None
+            line = (await asyncio.wait_for(process.stderr.readline(), 60)).decode()
+            if not line.startswith("serving "):
+                raise SystemExit(f"a host did not start: {line}")
+            addresses.append(line.split()[3])
+        yield addresses, [process.pid for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+        await asyncio.gather(*(process.wait() for process in processes))
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What there is between two runs."""
+
+    at_s: float
+    broker_mib: float
+    hosts_mib: float
+    tasks: int
+    threads: int
+    sockets: int
+
+    @classmethod
+    def now(cls, at_s: float, host_pids: list[int]) -> Look:
+        gc.collect()
+        me = psutil.Process()
+        hosting = [psutil.Process(pid) for pid in host_pids]
+        return cls(
+            at_s,
+            me.memory_info().rss / 2**20,
+            sum(process.memory_info().rss for process in hosting) / 2**20,
+            len(asyncio.all_tasks()),
+            threading.active_count() + sum(process.num_threads() for process in hosting),
+            sum(len(process.net_connections("all")) for process in (me, *hosting)),
+        )
+
+
+async def one_run(channel: grpc.aio.Channel, text: str) -> tuple[int, str]:
+    """A run that is watched and steered by clients; how many entries they saw, and its digest."""
+    runs: scenario_pb2_grpc.ScenariosAsyncStub = scenario_pb2_grpc.ScenariosStub(channel)
+    shown: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
+    hands: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+    run = (await runs.CreateRun(scenario_pb2.CreateRunRequest(document=text))).run
+    entries, steered = 0, False
+    async for answer in shown.Watch(broker_pb2.WatchRequest(run=run.name, members=["m0", "m1"])):
+        entries += len(answer.entries)
+        if entries and not steered:
+            steered = True
+            action = twin_pb2.Action(member="m1", actuator="valve", entity="e3", value=0.5)
+            await hands.SubmitAction(
+                control_pb2.SubmitActionRequest(run=run.name, action=action, operator="Ann")
+            )
+    ended = (await runs.GetRun(scenario_pb2.GetRunRequest(name=run.name))).run
+    if ended.state != scenario_pb2.Run.STATE_SUCCEEDED:
+        raise SystemExit(f"{run.name} ended with {ended.error.reason}: {ended.error.message}")
+    return entries, ended.digest
+
+
+async def soak(minutes: float, twins: int, steps: int) -> int:
+    started_s = time.monotonic()
+    looks: list[Look] = []
+    runs = entries = 0
+    with tempfile.TemporaryDirectory() as folder:
+        options = BrokerOptions(store=Path(folder) / "broker.sqlite", keep_runs=2)
+        async with hosts() as (addresses, pids), BrokerServer(options) as broker:
+            text = document(addresses, twins, steps)
+            while (now_s := time.monotonic() - started_s) < 60 * minutes or runs < 8:
+                async with grpc.aio.insecure_channel(broker.address) as channel:
+                    seen, _ = await one_run(channel, text)
+                runs, entries = runs + 1, entries + seen
+                await asyncio.sleep(1.0)  # what ends with the run has ended
+                looks.append(Look.now(now_s, pids))
+                print(f"{now_s / 60:5.1f} min, {looks[-1]}", file=sys.stderr, flush=True)
+    warm = [look for look in looks if look.at_s >= WARM_UP * looks[-1].at_s]
+    quarter = max(1, len(warm) // 4)
+    first, last = warm[:quarter], warm[-quarter:]
+
+    def growth(name: str) -> float:
+        before, after = (median(getattr(look, name) for look in some) for some in (first, last))
+        return float(after / before - 1.0)
+
+    result = {
+        "minutes": round((time.monotonic() - started_s) / 60, 1),
+        "twins": twins,
+        "runs": runs,
+        "steps": runs * (steps + 1) * twins,
+        "watched_entries": entries,
+        "broker_mib": round(last[-1].broker_mib, 1),
+        "hosts_mib": round(last[-1].hosts_mib, 1),
+        "broker_growth": round(growth("broker_mib"), 4),
+        "hosts_growth": round(growth("hosts_mib"), 4),
+        "tasks_left": math.ceil(growth("tasks") * first[0].tasks),
+        "threads_left": math.ceil(growth("threads") * first[0].threads),
+        "sockets_left": math.ceil(growth("sockets") * first[0].sockets),
+    }
+    print(json.dumps(result), flush=True)
+    grew = max(result["broker_growth"], result["hosts_growth"]) >= MOST_GROWTH
+    left = any(result[f"{what}_left"] > 0 for what in ("tasks", "threads", "sockets"))
+    return int(grew or left)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="(30)")
+    parser.add_argument("--twins", type=int, default=200, metavar="N", help="(200)")
+    parser.add_argument("--steps", type=int, default=500, metavar="T", help="of a run (500)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return loop.run(soak(options.minutes, options.twins, options.steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
