@@ -46,9 +46,12 @@ class Reference:
         leaves: Mapping[str, int] = NOTHING,
         heirs: Mapping[str, tuple[int, Session, str]] = NOTHING,
         orders: Sequence[tuple[str, Action, int, str]] = (),
+        asked_by: str = "",
     ) -> None:
         """`leaves` says who leaves when; `heirs` who is replaced when, by what session and with
-        which words; `orders` are those of an operator, with the instant and the event of each."""
+        which words; `orders` are those of an operator, with the instant and the event of each.
+        `asked_by` is who lets members join and leave."""
+        self.asked = f", as {asked_by} asked" if asked_by else ""
         self.wiring = wiring
         self.leaves = leaves
         self.heirs = dict(heirs)
@@ -96,7 +99,7 @@ class Reference:
     def run(self) -> str:
         for arrival in self.wiring.arrivals:
             for member in arrival.members:
-                self.tell(arrival.time_ns, "joined", member, f"{member} joins")
+                self.tell(arrival.time_ns, "joined", member, f"{member} joins{self.asked}")
         while (time_ns := self.next_instant()) <= self.horizon_ns:
             for unit in self.wiring.units:
                 if unit.is_loop:
@@ -104,7 +107,7 @@ class Reference:
                 else:
                     self.visit(unit.members[0], time_ns)
         for member, time_ns in self.leaves.items():
-            self.tell(time_ns, "left", member, f"{member} leaves")
+            self.tell(time_ns, "left", member, f"{member} leaves{self.asked}")
             rank = self.wiring.rank[member]
             for (owner, name), past in self.values.items():
                 if owner == member:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from federation.__main__ import planner
+import pytest
+
+from federation.__main__ import main, planner
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.broker.store import Store
 from federation.core.coupling import Arrival, wire
@@ -92,7 +94,9 @@ def expected(
         heir.open(case.member_seed(name), case.parameters.get(name, {}))
         successors[name] = (time_ns, heir, text)
     wiring = wire({n: s.description for n, s in sessions.items()}, couplings, (), arrivals)
-    reference = Reference(wiring, sessions, scenario.horizon_ns, leaves=leaves, heirs=successors)
+    reference = Reference(
+        wiring, sessions, scenario.horizon_ns, leaves=leaves, heirs=successors, asked_by="Ann"
+    )
     return reference.run()
 
 
@@ -145,7 +149,7 @@ def test_one_joins_one_leaves_one_is_replaced_and_then_the_broker_is_killed(
     digest = expected(
         4 * HOUR_NS,
         {"meter": 5 * HOUR_NS},
-        {"town": (6 * HOUR_NS, Town, "town 1 goes on for town 1, with its state")},
+        {"town": (6 * HOUR_NS, Town, "town 1 goes on for town 1, with its state, as Ann asked")},
     )
 
     async def story() -> None:
@@ -197,7 +201,7 @@ def waiting(gate: threading.Event) -> type[Twin]:
 
 def test_a_later_version_goes_on_afresh_and_is_shown_every_input() -> None:
     gate = threading.Event()
-    text = "town 2 goes on for town 1, afresh"
+    text = "town 2 goes on for town 1, afresh, as Ann asked"
     digest = expected(heirs={"town": (6 * HOUR_NS, NewTown, text)})
     assert digest != expected()
 
@@ -220,7 +224,7 @@ def test_a_member_with_neither_snapshot_nor_memory_stays_and_the_run_does_not_fe
     recovering = DOCUMENT.replace(
         '{class: "tests.valley:Dams"}', '{class: "tests.valley:Dams", on_failure: recover}'
     )
-    text = "dams 1 goes on for dams 1, with its state"
+    text = "dams 1 goes on for dams 1, with its state, as Ann asked"
 
     class Recorded(Dams):
         """As if it had a snapshot: the reference hands a state over, the broker all steps."""
@@ -295,6 +299,49 @@ def test_what_can_not_be_is_refused_with_a_reason_and_the_run_goes_on() -> None:
             assert (await services.ended(run.name)).digest == digest
             for late in (people.add(), people.remove("town"), people.replace("meter", "spare")):
                 assert (await refused(late)).reason is Reason.INSTANT_PASSED
+
+    bounded(story)
+
+
+def test_the_command_line_does_all_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = threading.Event()
+    file = tmp_path / "gauge.yaml"
+    file.write_text(GAUGE)
+
+    async def story() -> None:
+        twins = TWINS | {"dams": waiting(gate), "gauge": Gauge, "new": NewTown}
+        async with valley(None, **twins) as (broker, services):
+            run = await services.create(DOCUMENT)
+
+            async def command(*arguments: str) -> str:
+                done = await asyncio.to_thread(main, [*arguments, "--broker", broker.address])
+                assert done == 0
+                return capsys.readouterr().out
+
+            assert "joined at 4 h" in await command(
+                "member", "add", run.name, str(file), "--at", "4"
+            )
+            assert "meter leaves at 5 h" in await command(
+                "member", "remove", run.name, "meter", "--at", "5"
+            )
+            replacing = asyncio.create_task(
+                command("member", "replace", run.name, "town", "new", "--at", "6")
+            )
+            gate.set()
+            assert "new goes on for town at 6 h" in await replacing
+            ended = await services.ended(run.name)
+            assert ended.state == scenario_pb2.Run.STATE_SUCCEEDED, ended.error
+            for again in ((), ("--live", "dams,gauge"), ("--recorded", "weather,town")):
+                said = await command("replay", run.name, *again)
+                assert said.strip().endswith(ended.digest)
+            forked = (await command("fork", run.name, "--at", "7", "--horizon-h", "9")).strip()
+            short = await services.ended(forked)
+            assert (short.state, short.time_ns) == (ended.state, 9 * HOUR_NS), short.error
+            arguments = ["fork", run.name, "--at", "99", "--broker", broker.address]
+            assert await asyncio.to_thread(main, arguments) == 2
+            assert "INSTANT_PASSED" in capsys.readouterr().err
 
     bounded(story)
 

@@ -144,7 +144,7 @@ class Entrance:
     links: Mapping[str, Link]
 
     def at(self, time_ns: int) -> Added:
-        return Added(self.addition.text, time_ns)
+        return Added(self.addition.text, time_ns, self.event.operator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1368,6 +1368,7 @@ class LiveRun:
         leases: Mapping[str, Lease],
         places: Mapping[str, Place],
         time_ns: int | None,
+        operator: str,
     ) -> Accepted:
         """Let members join at `time_ns` of the run, or as soon as they can.
 
@@ -1375,7 +1376,7 @@ class LiveRun:
         UNKNOWN_PARAMETER, SCENARIO_INVALID when a name is taken, and INSTANT_PASSED.
         """
         self._more_links += links.values()
-        asked = await entrance(addition, links, time_ns)
+        asked = await entrance(addition, links, time_ns, operator)
         descriptions = asked.event.descriptions
         accepted = await self._inbox.ask(asked)
         self._descriptions.update(descriptions)
@@ -1383,16 +1384,22 @@ class LiveRun:
         self.places.update(places)
         return accepted
 
-    async def leave(self, member: str, time_ns: int | None) -> Accepted:
+    async def leave(self, member: str, time_ns: int | None, operator: str) -> Accepted:
         """Let a member make no step at `time_ns` of the run or later, or as soon as that can be.
 
         Fails with UNKNOWN_MEMBER and INSTANT_PASSED.
         """
         self._describe(member)
-        return await self._inbox.ask(Left(member, time_ns))
+        return await self._inbox.ask(Left(member, time_ns, operator))
 
     async def replace(
-        self, member: str, link: Link, lease: Lease | None, place: Place, time_ns: int | None
+        self,
+        member: str,
+        link: Link,
+        lease: Lease | None,
+        place: Place,
+        time_ns: int | None,
+        operator: str,
     ) -> Accepted:
         """Let another service go on for a member, from its first step at `time_ns` or later.
 
@@ -1416,7 +1423,7 @@ class LiveRun:
         kinds = [f"{d.model} {d.version}" for d in (before, after)]
         is_same = kinds[0] == kinds[1] and before.data_hash == after.data_hash
         how = "with its state" if is_same else "afresh"
-        text = f"{kinds[1]} goes on for {kinds[0]}, {how}"
+        text = f"{kinds[1]} goes on for {kinds[0]}, {how}, as {operator} asked"
         takeover = Takeover(member, link, place, text, is_same, time_ns)
         accepted = await self._inbox.ask(takeover)
         self._descriptions[member] = after
@@ -1524,6 +1531,7 @@ async def entrance(
     addition: Addition,
     links: Mapping[str, Link],
     time_ns: int | None,
+    operator: str,
     known: Mapping[str, Description] = NOTHING,
 ) -> Entrance:
     """What joins a run, checked as far as it says something of its own members.
@@ -1544,7 +1552,8 @@ async def entrance(
     for name, description in descriptions.items():
         _check_parameters(name, description, addition.parameters_of(name))
     couplings = await asyncio.to_thread(addition.couplings_resolved)
-    return Entrance(Joined(descriptions, couplings, time_ns=time_ns), addition, links)
+    joined = Joined(descriptions, couplings, time_ns=time_ns, operator=operator)
+    return Entrance(joined, addition, links)
 
 
 def _check_parameters(member: str, description: Description, given: Mapping[str, float]) -> None:

@@ -24,6 +24,7 @@ class Added:
 
     document: str
     time_ns: int
+    operator: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,9 @@ def write_asked(asked: Asked) -> Note:
             said = {"operator": asked.operator, "serial": asked.serial}
             kind, body = "order", {**said, "action": asdict(asked.action)}
         case Left():
-            kind, body = "left", {"member": asked.member}
+            kind, body = "left", {"member": asked.member, "operator": asked.operator}
         case Added():
-            kind, body = "added", {"document": asked.document}
+            kind, body = "added", {"document": asked.document, "operator": asked.operator}
     return Note(kind, asked.time_ns, json.dumps(body).encode())
 
 
@@ -139,9 +140,9 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
                 action = Action(**said["action"])
                 asked.append(Ordered(said["operator"], action, item.time_ns, said["serial"]))
             case "left":
-                asked.append(Left(said["member"], item.time_ns))
+                asked.append(Left(said["member"], item.time_ns, said["operator"]))
             case "added":
-                asked.append(Added(said["document"], item.time_ns))
+                asked.append(Added(said["document"], item.time_ns, said["operator"]))
             case _:
                 raise ScenarioError(
                     Reason.STORE_FAILED,

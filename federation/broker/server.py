@@ -469,7 +469,13 @@ class BrokerServer:
                     addition = additions[request]
                     own = {n: links.pop(n) for n in addition.members if n in links}
                     asked.append(
-                        await entrance(addition, own, request.time_ns, memory.descriptions)
+                        await entrance(
+                            addition,
+                            own,
+                            request.time_ns,
+                            request.operator,
+                            memory.descriptions,
+                        )
                     )
                 else:
                     asked.append(request)
@@ -518,7 +524,7 @@ class BrokerServer:
 
     # -- who comes and goes --------------------------------------------------------------
 
-    async def join(self, run: str, document: str, time_ns: int | None) -> Accepted:
+    async def join(self, run: str, document: str, time_ns: int | None, operator: str) -> Accepted:
         """Let members join a live run; fails as `Control.AddMembers` does."""
         live = await self._lively(run)
         folder = self.options.scenario_folder
@@ -528,18 +534,22 @@ class BrokerServer:
         places = _places(addition.members)
         here = {name: places[name] for name in addition.members}
         links = await self._connect(self._addresses(here, leases))
-        return await live.join(addition, links, leases, places, time_ns)
+        return await live.join(addition, links, leases, places, time_ns, operator)
 
-    async def part(self, run: str, member: str, time_ns: int | None) -> Accepted:
+    async def part(self, run: str, member: str, time_ns: int | None, operator: str) -> Accepted:
         """Let a member leave a live run; fails as `Control.RemoveMember` does."""
-        return await (await self._lively(run)).leave(member, time_ns)
+        return await (await self._lively(run)).leave(member, time_ns, operator)
 
-    async def replace(self, run: str, member: str, place: Place, time_ns: int | None) -> Accepted:
+    async def replace(
+        self, run: str, member: str, place: Place, time_ns: int | None, operator: str
+    ) -> Accepted:
         """Let another service go on for a member; fails as `Control.ReplaceMember` does."""
         live = await self._lively(run)
         leases: dict[str, Lease] = {}
         links = await self._connect(self._addresses({member: place}, leases))
-        return await live.replace(member, links[member], leases.get(member), place, time_ns)
+        return await live.replace(
+            member, links[member], leases.get(member), place, time_ns, operator
+        )
 
     async def _lively(self, run: str) -> LiveRun:
         live = await self.live(run)
@@ -599,12 +609,18 @@ class BrokerServer:
             replace(run, measure=new.measure, horizon_ns=end_ns), items
         )
 
-    async def replay(self, name: str, live_members: Sequence[str]) -> str:
+    async def replay(
+        self, name: str, live_members: Sequence[str], recorded_members: Sequence[str] = ()
+    ) -> str:
         """Go through a run again; fails as `Scenarios.ReplayRun` does."""
+        if live_members and recorded_members:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, "name those who are live or those who are recorded"
+            )
         run = await self.find(name)
         items, memory = await asyncio.to_thread(_cut, self.store, name, run.settled_ns)
         known = {*memory.pasts, *memory.descriptions}
-        for member in live_members:
+        for member in (*live_members, *recorded_members):
             if member not in known:
                 raise ScenarioError(
                     Reason.UNKNOWN_MEMBER,
@@ -613,6 +629,8 @@ class BrokerServer:
                 )
         if memory.case is None:
             raise _no_case(name)
+        if recorded_members:
+            live_members = [member for member in known if member not in recorded_members]
         kept = [item for item in items if _member_of(item) not in live_members]
         recorded = tuple(member for member in memory.pasts if member not in live_members)
         origin = Origin(name, run.settled_ns, is_replay=True, recorded=recorded)
@@ -895,12 +913,11 @@ def _places(members: Mapping[str, Member]) -> dict[str, Place]:
 def _over(memory: Memory, settled_ns: int) -> set[str]:
     """Members whose part of a run is all on record."""
     origin = memory.origin
+    if origin is not None and origin.is_replay:
+        return set(origin.recorded)
     known_ns = settled_ns if origin is None else max(settled_ns, origin.until_ns)
-    over = set() if origin is None else set(origin.recorded)
-    for asked in memory.asked:
-        if isinstance(asked, Left) and asked.time_ns is not None and asked.time_ns <= known_ns:
-            over.add(asked.member)
-    return over
+    left = [asked for asked in memory.asked if isinstance(asked, Left)]
+    return {a.member for a in left if a.time_ns is not None and a.time_ns <= known_ns}
 
 
 def _cut(store: Store, run: str, until_ns: int) -> tuple[list[Item], Memory]:
@@ -1241,7 +1258,9 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
         ],
     ) -> scenario_pb2.ReplayRunResponse:
         async with refusing(context):
-            name = await self._broker.replay(request.name, request.live_members)
+            name = await self._broker.replay(
+                request.name, request.live_members, request.recorded_members
+            )
             return scenario_pb2.ReplayRunResponse(run=await self._report(name))
         raise AssertionError("abort raises")
 
@@ -1302,7 +1321,9 @@ class _Control(control_pb2_grpc.ControlServicer):
         async with refusing(context):
             _named(request.operator)
             time_ns = request.time_ns if request.HasField("time_ns") else None
-            taken = await self._broker.join(request.run, request.document, time_ns)
+            taken = await self._broker.join(
+                request.run, request.document, time_ns, request.operator
+            )
             return control_pb2.AddMembersResponse(event=taken.event, time_ns=taken.time_ns)
         raise AssertionError("abort raises")
 
@@ -1316,7 +1337,7 @@ class _Control(control_pb2_grpc.ControlServicer):
         async with refusing(context):
             _named(request.operator)
             time_ns = request.time_ns if request.HasField("time_ns") else None
-            taken = await self._broker.part(request.run, request.member, time_ns)
+            taken = await self._broker.part(request.run, request.member, time_ns, request.operator)
             return control_pb2.RemoveMemberResponse(event=taken.event, time_ns=taken.time_ns)
         raise AssertionError("abort raises")
 
@@ -1339,7 +1360,9 @@ class _Control(control_pb2_grpc.ControlServicer):
                     raise ScenarioError(
                         Reason.SCENARIO_INVALID, "say who takes over: a service or an address"
                     )
-            taken = await self._broker.replace(request.run, request.member, place, time_ns)
+            taken = await self._broker.replace(
+                request.run, request.member, place, time_ns, request.operator
+            )
             return control_pb2.ReplaceMemberResponse(event=taken.event, time_ns=taken.time_ns)
         raise AssertionError("abort raises")
 

@@ -462,7 +462,7 @@ class Coordinator:
             )
         except ScenarioError as error:
             return Refused(error.message, error.reason, error.metadata)
-        self._exchange.admit(self.wiring)
+        self._exchange.admit(self.wiring, event.operator)
         self._build()
         return Accepted(change_id("joined", next(iter(new)), time_ns), time_ns)
 
@@ -480,7 +480,7 @@ class Coordinator:
         time_ns = first_ns if event.time_ns is None else event.time_ns
         if refusal := self._too_soon(time_ns, first_ns, member.name):
             return refusal
-        event_id = self._exchange.leave(member, time_ns)
+        event_id = self._exchange.leave(member, time_ns, event.operator)
         self._leaving.append(member)
         unit.until_ns = max(m.until_ns for m in unit.members)
         return Accepted(event_id, time_ns)

@@ -279,6 +279,10 @@ def change_id(what: str, member: str, time_ns: int) -> str:
     return f"{FEDERATION}/{what}-{member}-{time_ns}"
 
 
+def _asked_by(operator: str) -> str:
+    return f", as {operator} asked" if operator else ""
+
+
 class Exchange:
     """The members of a wiring with their ledger: takes answers in and hands them on."""
 
@@ -290,14 +294,15 @@ class Exchange:
         """Changes of quality that are ahead, by member."""
         self._arrive(wiring)
 
-    def admit(self, wiring: Wiring) -> None:
+    def admit(self, wiring: Wiring, operator: str) -> None:
         """Take in those members and couplings of `wiring` that are new.
 
         All others are as they were, in the same order. What the sources of new couplings say
         at present is on its way to their targets.
         """
         for name in self._arrive(wiring):
-            self._note(wiring.since_ns(name), "joined", name, f"{name} joins")
+            text = f"{name} joins{_asked_by(operator)}"
+            self._note(wiring.since_ns(name), "joined", name, text)
 
     def _arrive(self, wiring: Wiring) -> list[str]:
         """The same, without a word; the names of those who are new."""
@@ -433,10 +438,11 @@ class Exchange:
         """Note that another service goes on under a member's name."""
         self._note(change.time_ns, "replaced", change.member, change.text)
 
-    def leave(self, member: Member, time_ns: int) -> str:
+    def leave(self, member: Member, time_ns: int, operator: str) -> str:
         """Let a member make no step at `time_ns` or later; the event that says so."""
         member.until_ns = time_ns
-        return self._note(time_ns, "left", member.name, f"{member.name} leaves")
+        text = f"{member.name} leaves{_asked_by(operator)}"
+        return self._note(time_ns, "left", member.name, text)
 
     def hold(self, member: Member) -> None:
         """Record what a member that has made its last step leaves behind, as held."""

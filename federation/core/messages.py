@@ -70,6 +70,8 @@ class Joined:
     couplings: tuple[Coupling, ...] = ()
     actuations: tuple[Actuation, ...] = ()
     time_ns: int | None = None
+    operator: str = ""
+    """Who asked for it, if anybody did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Left:
 
     member: str
     time_ns: int | None = None
+    operator: str = ""
 
 
 @dataclass(frozen=True, slots=True)

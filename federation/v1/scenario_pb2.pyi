@@ -459,21 +459,29 @@ class ReplayRunRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     LIVE_MEMBERS_FIELD_NUMBER: _builtins.int
+    RECORDED_MEMBERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The run's name, `runs/{run}`."""
     @_builtins.property
     def live_members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The members that do their steps again; all others are their recordings."""
+        """The members that do their steps again; all others are their recordings. Only one of these
+        lists may have names.
+        """
+
+    @_builtins.property
+    def recorded_members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The members that are their recordings; all others do their steps again."""
 
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         live_members: _abc.Iterable[_builtins.str] | None = ...,
+        recorded_members: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["live_members", b"live_members", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["live_members", b"live_members", "name", b"name", "recorded_members", b"recorded_members"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

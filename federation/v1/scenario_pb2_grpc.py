@@ -127,7 +127,8 @@ class ScenariosServicer:
         them, up to what is settled. It ends with the digest of the run, or fails with
         REPLAY_DIFFERS, whose message has the first entry that is another one.
 
-        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED.
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+        those who are live and those who are recorded are named.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,7 +62,8 @@ class ScenariosStub:
     them, up to what is settled. It ends with the digest of the run, or fails with
     REPLAY_DIFFERS, whose message has the first entry that is another one.
 
-    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED.
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+    those who are live and those who are recorded are named.
     """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_scenario_pb2.CancelRunRequest, _scenario_pb2.CancelRunResponse]
     """Ends a run; what it recorded so far stays. Cancelling a run that has ended changes nothing.
@@ -103,7 +104,8 @@ class ScenariosAsyncStub(ScenariosStub):
     them, up to what is settled. It ends with the digest of the run, or fails with
     REPLAY_DIFFERS, whose message has the first entry that is another one.
 
-    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED.
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+    those who are live and those who are recorded are named.
     """
     CancelRun: _aio.UnaryUnaryMultiCallable[_scenario_pb2.CancelRunRequest, _scenario_pb2.CancelRunResponse]  # type: ignore[assignment]
     """Ends a run; what it recorded so far stays. Cancelling a run that has ended changes nothing.
@@ -177,7 +179,8 @@ class ScenariosServicer(metaclass=_abc_1.ABCMeta):
         them, up to what is settled. It ends with the digest of the run, or fails with
         REPLAY_DIFFERS, whose message has the first entry that is another one.
 
-        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED.
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+        those who are live and those who are recorded are named.
         """
 
     @_abc_1.abstractmethod
