@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check soak bench chaos published proto lock system clean
+.PHONY: demo test property check soak bench chaos published proto lock system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -13,6 +13,9 @@ test: $(INSTALLED) system  ## the default tests, under ten minutes on two cores
 
 published: $(INSTALLED)  ## the longer comparisons with published values
 	$(BIN)/pytest -m published
+
+property: $(INSTALLED)  ## at least 2,000 random federations against the sequential reference
+	$(BIN)/pytest -m property --hypothesis-profile=thorough
 
 check: $(INSTALLED) system  ## format, lint, types, import rules, contract
 	$(BIN)/ruff format --check .

@@ -252,6 +252,54 @@ def command_why(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_member_add(options: argparse.Namespace) -> int:
+    from federation.broker.client import add_members
+
+    document = _text_of(Path(options.document))
+    run(add_members(options.broker, options.run, document, options.at))
+    return 0
+
+
+def command_member_remove(options: argparse.Namespace) -> int:
+    from federation.broker.client import remove_member
+
+    run(remove_member(options.broker, options.run, options.member, options.at))
+    return 0
+
+
+def command_member_replace(options: argparse.Namespace) -> int:
+    from federation.broker.client import replace_member
+
+    run(replace_member(options.broker, options.run, options.member, options.heir, options.at))
+    return 0
+
+
+def command_fork(options: argparse.Namespace) -> int:
+    from federation.broker.client import fork_run
+
+    run(fork_run(options.broker, options.run, options.at, options.measure, options.horizon_h))
+    return 0
+
+
+def command_replay(options: argparse.Namespace) -> int:
+    from federation.broker.client import replay_run
+
+    run(replay_run(options.broker, options.run, _names(options.live), _names(options.recorded)))
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _text_of(file: Path) -> str:
+    if not file.is_file():
+        raise ScenarioError(
+            Reason.SCENARIO_NOT_FOUND, f"there is no file {file}", {"file": str(file)}
+        )
+    return file.read_text(encoding="utf-8")
+
+
 def command_history(options: argparse.Namespace) -> int:
     from federation.broker.client import print_history
 
@@ -383,6 +431,36 @@ def parser() -> argparse.ArgumentParser:
     _broker_option(why)
     why.set_defaults(do=command_why)
 
+    _member_commands(commands.add_parser("member", help="let members join, leave and be replaced"))
+
+    fork = commands.add_parser(
+        "fork",
+        help="a what-if: a run with the past of another, and another future",
+        description="Start a run that has all that is of a run up to a cut for its past. The run, "
+        "which may be going on, does not feel it. Without options it ends as the run does.",
+    )
+    _run_argument(fork)
+    fork.add_argument("--at", type=float, metavar="H", help="the cut (all that is settled)")
+    fork.add_argument(
+        "--measure", default="", metavar="M", help="send crews under this one from then on"
+    )
+    fork.add_argument("--horizon-h", type=float, metavar="H", help="when it ends (as the run)")
+    _broker_option(fork)
+    fork.set_defaults(do=command_fork)
+
+    replay = commands.add_parser(
+        "replay",
+        help="go through a run again, with recordings in the place of its members",
+        description="Go through a run again and see that it is the same. What members answer is "
+        "taken from the record, except for those that are to be live.",
+    )
+    _run_argument(replay)
+    which = replay.add_mutually_exclusive_group()
+    which.add_argument("--live", default="", metavar="A,B", help="only these do their steps again")
+    which.add_argument("--recorded", default="", metavar="A,B", help="all but these do")
+    _broker_option(replay)
+    replay.set_defaults(do=command_replay)
+
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
     history.add_argument("variable", metavar="MEMBER.VARIABLE")
@@ -395,6 +473,51 @@ def parser() -> argparse.ArgumentParser:
     _broker_option(history)
     history.set_defaults(do=command_history)
     return main
+
+
+def _member_commands(command: argparse.ArgumentParser) -> None:
+    commands = command.add_subparsers(dest="change", required=True, metavar="CHANGE")
+    add = commands.add_parser(
+        "add",
+        help="let members join a run",
+        description="Let members join a run that is going on, with all that couples them to it.",
+        epilog="The file has `members`, `couplings` and `parameters` as a scenario has them, such "
+        "as: {members: {gauge: {address: 127.0.0.1:7711}}, couplings: [{from: dams.level, to: "
+        "gauge.level}]}. Couplings to members that were there before need a delay_min.",
+    )
+    _run_argument(add)
+    add.add_argument("document", metavar="FILE", help="who joins, and how: a YAML file")
+    add.set_defaults(do=command_member_add)
+    remove = commands.add_parser(
+        "remove",
+        help="let a member leave a run",
+        description="Let a member make no more steps; what it has published holds. Its process is "
+        "needed until the run has passed the instant.",
+    )
+    _run_argument(remove)
+    remove.add_argument("member", metavar="MEMBER")
+    remove.set_defaults(do=command_member_remove)
+    replace = commands.add_parser(
+        "replace",
+        help="let another process go on for a member",
+        description="Let another process go on for a member. The same model in the same version "
+        "gets its state, and nothing else changes; any other begins afresh.",
+        epilog="Serve it first under a name of its own: multitwin serve tower:Tower --name "
+        "tower-2 --broker 127.0.0.1:7700",
+    )
+    _run_argument(replace)
+    replace.add_argument("member", metavar="MEMBER")
+    replace.add_argument("heir", metavar="SERVICE", help="its registered name, or host:port")
+    replace.set_defaults(do=command_member_replace)
+    for change in (add, remove, replace):
+        change.add_argument(
+            "--at", type=float, metavar="H", help="when, in hours of the run (as soon as it can be)"
+        )
+        _broker_option(change)
+
+
+def _run_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
 
 
 def _broker_option(command: argparse.ArgumentParser) -> None:

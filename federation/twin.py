@@ -551,7 +551,9 @@ class Session:
             initial.setflags(write=False)
             self.values[variable.name] = initial
 
-    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+    def open(self, seed: int, parameters: Mapping[str, float], start_ns: int = 0) -> None:
+        """Begin at `start_ns` of the run; the first step covers the span since then."""
+        self.last_ns = start_ns
         known = {p.name: p.default for p in self.description.parameters}
         for name in parameters:
             if name not in known:

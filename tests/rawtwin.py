@@ -85,6 +85,7 @@ class Reservoirs:
         values = {p.name: p.default_value for p in DESCRIPTION.parameters}
         values.update(given.parameters)
         self.member = given.member
+        self.time_ns = given.start_ns
         self.think_s = values["think_s"]
         self.volume = [values["start_m3"]] * 2
 

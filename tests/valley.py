@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import pickle
 import random
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +230,54 @@ class Town(Twin):
             ports=(Port("open", "available", "bridge", "1", BRIDGES, columns),),
         )
 
+    def snapshot(self) -> bytes:
+        return pickle.dumps(self.__dict__)
+
+    def restore(self, state: bytes) -> None:
+        self.__dict__.update(pickle.loads(state))
+
+
+class NewTown(Town):
+    """A later version of the town, in which other bridges go."""
+
+    def describe(self) -> Description:
+        return replace(super().describe(), version="2")
+
+    def advance(self, step: Step) -> None:
+        super().advance(step)
+        step.publish("flooded", self.flooded_h + step.span_h)
+
+
+class Gauge(Twin):
+    """Measures a basin, tells of high water, and lets some of it seep away."""
+
+    def describe(self) -> Description:
+        return Description(
+            model="gauge",
+            version="1",
+            domain="water",
+            entities=(Entity("upper", "basin"), Entity("lower", "basin")),
+            variables=(
+                Variable("level", "basin", "m", Causality.INPUT),
+                Variable("mean", SYSTEM, "m", Causality.OUTPUT),
+                Variable("seep", SYSTEM, "m^3/h", Causality.OUTPUT),
+            ),
+            time=TimePolicy(period_ns=20 * MINUTE_NS, offset_ns=5 * MINUTE_NS),
+            parameters=(Parameter("share", "1", 0.1, 0.0, 1.0),),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        self.share = parameters["share"]
+        self.mean_m = 0.0
+
+    def advance(self, step: Step) -> None:
+        weight = 1.0 - 0.5**step.span_h
+        self.mean_m += weight * (float(step["level"].mean()) - self.mean_m)
+        step.publish("mean", self.mean_m)
+        step.publish("seep", self.share * self.mean_m)
+        if step["level"].max() > 6.0:
+            step.emit("high_water", SYSTEM, f"{step['level'].max():.2f} m", step.cause("level", 0))
+
 
 class UnsteadyDams(Dams):
     """The same dams in a slow and uneven process."""
@@ -252,6 +302,14 @@ class DyingDams(Dams):
     def advance(self, step: Step) -> None:
         if step.time_ns >= 3 * HOUR_NS:
             os._exit(9)
+        super().advance(step)
+
+
+class SteadyDams(Dams):
+    """Takes a fiftieth of a second per step."""
+
+    def advance(self, step: Step) -> None:
+        time.sleep(0.02)
         super().advance(step)
 
 

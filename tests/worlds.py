@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from federation.core.coordinator import Coordinator
 from federation.core.ledger import Entry
-from federation.core.messages import Aborted, Commit, Failed, Finished, Grant, Stepped
+from federation.core.messages import (
+    Aborted,
+    Accepted,
+    Commit,
+    Failed,
+    Finished,
+    Grant,
+    Refused,
+    Request,
+    Stepped,
+)
 from federation.errors import FederationError
 from federation.twin import (
+    NOTHING,
     Actuator,
     Causality,
     Description,
@@ -83,7 +94,7 @@ class Toy(Twin):
         for action in step.actions:
             self.memory += action.value
             reasons.append(action.cause)
-        self.memory = 0.5 * self.memory + 0.1 * (self.count % 5)
+        self.memory = 0.5 * self.memory + 0.1 * (self.count % 5) + 0.01 * (step.span_ns % 4)
         value = habit.gain * total + self.memory + np.arange(habit.size)
         if habit.is_coarse:
             value = np.floor(value)
@@ -112,24 +123,44 @@ def open_sessions(habits: Mapping[str, Habit]) -> dict[str, Session]:
     return sessions
 
 
+def open_late(habits: Mapping[str, Habit], time_ns: int) -> dict[str, Session]:
+    """Sessions of members that join at an instant."""
+    sessions = {name: Session(Toy(habit), name) for name, habit in habits.items()}
+    for name, session in sessions.items():
+        session.open(len(name), {}, time_ns)
+    return sessions
+
+
 def drive(
     coordinator: Coordinator,
     sessions: Mapping[str, Session],
     choose: Callable[[int], int] | None = None,
+    said: Mapping[int, Request] = NOTHING,
+    heard: Callable[[Request, Accepted | Refused], None] = lambda request, verdict: None,
+    known: Sequence[Request] = (),
 ) -> tuple[str, list[Entry]]:
     """Carry out effects, answering outstanding grants in the order that `choose` picks.
 
-    Returns the digest and all committed entries; raises what aborted the run.
+    After so many answers, what is `said` then is asked for, and the verdict `heard` before
+    anything follows from it. What is `known` holds from the start. Returns the digest and all
+    committed entries; raises what aborted the run.
     """
     pick = choose or (lambda n: 0)
     outstanding: list[Grant] = []
     entries: list[Entry] = []
-    effects = list(coordinator.start())
+    effects = list(coordinator.start(known))
+    verdicts, effects = effects[: len(known)], effects[len(known) :]
+    assert all(isinstance(verdict, Accepted) for verdict in verdicts), verdicts
+    answers = 0
+    request: Request | None = None
     while True:
         for effect in effects:
             match effect:
                 case Grant():
                     outstanding.append(effect)
+                case Accepted() | Refused():
+                    assert request is not None
+                    heard(request, effect)
                 case Commit():
                     entries.extend(effect.entries)
                 case Finished():
@@ -138,6 +169,11 @@ def drive(
                 case Aborted():
                     raise effect.error
         assert outstanding, "nothing is outstanding and the run has not ended"
+        answers += 1
+        if answers in said:
+            request = said[answers]
+            effects = list(coordinator.handle(request))
+            continue
         grant = outstanding.pop(pick(len(outstanding)))
         try:
             results = tuple(sessions[grant.member].advance(step) for step in grant.steps)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import csv
+import getpass
+import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
 import numpy as np
 
 from federation.broker.why import words
+from federation.core.waits import instant
 from federation.twin import HOUR_NS
-from federation.v1 import broker_pb2, broker_pb2_grpc, control_pb2, control_pb2_grpc
+from federation.v1 import (
+    broker_pb2,
+    broker_pb2_grpc,
+    control_pb2,
+    control_pb2_grpc,
+    scenario_pb2,
+    scenario_pb2_grpc,
+)
 from federation.wire import codec, status
 from federation.wire.link import channel_options
 
@@ -37,6 +47,89 @@ async def print_why(broker: str, run: str) -> None:
     async with asking(broker) as channel:
         stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
         print(words(await stub.Why(control_pb2.WhyRequest(run=run), timeout=ANSWER_S)))
+
+
+async def add_members(broker: str, run: str, document: str, at_h: float | None) -> None:
+    """Let members join a run, and say when they do."""
+    async with asking(broker) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        request = control_pb2.AddMembersRequest(
+            run=run, document=document, time_ns=_instant_ns(at_h), operator=_operator()
+        )
+        answer = await stub.AddMembers(request, timeout=ANSWER_S)
+    print(f"joined at {instant(answer.time_ns)} ({answer.event})")
+
+
+async def remove_member(broker: str, run: str, member: str, at_h: float | None) -> None:
+    """Let a member leave a run, and say when it does."""
+    async with asking(broker) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        request = control_pb2.RemoveMemberRequest(
+            run=run, member=member, time_ns=_instant_ns(at_h), operator=_operator()
+        )
+        answer = await stub.RemoveMember(request, timeout=ANSWER_S)
+    print(f"{member} leaves at {instant(answer.time_ns)} ({answer.event})")
+
+
+async def replace_member(broker: str, run: str, member: str, heir: str, at_h: float | None) -> None:
+    """Let another service go on for a member, and say when it did. The service is an address,
+    or the name under which it is registered."""
+    async with asking(broker) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        request = control_pb2.ReplaceMemberRequest(
+            run=run, member=member, time_ns=_instant_ns(at_h), operator=_operator()
+        )
+        if ":" in heir:
+            request.address = heir
+        else:
+            request.service = heir
+        # it comes back when the run is there, which may be long
+        answer = await stub.ReplaceMember(request)
+    print(f"{heir} goes on for {member} at {instant(answer.time_ns)} ({answer.event})")
+
+
+async def fork_run(
+    broker: str, run: str, at_h: float | None, measure: str, horizon_h: float | None
+) -> None:
+    """Start a run with the past of another one, and say its name."""
+    async with asking(broker) as channel:
+        stub: scenario_pb2_grpc.ScenariosAsyncStub = scenario_pb2_grpc.ScenariosStub(channel)
+        request = scenario_pb2.ForkRunRequest(
+            name=run,
+            time_ns=_instant_ns(at_h),
+            measure=measure,
+            horizon_ns=_instant_ns(horizon_h),
+        )
+        print((await stub.ForkRun(request, timeout=ANSWER_S)).run.name)
+
+
+async def replay_run(
+    broker: str, run: str, live: Sequence[str], recorded: Sequence[str] | None
+) -> None:
+    """Go through a run again and say if it was the same. Fails with REPLAY_DIFFERS."""
+    async with asking(broker) as channel:
+        stub: scenario_pb2_grpc.ScenariosAsyncStub = scenario_pb2_grpc.ScenariosStub(channel)
+        request = scenario_pb2.ReplayRunRequest(
+            name=run, live_members=live, recorded_members=recorded or ()
+        )
+        made = (await stub.ReplayRun(request, timeout=ANSWER_S)).run
+        async for answer in stub.WatchRun(scenario_pb2.WatchRunRequest(name=made.name)):
+            made = answer.run
+    if made.state != scenario_pb2.Run.STATE_SUCCEEDED:
+        raise status.decode_error(made.error)
+    print(f"{made.name} is as {run}, up to {instant(made.time_ns)}: {made.digest}")
+
+
+def _instant_ns(time_h: float | None) -> int | None:
+    return None if time_h is None else round(time_h * HOUR_NS)
+
+
+def _operator() -> str:
+    """Who asks, for the record."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"user {os.getuid()}"
 
 
 async def print_history(

@@ -12,23 +12,34 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from itertools import zip_longest
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from opentelemetry import trace
 
 from federation import telemetry
 from federation.broker.clocks import Clocks
 from federation.broker.flow import Flow
-from federation.broker.memory import Memory, write_degraded, write_order
+from federation.broker.memory import (
+    Added,
+    Memory,
+    Origin,
+    write_asked,
+    write_degraded,
+    write_description,
+    write_replaced,
+)
 from federation.broker.pace import LateSeat, Pacer
 from federation.broker.registry import Lease
-from federation.broker.seats import Degradation, MemberSeat, Saved
+from federation.broker.seats import Degradation, Heir, MemberSeat, Place, Saved, Succession
 from federation.broker.store import NOT_SETTLED, Frame, Item, State, Store
 from federation.broker.why import Lookout, Standing, write_results
 from federation.core import critical
 from federation.core.ages import Ages
 from federation.core.coordinator import FRAME_STEPS, Coordinator
-from federation.core.ledger import Entry, Quality
+from federation.core.exchange import change_id
+from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
 from federation.core.messages import (
     Aborted,
     Accepted,
@@ -39,8 +50,11 @@ from federation.core.messages import (
     Finished,
     Grant,
     Input,
+    Joined,
+    Left,
     Ordered,
     Refused,
+    Replaced,
     Stepped,
 )
 from federation.core.waits import find_ways
@@ -56,8 +70,9 @@ from federation.scenario.run import (
     blame,
     plan_member,
 )
-from federation.scenario.spec import PLANNER, OnFailure, Scenario
+from federation.scenario.spec import PLANNER, Addition, Member, OnFailure, Scenario
 from federation.twin import (
+    NOTHING,
     Action,
     Description,
     LinearBlock,
@@ -121,6 +136,40 @@ Results = Sequence[StepResult] | FederationError
 """What became of a grant: a result for each step, or why there is none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """Members that are to join a run: as the core sees them, as the document has them, where."""
+
+    event: Joined
+    addition: Addition
+    links: Mapping[str, Link]
+
+    def at(self, time_ns: int) -> Added:
+        return Added(self.addition.text, time_ns, self.event.operator)
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """A service that is to go on for a member, from its first step at `time_ns` or later."""
+
+    member: str
+    link: Link
+    place: Place
+    text: str
+    is_same: bool
+    time_ns: int | None = None
+
+
+Asked = Ordered | Left | Entrance
+"""What people may ask of a live run, and get a verdict on."""
+
+Said = Input | Entrance | Takeover
+"""All that may be said to a live run."""
+
+Ear = asyncio.Future[Any]
+"""Hears what became of something that was said."""
+
+
 class Inbox:
     """What people and the broker say to a live run, from its creation to its end.
 
@@ -128,25 +177,30 @@ class Inbox:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Input, asyncio.Future[Effect] | None]] = deque()
-        self._taker: Callable[[Input, asyncio.Future[Effect] | None], None] | None = None
+        self._waiting: deque[tuple[Said, Ear | None]] = deque()
+        self._taker: Callable[[Said, Ear | None], None] | None = None
         self._is_closed = False
 
     def put(self, event: Input) -> None:
         """Hand in an event."""
         self._give(event, None)
 
-    async def order(self, ordered: Ordered) -> Accepted | Refused:
-        """Hand in an operator's order and wait for the verdict."""
+    async def ask(self, asked: Asked | Takeover) -> Accepted:
+        """Ask for something, and wait until it is granted and on record.
+
+        Fails with what it is refused for.
+        """
         if self._is_closed:
-            return _ENDED
-        verdict: asyncio.Future[Effect] = asyncio.get_running_loop().create_future()
-        self._give(ordered, verdict)
+            raise _refused(_ENDED)
+        verdict: Ear = asyncio.get_running_loop().create_future()
+        self._give(asked, verdict)
         effect = await verdict
-        assert isinstance(effect, Accepted | Refused)
+        if isinstance(effect, Refused):
+            raise _refused(effect)
+        assert isinstance(effect, Accepted)
         return effect
 
-    def attach(self, taker: Callable[[Input, asyncio.Future[Effect] | None], None] | None) -> None:
+    def attach(self, taker: Callable[[Said, Ear | None], None] | None) -> None:
         """Give everything to `taker` from now on, what has waited first; to nobody with None."""
         self._taker = taker
         while self._taker is not None and self._waiting:
@@ -161,7 +215,7 @@ class Inbox:
                 verdict.set_result(_ENDED)
         self._waiting.clear()
 
-    def _give(self, event: Input, verdict: asyncio.Future[Effect] | None) -> None:
+    def _give(self, event: Said, verdict: Ear | None) -> None:
         if self._is_closed:
             return
         if self._taker is None:
@@ -171,6 +225,10 @@ class Inbox:
 
 
 _ENDED = Refused("the run has ended")
+
+
+def _refused(verdict: Refused) -> ScenarioError:
+    return ScenarioError(verdict.reason, verdict.refusal, verdict.metadata)
 
 
 class Seat(Protocol):
@@ -251,19 +309,29 @@ class Prepared:
 
 
 async def prepare(
-    scenario: Scenario, case: Case, factory: PlannerFactory | None, links: Mapping[str, Link]
+    scenario: Scenario,
+    case: Case,
+    factory: PlannerFactory | None,
+    links: Mapping[str, Link],
+    known: Mapping[str, Description] = NOTHING,
 ) -> Prepared:
-    """Wire a scenario to the twins at the other ends of `links`; fails as `bind` does."""
+    """Wire a scenario to the twins at the other ends of `links`; fails as `bind` does.
+
+    Of members without a link, what is `known` must do.
+    """
     for name in scenario.members:
-        if name not in links:
+        if name not in links and name not in known:
             raise ScenarioError(
                 Reason.UNKNOWN_MEMBER, f"there is no link to the member {name}", {"member": name}
             )
-    descriptions = {name: await links[name].describe() for name in scenario.members}
+    descriptions = {
+        name: await links[name].describe() if name in links else known[name]
+        for name in scenario.members
+    }
 
     def wire() -> Prepared:
         planner = plan_member(scenario, descriptions, case, factory)
-        described = None if planner is None else planner.describe()
+        described = known.get(PLANNER) if planner is None else planner.describe()
         return Prepared(bind(scenario, descriptions, described, case), planner)
 
     return await asyncio.to_thread(wire)
@@ -287,6 +355,8 @@ async def run_live(
     prepared: Prepared | None = None,
     find: Find | None = None,
     memory: Memory | None = None,
+    asked: Sequence[Asked] = (),
+    gone: Callable[[str], None] = lambda member: None,
     lookout: Lookout | None = None,
 ) -> Outcome:
     """Do one run with members that are services, and the planner in this process.
@@ -294,7 +364,8 @@ async def run_live(
     The digest is that of `run_local`, bit for bit. `links` stay open, the sessions in them are
     closed. `inbox` brings in orders; `prepared` is what `prepare` gave for the same arguments.
     A member that is lost is looked for with `find`, at its old address when that is None.
-    `memory` is what an earlier part of the run left. At `lookout` one sees what the run waits for.
+    `memory` is what an earlier part of the run left, and `asked` what people got of it then.
+    `gone` hears of members that have left. At `lookout` one sees what the run waits for.
     Raises what aborts the run: MEMBER_LOST
     when a member goes away for good. A run that is cancelled ends its sessions first. Of
     members that are services the CPU time is not known and stays 0; `Outcome.cpu_s` is that of
@@ -318,12 +389,14 @@ async def run_live(
                 sink,
                 on_commit,
                 memory,
+                home,
+                gone,
                 Ages(scenario.staleness_ns()),
                 None if scenario.pace is None else Pacer(scenario.pace),
             )
             lookout.waits_for("the sessions of its members to open", home.open_within_s)
-            await shell.seat(scenario, home)
-            outcome = await shell.drive(lookout)
+            await shell.seat()
+            outcome = await shell.drive(lookout, asked)
         finally:
             inbox.close()
             lookout.waits_for("the sessions of its members to close", CLOSE_S)
@@ -350,13 +423,18 @@ class _Home:
     ) -> None:
         self.planner = planner
         self.seats: list[Seat] = []
-        self._scenario = scenario
+        self.members: dict[str, Member] = dict(scenario.members)
         self._case = case
+        self._parameters = dict(case.parameters)
+        self._first = tuple(scenario.members)
         self._links = dict(links)
         self._given = tuple(links.values())
         self._epoch = epoch
         self._find = find or self._find_at_old_address
         self.clocks = Clocks(lambda: self._links)
+        self._heirs: dict[str, Link] = {}
+        """Links to services that are to take over."""
+        self._has_begun = False
         self._fresh: dict[str, LinkSession] = {}
         """Sessions that have not made a step yet."""
 
@@ -366,20 +444,52 @@ class _Home:
         patience_s = max((link.options.answer_timeout_s for link in self._given), default=0.0)
         return patience_s + (0.0 if self.planner is None else PLAN_WITHIN_S)
 
-    async def open(self, member: str, *, again: bool) -> PlannerSession | LinkSession:
+    def policy(self, member: str) -> OnFailure:
+        found = self.members.get(member)
+        return OnFailure() if found is None else found.on_failure
+
+    def reaches(self, member: str) -> bool:
+        """Whether a member is known to be anywhere; one that has left need not be."""
+        return member in self._links or (member == PLANNER and self.planner is not None)
+
+    def admit(self, entrance: Entrance) -> None:
+        """Know of members that join."""
+        addition = entrance.addition
+        self.members |= addition.members
+        self._links |= entrance.links
+        self._given += tuple(entrance.links.values())
+        self._parameters |= {name: addition.parameters_of(name) for name in addition.members}
+
+    def expect(self, takeover: Takeover) -> None:
+        """Know where the service is that is to take over a member."""
+        self._given += (takeover.link,)
+        self._heirs[takeover.member] = takeover.link
+
+    async def open(
+        self, member: str, *, again: bool, start_ns: int = 0
+    ) -> PlannerSession | LinkSession:
         if member == PLANNER:
             return await self._open_planner()
         if again:
-            return await self._open_again(member, member)
-        session = self._fresh[member] = await self._session(member, self._links[member])
+            return await self._open_again(member, member, start_ns)
+        session = await self._session(member, self._links[member], start_ns)
+        if not self._has_begun:
+            self._fresh[member] = session
         return session
 
     def begin(self) -> None:
         """The members make their first steps now."""
+        self._has_begun = True
         self._fresh.clear()
 
-    async def open_substitute(self, member: str) -> LinkSession:
-        return await self._open_again(member, substitute_of(member))
+    async def open_substitute(self, member: str, start_ns: int = 0) -> LinkSession:
+        return await self._open_again(member, substitute_of(member), start_ns)
+
+    async def open_heir(self, member: str, start_ns: int) -> LinkSession:
+        link = self._heirs[member]
+        session = await self._session(member, link, start_ns)
+        self._links[member] = link
+        return session
 
     async def leave(self) -> None:
         """End all sessions, and the links that were found on the way."""
@@ -387,13 +497,14 @@ class _Home:
         found = [link for link in self._links.values() if link not in self._given]
         await asyncio.gather(*(link.close() for link in found))
 
-    async def _session(self, member: str, link: Link) -> LinkSession:
-        parameters = self._case.parameters.get(member, {})
-        return await link.session(member, self._case.member_seed(member), parameters, self._epoch)
+    async def _session(self, member: str, link: Link, start_ns: int = 0) -> LinkSession:
+        parameters = self._parameters.get(member, {})
+        seed = self._case.member_seed(member)
+        return await link.session(member, seed, parameters, self._epoch, start_ns)
 
-    async def _open_again(self, member: str, service: str) -> LinkSession:
+    async def _open_again(self, member: str, service: str, start_ns: int) -> LinkSession:
         """A session where the service is found, which is waited for."""
-        limit_s = self._scenario.members[member].on_failure.back_within_s
+        limit_s = self.policy(member).back_within_s
         why = "it has not come up"
         try:
             async with asyncio.timeout(limit_s):
@@ -406,7 +517,7 @@ class _Home:
                             self._links[service] = link
                             if before is not None and before not in self._given:
                                 await before.close()
-                        return await self._session(member, link)
+                        return await self._session(member, link, start_ns)
                     except FederationError as error:
                         if error.reason not in AWAY:
                             raise
@@ -442,7 +553,7 @@ class _Home:
         session = PlannerSession(self.planner)
         await session.open(self._case.member_seed(PLANNER), self._case.parameters.get(PLANNER, {}))
         if periods := self.planner.periods_ns():
-            members = tuple(self._scenario.members)
+            members = self._first
             blocks = await _all([self._flexibility(name, periods) for name in members])
             found = zip(members, blocks, strict=True)
             await session.prepare({name: block for name, block in found if block is not None})
@@ -452,6 +563,8 @@ class _Home:
         """What a member could do, asked of a session that has not made a step."""
         if member in self._fresh:
             return await self._fresh[member].flexibility(periods_ns)
+        if member not in self._links:
+            return None
         session = await self._session(member, self._links[member])
         try:
             return await session.flexibility(periods_ns)
@@ -538,10 +651,18 @@ class _Shell:
         sink: Sink | None,
         on_commit: Callable[[int], None] | None,
         memory: Memory,
+        home: _Home,
+        gone: Callable[[str], None],
         ages: Ages,
         pacer: Pacer | None,
     ) -> None:
         self._coordinator = coordinator
+        self._home = home
+        self._gone = gone
+        self._leaving: dict[str, int] = {}
+        """Members that leave, and when."""
+        self._left: set[str] = set()
+        self._parting: set[asyncio.Task[None]] = set()
         self._ages = ages
         self._pacer = pacer
         self._clocks: Clocks | None = None
@@ -568,8 +689,8 @@ class _Shell:
         self._items: list[Item] = []
         self._saved: list[tuple[str, Saved]] = []
         """What the run could be continued from and has not been given to the sink."""
-        self._accepted: list[tuple[asyncio.Future[Effect], Effect]] = []
-        """Orders that are accepted, of which nobody is told before they are on record."""
+        self._accepted: list[tuple[Ear, Accepted]] = []
+        """Requests that are granted, of which nobody is told before they are on record."""
         self._keeping: asyncio.Task[None] | None = None
         self._verdict: Finished | Aborted | None = None
         self._receive_ns: dict[tuple[str, int], int] = {}
@@ -577,30 +698,20 @@ class _Shell:
         self._foremost_ns = 0
         self._settled_ns = -1
 
-    async def seat(self, scenario: Scenario, home: _Home) -> None:
+    async def seat(self) -> None:
         """Give every member its place; sessions are opened all at once."""
+        home = self._home
 
         async def sit(name: str, description: Description) -> Seat:
-            member = scenario.members.get(name)
-            policy = OnFailure() if member is None else member.on_failure
-            past = self._memory.pasts.get(name)
-            if policy == OnFailure() and past is None:
+            if home.policy(name) == OnFailure() and name not in self._memory.pasts:
                 return await home.open(name, again=False)
-            seat = MemberSeat(name, description.output_sizes(), policy, home, self, past)
-            await seat.open()
+            seat = self._seat(name, description)
+            if home.reaches(name):
+                await seat.open()
             return seat
 
         async def place(name: str, description: Description) -> None:
-            seat = await sit(name, description)
-            home.seats.append(seat)
-            place = _Place(name, seat, _ignore, seat.begin)
-            place.answered = partial(self._answered, place)
-            if self._is_given_up_when_late(name):
-                place.late = self._late_seat(place)
-                place.begin = place.late.begin
-            if (past := self._memory.pasts.get(name)) is not None:
-                place.on_record = past.steps
-            self._places[name] = place
+            self._sit(name, await sit(name, description))
 
         self._clocks = home.clocks
         descriptions = self._coordinator.wiring.descriptions
@@ -635,11 +746,27 @@ class _Shell:
             self.degraded(place.name, Degradation(time_ns, quality, error), is_new=True)
 
         def failed(error: FederationError) -> None:
-            self._do(lambda: self._coordinator.handle(Failed(place.name, error)), None)
+            self._do(lambda: self._coordinator.handle(Failed(place.name, error)))
 
         return LateSeat(place.seat.begin, late_after_s, changed, failed)
 
-    async def drive(self, lookout: Lookout) -> Outcome:
+    def _seat(self, name: str, description: Description, start_ns: int = 0) -> MemberSeat:
+        policy, past = self._home.policy(name), self._memory.pasts.get(name)
+        sizes = description.output_sizes()
+        return MemberSeat(name, sizes, policy, self._home, self, past, start_ns)
+
+    def _sit(self, name: str, seat: Seat) -> None:
+        self._home.seats.append(seat)
+        place = self._places[name] = _Place(name, seat, _ignore, seat.begin)
+        place.answered = partial(self._answered, place)
+        if self._is_given_up_when_late(name):
+            place.late = self._late_seat(place)
+            place.begin = place.late.begin
+        if (past := self._memory.pasts.get(name)) is not None:
+            place.on_record = past.steps
+
+    async def drive(self, lookout: Lookout, asked: Sequence[Asked]) -> Outcome:
+        """Let the coordinator begin with what people have `asked` for already, and got."""
         ticking = self._loop.create_task(self._tick())
         asking = self._loop.create_task(self._clocks.measure()) if self._clocks else None
         lookout.waits_for("")
@@ -649,7 +776,9 @@ class _Shell:
             lookout.pace = self._pacer.report
         self._drive_s = time.perf_counter()
         try:
-            self._do(lambda: self._coordinator.start(self._memory.orders), None)
+            told = list(asked)
+            events = [a.event if isinstance(a, Entrance) else a for a in asked]
+            self._do(lambda: self._coordinator.start(events), lambda: (told.pop(0), None))
             self._inbox.attach(self._take)
             digest = await self._end
         finally:
@@ -743,25 +872,93 @@ class _Shell:
         if is_new:
             _log.warning("%s is %s: %s", member, change.quality.name.lower(), change.error)
             self._items.append(write_degraded(event))
-        self._do(lambda: self._coordinator.handle(event), None)
+        self._do(lambda: self._coordinator.handle(event))
+
+    def replaced(self, member: str, change: Succession, heir: Heir | None) -> None:
+        event = Replaced(member, change.time_ns, change.text)
+        if heir is not None:
+            self._items.append(write_replaced(member, change))
+            event_id = change_id("replaced", member, change.time_ns)
+            self._accepted.append((heir.done, Accepted(event_id, change.time_ns)))
+        self._do(lambda: self._coordinator.handle(event))
 
     def recovered(self, member: str, error: FederationError, wall_s: float) -> None:
         _log.warning("%s was lost and is back after %.2f s: %s", member, wall_s, error)
         self._recorder.outcome.recoveries.append((member, str(error), wall_s))
 
-    def _take(self, event: Input, verdict: asyncio.Future[Effect] | None) -> None:
-        if isinstance(event, Failed) and isinstance(
-            seat := self._places[event.member].seat, MemberSeat
-        ):
-            seat.lose(event.error)
+    def _take(self, said: Said, verdict: Ear | None) -> None:
+        match said:
+            case Failed():
+                if said.member in self._left:
+                    return
+                seat = self._places[said.member].seat
+                if isinstance(seat, MemberSeat):
+                    seat.lose(said.error)
+                else:
+                    self._do(lambda: self._coordinator.handle(said))
+            case Entrance():
+                self._do(lambda: self._coordinator.handle(said.event), lambda: (said, verdict))
+            case Ordered() | Left():
+                self._do(lambda: self._coordinator.handle(said), lambda: (said, verdict))
+            case Takeover():
+                assert verdict is not None
+                self._take_over(said, verdict)
+            case _:
+                raise AssertionError(f"nobody says {said} to a run")
+
+    def _grant_request(self, asked: Asked, ear: Ear | None, effect: Accepted) -> None:
+        """See to what the coordinator has granted, before anything follows from it."""
+        match asked:
+            case Entrance():
+                self._home.admit(asked)
+                self._recorder.admit(asked.event.descriptions)
+                for name, description in asked.event.descriptions.items():
+                    self._sit(name, self._seat(name, description, effect.time_ns))
+            case Left():
+                self._leaving[asked.member] = effect.time_ns
+        if ear is None:
+            return  # it was known from the start, and is on record
+        if isinstance(asked, Entrance):
+            for name, description in asked.event.descriptions.items():
+                self._items.append(write_description(name, description, effect.time_ns))
+            self._items.append(write_asked(asked.at(effect.time_ns)))
+        elif isinstance(asked, Ordered):
+            serial = int(effect.event.rpartition("/")[2])
+            self._items.append(write_asked(replace(asked, time_ns=effect.time_ns, serial=serial)))
+        else:
+            self._items.append(write_asked(replace(asked, time_ns=effect.time_ns)))
+        self._accepted.append((ear, effect))
+
+    def _take_over(self, takeover: Takeover, ear: Ear) -> None:
+        """Have another service go on for a member; its seat knows when."""
+        member = takeover.member
+        place = self._places[member]
+        present, events = self._coordinator.present(member)
+        time_ns = present.time_ns + 1 if takeover.time_ns is None else takeover.time_ns
+        if self._verdict is not None or member in self._left:
+            _tell(ear, _ENDED)
             return
-        effects = self._do(lambda: self._coordinator.handle(event), verdict)
-        for effect in effects:
-            if isinstance(effect, Accepted) and isinstance(event, Ordered):
-                self._items.append(write_order(replace(event, time_ns=effect.time_ns)))
-                self._keep(())
-        if not effects:  # the coordinator has ended
-            _tell(verdict, _ENDED)
+        if time_ns <= present.time_ns:
+            first_ns = present.time_ns + 1
+            why = f"{member} has passed {time_ns} ns; the earliest instant is {first_ns} ns"
+            metadata = {"earliest_ns": str(first_ns)}
+            _tell(ear, Refused(why, Reason.INSTANT_PASSED, metadata))
+            return
+        if place.late is not None:
+            why = "a run that goes on without late members (pace: when_late: degrade) keeps them"
+            _tell(ear, Refused(why, Reason.UNSUPPORTED, {"member": member}))
+            return
+        self._home.expect(takeover)
+        seat = place.seat
+        if isinstance(seat, LinkSession):
+            session = seat
+            seat = self._seat(member, self._coordinator.wiring.descriptions[member])
+            seat.adopt(session, present, events)
+            self._home.seats[self._home.seats.index(session)] = place.seat = seat
+            place.begin = seat.begin
+        assert isinstance(seat, MemberSeat)
+        heir = Heir(time_ns, takeover.text, takeover.is_same, takeover.place, ear)
+        seat.replace(heir, present, events)
 
     def _answered(self, place: _Place, results: Results) -> None:
         """Take what became of a grant."""
@@ -810,7 +1007,7 @@ class _Shell:
                     self._receive_ns[answer.member, result.time_ns] = now_ns
                 self._record(self._places[answer.member], answer.results)
             self._foremost_ns = max(self._foremost_ns, answer.results[-1].time_ns)
-        self._do(lambda: self._coordinator.handle(answer), None)
+        self._do(lambda: self._coordinator.handle(answer))
 
     def _record(self, place: _Place, results: Sequence[StepResult]) -> None:
         """Keep for the journal what is not on record yet."""
@@ -820,30 +1017,37 @@ class _Shell:
             self._items.append(Frame(place.name, place.steps, codec.encode_results(new)))
 
     def _do(
-        self, decide: Callable[[], Sequence[Effect]], verdict: asyncio.Future[Effect] | None
-    ) -> Sequence[Effect]:
-        """Do what the coordinator asks for. What goes wrong here ends the run."""
-        effects: Sequence[Effect] = ()
+        self,
+        decide: Callable[[], Sequence[Effect]],
+        asked: Callable[[], tuple[Asked, Ear | None]] | None = None,
+    ) -> None:
+        """Do what the coordinator asks for. What goes wrong here ends the run.
+
+        `asked` says, verdict by verdict, what was asked for and who waits for it.
+        """
         try:
-            effects = decide()
-            for effect in effects:
+            for effect in decide():
                 match effect:
                     case Grant():
                         self._grant(effect)
                     case Commit():
                         self._keep(effect.entries)
                     case Accepted():
-                        if verdict is not None:
-                            self._accepted.append((verdict, effect))
+                        assert asked is not None
+                        self._grant_request(*asked(), effect)
+                        self._keep(())
                     case Refused():
-                        _tell(verdict, effect)
+                        assert asked is not None
+                        _, ear = asked()
+                        if ear is None:
+                            raise _refused(effect)
+                        _tell(ear, effect)
                     case Finished() | Aborted():
                         self._verdict = effect
                         self._keep(())
         except Exception as error:
             if not self._end.done():
                 self._end.set_exception(error)
-        return effects
 
     def _grant(self, grant: Grant) -> None:
         place = self._places[grant.member]
@@ -945,11 +1149,13 @@ class _Shell:
     def _commit(self) -> Batch | None:
         """What is final and was not handed on, if there is news."""
         settled_ns = self._coordinator.now_ns - 1
-        self._unkept.extend(self._coordinator.ledger.settle(settled_ns + 1))
+        self._unkept.extend(self._coordinator.settle())
         is_news = self._unkept or self._items or self._saved
         if not is_news and settled_ns == self._settled_ns:
             return None
         self._settled_ns = settled_ns
+        for member in [m for m, time_ns in self._leaving.items() if time_ns <= settled_ns]:
+            self._part(member)
         entries, self._unkept = tuple(self._unkept), []
         self._recorder.take(entries)
         telemetry.run_lag.record((self._foremost_ns - settled_ns - 1) / 1e9)
@@ -963,6 +1169,15 @@ class _Shell:
         came = tuple(self._receive_ns.get((e.owner, e.time_ns), now_ns) for e in entries)
         self._receive_ns = {k: t for k, t in self._receive_ns.items() if k[1] > settled_ns}
         return Batch(entries, came, settled_ns, items, saved)
+
+    def _part(self, member: str) -> None:
+        """Let a member go that has made its last step."""
+        del self._leaving[member]
+        self._left.add(member)
+        self._gone(member)
+        leaving = self._loop.create_task(_leave(self._places[member].seat))
+        self._parting.add(leaving)
+        leaving.add_done_callback(self._parting.discard)
 
     def _finish(self) -> None:
         """End the run if the coordinator has, now that all that it left is kept."""
@@ -1004,9 +1219,10 @@ def _answer_within_s(seat: Seat) -> float:
     return seat.link.options.answer_timeout_s if isinstance(seat, LinkSession) else PLAN_WITHIN_S
 
 
-def _tell(verdict: asyncio.Future[Effect] | None, effect: Effect) -> None:
-    if verdict is not None and not verdict.done():
-        verdict.set_result(effect)
+def _tell(ear: Ear, what: Effect) -> None:
+    """Say what became of something, unless nobody waits for it any more."""
+    if not ear.done():
+        ear.set_result(what)
 
 
 def _ignore(results: Results) -> None:
@@ -1022,7 +1238,7 @@ class LiveRun:
 
     What readers are told is in the store first. `changed` is set and replaced at every change:
     take it, read, and wait for it when there was nothing new. `leases` are those of the members
-    that were found by their names.
+    that were found by their names, `places` say where each is.
     """
 
     name: str
@@ -1030,13 +1246,16 @@ class LiveRun:
     case: Case
     prepared: Prepared
     links: Mapping[str, Link]
-    leases: Mapping[str, Lease]
+    leases: dict[str, Lease]
+    places: dict[str, Place]
     store: Store
     epoch: int
     keep_ledger: bool = False
     on_commit: Callable[[int], None] | None = None
     find: Find | None = None
     memory: Memory | None = None
+    asked: tuple[Asked, ...] = ()
+    """What people had asked for, and got, before this life of the broker."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     unkept: FederationError | None = None
     """Why the run failed, if not even that could be stored."""
@@ -1050,6 +1269,16 @@ class LiveRun:
     _task: asyncio.Task[Outcome] | None = None
     _ended_by: str = ""
     _ended_because: str = ""
+    _more_links: list[Link] = field(default_factory=list)
+    """To members that came later."""
+    _descriptions: dict[str, Description] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._descriptions.update(self.prepared.experiment.descriptions)
+        for asked in self.asked:
+            if isinstance(asked, Entrance):
+                self._descriptions.update(asked.event.descriptions)
+                self._more_links += asked.links.values()
 
     async def start(self, turn: asyncio.Semaphore) -> asyncio.Task[Outcome]:
         """Begin when it is this run's turn; the task gives the outcome or raises why not."""
@@ -1077,8 +1306,13 @@ class LiveRun:
                     prepared=self.prepared,
                     find=self.find,
                     memory=self.memory,
+                    asked=self.asked,
+                    gone=self._let_go,
                     lookout=self.lookout,
                 )
+            origin = None if self.memory is None else self.memory.origin
+            if origin is not None and origin.is_replay:
+                await asyncio.to_thread(self._compare, origin, outcome.digest)
             results = write_results(outcome.critical_path, outcome.pace, outcome.stale)
             await self._change(State.SUCCEEDED, digest=outcome.digest, results=results)
             return outcome
@@ -1094,7 +1328,8 @@ class LiveRun:
             raise
         finally:
             self._inbox.close()
-            await asyncio.gather(*(link.close() for link in self.links.values()))
+            links = (*self.links.values(), *self._more_links)
+            await asyncio.gather(*(link.close() for link in links))
 
     async def _wait_for_turn(self, turn: asyncio.Semaphore) -> None:
         self.lookout.waits_for("its turn, after other runs", self.turn_within_s)
@@ -1113,14 +1348,7 @@ class LiveRun:
         """Let a person set an actuator. Fails with UNKNOWN_MEMBER, UNKNOWN_VARIABLE,
         UNKNOWN_ENTITY or OUTSIDE_ENVELOPE."""
         where = {"member": action.member, "actuator": action.actuator, "entity": action.entity}
-        description = self.prepared.experiment.descriptions.get(action.member)
-        if description is None:
-            known = ", ".join(self.prepared.experiment.descriptions)
-            raise ScenarioError(
-                Reason.UNKNOWN_MEMBER,
-                f"the run has no member {action.member!r}; it has {known}",
-                where,
-            )
+        description = self._describe(action.member)
         actuators = {actuator.name: actuator for actuator in description.actuators}
         if action.actuator not in actuators:
             raise ScenarioError(
@@ -1135,10 +1363,110 @@ class LiveRun:
                 f"{action.member}.{action.actuator} has no entity {action.entity!r}",
                 where,
             )
-        verdict = await self._inbox.order(Ordered(operator, action))
-        if isinstance(verdict, Refused):
-            raise ScenarioError(Reason.OUTSIDE_ENVELOPE, verdict.refusal, where)
-        return verdict
+        try:
+            return await self._inbox.ask(Ordered(operator, action))
+        except ScenarioError as error:
+            raise ScenarioError(error.reason, error.message, {**where, **error.metadata}) from None
+
+    async def join(
+        self,
+        addition: Addition,
+        links: Mapping[str, Link],
+        leases: Mapping[str, Lease],
+        places: Mapping[str, Place],
+        time_ns: int | None,
+        operator: str,
+    ) -> Accepted:
+        """Let members join at `time_ns` of the run, or as soon as they can.
+
+        The links are the run's from now on. Fails as wiring does, with LATE_WITHOUT_DELAY,
+        UNKNOWN_PARAMETER, SCENARIO_INVALID when a name is taken, and INSTANT_PASSED.
+        """
+        self._more_links += links.values()
+        asked = await entrance(addition, links, time_ns, operator)
+        descriptions = asked.event.descriptions
+        accepted = await self._inbox.ask(asked)
+        self._descriptions.update(descriptions)
+        self.leases.update(leases)
+        self.places.update(places)
+        return accepted
+
+    async def leave(self, member: str, time_ns: int | None, operator: str) -> Accepted:
+        """Let a member make no step at `time_ns` of the run or later, or as soon as that can be.
+
+        Fails with UNKNOWN_MEMBER and INSTANT_PASSED.
+        """
+        self._describe(member)
+        return await self._inbox.ask(Left(member, time_ns, operator))
+
+    async def replace(
+        self,
+        member: str,
+        link: Link,
+        lease: Lease | None,
+        place: Place,
+        time_ns: int | None,
+        operator: str,
+    ) -> Accepted:
+        """Let another service go on for a member, from its first step at `time_ns` or later.
+
+        Returns when it does. Fails with UNKNOWN_MEMBER, DESCRIPTION_DIFFERS, INSTANT_PASSED, and
+        with UNSUPPORTED when the same model can't be handed its state; the member then stays.
+        """
+        self._more_links.append(link)
+        before, after = self._describe(member), await link.describe()
+        if member == PLANNER:
+            why = "the planner is no service; it can't be replaced"
+            raise ScenarioError(Reason.UNKNOWN_MEMBER, why, {"member": member})
+        for what in ("entities", "variables", "actuators", "time"):
+            if getattr(before, what) != getattr(after, what):
+                raise ScenarioError(
+                    Reason.DESCRIPTION_DIFFERS,
+                    f"{place.name} has other {what} than {member}: who takes over has the same "
+                    "entities, variables, actuators and time policy",
+                    {"member": member, "what": what},
+                )
+        _check_parameters(member, after, self.case.parameters.get(member, {}))
+        kinds = [f"{d.model} {d.version}" for d in (before, after)]
+        is_same = kinds[0] == kinds[1] and before.data_hash == after.data_hash
+        how = "with its state" if is_same else "afresh"
+        text = f"{kinds[1]} goes on for {kinds[0]}, {how}, as {operator} asked"
+        takeover = Takeover(member, link, place, text, is_same, time_ns)
+        accepted = await self._inbox.ask(takeover)
+        self._descriptions[member] = after
+        self.places[member] = place
+        self.leases.pop(member, None)
+        if lease is not None:
+            self.leases[member] = lease
+        return accepted
+
+    def _describe(self, member: str) -> Description:
+        found = self._descriptions.get(member)
+        if found is None:
+            raise ScenarioError(
+                Reason.UNKNOWN_MEMBER,
+                f"the run has no member {member!r}; it has {', '.join(self._descriptions)}",
+                {"member": member},
+            )
+        return found
+
+    def _let_go(self, member: str) -> None:
+        """A member has left; what becomes of its service is no matter of this run any more."""
+        self.leases.pop(member, None)
+        self.places.pop(member, None)
+
+    def _compare(self, origin: Origin, digest: str) -> None:
+        """Hold a replay to the run that it repeats. Fails with REPLAY_DIFFERS."""
+        before = self.store.run(origin.run)
+        if before.digest == digest:
+            return
+        difference = first_difference(self.store, origin.run, self.name, origin.until_ns)
+        if difference or before.digest:
+            raise TwinError(
+                Reason.REPLAY_DIFFERS,
+                f"{self.name} has another ledger than {origin.run}: {difference}",
+                {"run": origin.run},
+            )
 
     def lose(self, member: str, why: str) -> None:
         """End the run because a member may not be heard any more."""
@@ -1204,6 +1532,96 @@ class LiveRun:
     def _announce(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+async def entrance(
+    addition: Addition,
+    links: Mapping[str, Link],
+    time_ns: int | None,
+    operator: str,
+    known: Mapping[str, Description] = NOTHING,
+) -> Entrance:
+    """What joins a run, checked as far as it says something of its own members.
+
+    Of members without a link, what is `known` must do.
+    """
+    descriptions = {
+        name: await links[name].describe() if name in links else known[name]
+        for name in addition.members
+    }
+    for name in addition.parameters:
+        if name.partition(".")[0] not in descriptions:
+            raise ScenarioError(
+                Reason.UNKNOWN_MEMBER,
+                f"{name!r} is no parameter of a member that joins",
+                {"parameter": name},
+            )
+    for name, description in descriptions.items():
+        _check_parameters(name, description, addition.parameters_of(name))
+    couplings = await asyncio.to_thread(addition.couplings_resolved)
+    joined = Joined(descriptions, couplings, time_ns=time_ns, operator=operator)
+    return Entrance(joined, addition, links)
+
+
+def _check_parameters(member: str, description: Description, given: Mapping[str, float]) -> None:
+    known = {parameter.name for parameter in description.parameters}
+    for name in given:
+        if name not in known:
+            raise ScenarioError(
+                Reason.UNKNOWN_PARAMETER,
+                f"{member} has no parameter {name!r}; it has {', '.join(sorted(known)) or 'none'}",
+                {"member": member, "parameter": name},
+            )
+
+
+def first_difference(store: Store, one: str, other: str, until_ns: int) -> str:
+    """The first entry of two ledgers that differs, in words; empty when none does."""
+    after = 0
+    while True:
+        found, end, _ = store.entries(one, after)
+        again, _, _ = store.entries(other, after, limit=max(len(found), 1))
+        for before, now in zip_longest(found, again):
+            entries = [
+                None if s is None or s.entry.time_ns > until_ns else s.entry for s in (before, now)
+            ]
+            if _content(entries[0]) != _content(entries[1]):
+                lines = ["nothing" if entry is None else show(entry) for entry in entries]
+                return f"it has {lines[1]}, where there was {lines[0]}"
+        if not found:
+            return ""
+        after = end
+
+
+def _content(entry: Entry | None) -> object:
+    """All of an entry that goes into the digest."""
+    match entry:
+        case Record():
+            return (entry.sort_key(), entry.owner, entry.quality, entry.value.tobytes())
+        case EventRecord():
+            event = entry.event
+            told = (event.id, event.kind, event.entity, event.text, event.causes)
+            return (entry.sort_key(), entry.owner, told)
+        case ActionRecord():
+            return (entry.sort_key(), entry.owner, entry.action, entry.refusal)
+        case None:
+            return None
+
+
+def show(entry: Entry) -> str:
+    """An entry in a line."""
+    at = f"at {entry.time_ns} ns"
+    match entry:
+        case Record():
+            value = np.array2string(entry.value, threshold=8, precision=17)
+            what = f"{entry.owner}.{entry.variable} = {value} ({entry.quality.name.lower()})"
+            return f"{what} {at}.{entry.micro}"
+        case EventRecord():
+            event = entry.event
+            return f"{event.kind} {event.id} of {event.entity} ({event.text}) {at}"
+        case ActionRecord():
+            action = entry.action
+            place = f"{action.member}.{action.actuator}[{action.entity}]"
+            return f"{entry.owner} sets {place} to {action.value!r} {entry.refusal} {at}"
 
 
 async def _stored(work: Callable[[], None]) -> None:

@@ -2,47 +2,101 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
-from federation.broker.seats import Degradation, Past, Saved
-from federation.broker.store import Frame, Note, Store
+from federation.broker.seats import Degradation, Past, Place, Saved, Succession
+from federation.broker.store import Frame, Item, Note, Store
 from federation.core.ledger import Quality
-from federation.core.messages import Degraded, Ordered
+from federation.core.messages import Degraded, Left, Ordered
 from federation.errors import Reason, ScenarioError
 from federation.scenario.run import Case
-from federation.twin import Action
-from federation.v1 import error_pb2
+from federation.twin import Action, Description
+from federation.v1 import error_pb2, twin_pb2
 from federation.wire import codec, status
 
-_CASE, _DEGRADED, _ORDER = "case", "degraded", "order"
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Members that joined at `time_ns`, as the document says that brought them."""
+
+    document: str
+    time_ns: int
+    operator: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a run comes from: the run that it has its past from, and the instant of the cut.
+
+    A replay goes through the record of that run again, whose digest it must give; those who
+    are `recorded` are no services in it.
+    """
+
+    run: str
+    until_ns: int
+    is_replay: bool = False
+    recorded: tuple[str, ...] = ()
+
+
+Asked = Ordered | Left | Added
+"""What people asked of a run and got, as it is on record."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The case of a run, the past of its members, and what people have ordered."""
+    """The case of a run, the past of its members, and what people have asked for, in turn."""
 
     case: Case | None = None
+    descriptions: Mapping[str, Description] = field(default_factory=dict)
+    """Of its members, as they were when they came."""
     pasts: Mapping[str, Past] = field(default_factory=dict)
-    orders: tuple[Ordered, ...] = ()
+    asked: tuple[Asked, ...] = ()
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where the services of members are that were replaced."""
+    origin: Origin | None = None
 
 
 def write_case(case: Case) -> Note:
-    return Note(_CASE, 0, json.dumps(asdict(case)).encode())
+    return Note("case", 0, json.dumps(asdict(case)).encode())
+
+
+def write_description(member: str, description: Description, since_ns: int = 0) -> Note:
+    told = codec.encode_description(description).SerializeToString(deterministic=True)
+    body = {"member": member, "description": base64.b64encode(told).decode()}
+    return Note("described", since_ns, json.dumps(body).encode())
+
+
+def write_origin(origin: Origin) -> Note:
+    return Note("origin", 0, json.dumps(asdict(origin)).encode())
 
 
 def write_degraded(change: Degraded) -> Note:
     body = {"member": change.member, "quality": int(change.quality)}
     error = status.encode_error(change.error)
     told = {"reason": error.reason, "message": error.message, "metadata": dict(error.metadata)}
-    return Note(_DEGRADED, change.time_ns, json.dumps({**body, "error": told}).encode())
+    return Note("degraded", change.time_ns, json.dumps({**body, "error": told}).encode())
 
 
-def write_order(order: Ordered) -> Note:
-    assert order.time_ns is not None
-    body = {"operator": order.operator, "action": asdict(order.action)}
-    return Note(_ORDER, order.time_ns, json.dumps(body).encode())
+def write_replaced(member: str, change: Succession) -> Note:
+    body = {"member": member, "text": change.text, "is_same": change.is_same}
+    place = None if change.place is None else asdict(change.place)
+    return Note("replaced", change.time_ns, json.dumps({**body, "place": place}).encode())
+
+
+def write_asked(asked: Asked) -> Note:
+    assert asked.time_ns is not None
+    match asked:
+        case Ordered():
+            said = {"operator": asked.operator, "serial": asked.serial}
+            kind, body = "order", {**said, "action": asdict(asked.action)}
+        case Left():
+            kind, body = "left", {"member": asked.member, "operator": asked.operator}
+        case Added():
+            kind, body = "added", {"document": asked.document, "operator": asked.operator}
+    return Note(kind, asked.time_ns, json.dumps(body).encode())
 
 
 def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
@@ -51,35 +105,71 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
     Fails as `Store.journal` does, and with STORE_FAILED when the record makes no sense.
     """
     case: Case | None = None
+    origin: Origin | None = None
+    descriptions: dict[str, Description] = {}
     pasts: dict[str, Past] = {}
-    orders: list[Ordered] = []
-    for _, item in store.journal(run):
+    asked: list[Asked] = []
+    places: dict[str, Place] = {}
+    for item in cut(store, run, until_ns):
         if isinstance(item, Frame):
             past = pasts.setdefault(item.member, Past())
-            for result in codec.decode_results(item.answer):
-                if until_ns is None or result.time_ns <= until_ns:
-                    past.items.append(result)
-                    past.steps += 1
+            results = codec.decode_results(item.answer)
+            past.items.extend(results)
+            past.steps += len(results)
             continue
         said = json.loads(item.body)
-        if item.kind == _CASE:
-            case = Case(**said)
-        elif until_ns is not None and item.time_ns > until_ns:
-            continue
-        elif item.kind == _DEGRADED:
-            error = status.decode_error(error_pb2.Error(**said["error"]))
-            change = Degradation(item.time_ns, Quality(said["quality"]), error)
-            pasts.setdefault(said["member"], Past()).items.append(change)
-        elif item.kind == _ORDER:
-            orders.append(Ordered(said["operator"], Action(**said["action"]), item.time_ns))
-        else:
-            raise ScenarioError(
-                Reason.STORE_FAILED,
-                f"the journal of {run} has an item of the unknown kind {item.kind!r}",
-                {"run": run},
-            )
+        match item.kind:
+            case "case":
+                case = Case(**said)
+            case "origin":
+                origin = Origin(**{**said, "recorded": tuple(said["recorded"])})
+            case "described":
+                message = twin_pb2.Description.FromString(base64.b64decode(said["description"]))
+                descriptions[said["member"]] = codec.decode_description(message)
+            case "degraded":
+                error = status.decode_error(error_pb2.Error(**said["error"]))
+                change = Degradation(item.time_ns, Quality(said["quality"]), error)
+                pasts.setdefault(said["member"], Past()).items.append(change)
+            case "replaced":
+                place = None if said["place"] is None else Place(**said["place"])
+                heir = Succession(item.time_ns, said["text"], said["is_same"], place)
+                pasts.setdefault(said["member"], Past()).items.append(heir)
+                if place is not None:
+                    places[said["member"]] = place
+            case "order":
+                action = Action(**said["action"])
+                asked.append(Ordered(said["operator"], action, item.time_ns, said["serial"]))
+            case "left":
+                asked.append(Left(said["member"], item.time_ns, said["operator"]))
+            case "added":
+                asked.append(Added(said["document"], item.time_ns, said["operator"]))
+            case _:
+                raise ScenarioError(
+                    Reason.STORE_FAILED,
+                    f"the journal of {run} has an item of the unknown kind {item.kind!r}",
+                    {"run": run},
+                )
     for snapshot in store.snapshots(run):  # of each member the newest first
         past = pasts.get(snapshot.member, Past())
         if past.saved is None and snapshot.number <= past.steps:
             past.saved = Saved(snapshot.number, snapshot.time_ns, snapshot.state)
-    return Memory(case, pasts, tuple(orders))
+    return Memory(case, descriptions, pasts, tuple(asked), places, origin)
+
+
+def cut(store: Store, run: str, until_ns: int | None = None) -> Iterator[Item]:
+    """The journal of a run, without what is of instants after `until_ns`.
+
+    What takes effect after that instant is left out even if it was asked for before.
+    """
+    for _, item in store.journal(run):
+        if until_ns is None:
+            yield item
+        elif isinstance(item, Note):
+            if item.time_ns <= until_ns:
+                yield item
+        else:
+            results = codec.decode_results(item.answer)
+            kept = [result for result in results if result.time_ns <= until_ns]
+            if kept:
+                number = item.number - len(results) + len(kept)
+                yield Frame(item.member, number, codec.encode_results(kept))

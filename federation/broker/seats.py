@@ -5,6 +5,9 @@ opened, put into the last state that was saved, and given again every step since
 must be those that are known; then it goes on where the lost one stopped. A run that another life
 of the broker continues is the same thing with a longer past: what a member answered then is on
 record, and is only carried out again after the last state that was saved.
+
+A member may also be replaced by another service. With the same model the state is handed over, so
+that nobody notices; another model begins afresh, is shown every input, and counts its events on.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from federation.broker.why import Trouble
 from federation.core.ledger import Quality
-from federation.errors import FederationError, Reason, TwinError
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.spec import OnFailure
 from federation.twin import StepInput, StepResult, Vector, check_outputs
 from federation.wire import codec
@@ -73,16 +76,60 @@ class Degradation:
     error: FederationError
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a service is: under a name that it has registered, or at an address."""
+
+    name: str
+    address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """From its step at `time_ns` on, another service goes on for a member.
+
+    It has its state when `is_same`; else it begins afresh. Without a `place` it is looked for
+    where the member was.
+    """
+
+    time_ns: int
+    text: str
+    is_same: bool
+    place: Place | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heir:
+    """A service that is to take over from a member's step at `time_ns` or later, or its next.
+
+    `done` hears the instant of that step once it is on record, or why the member stays.
+    """
+
+    time_ns: int
+    text: str
+    is_same: bool
+    place: Place
+    done: asyncio.Future[Any]
+
+    def fail(self, error: FederationError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
 class Home(Protocol):
     """Opens a session where a member's service is, or the one that stands in for it.
 
-    `again` says that the member is lost where it was: its service is looked for, and waited for
-    as long as its policy says. What goes wrong is a `FederationError`.
+    A session begins at `start_ns`. `again` says that the member is lost where it was: its
+    service is looked for, and waited for as long as its policy says. What goes wrong is a
+    `FederationError`.
     """
 
-    async def open(self, member: str, *, again: bool) -> Session: ...
+    async def open(self, member: str, *, again: bool, start_ns: int = 0) -> Session: ...
 
-    async def open_substitute(self, member: str) -> Session: ...
+    async def open_substitute(self, member: str, start_ns: int = 0) -> Session: ...
+
+    async def open_heir(self, member: str, start_ns: int) -> Session:
+        """Where the service is that is to take over."""
 
 
 class Witness(Protocol):
@@ -94,15 +141,18 @@ class Witness(Protocol):
     def degraded(self, member: str, change: Degradation, *, is_new: bool) -> None:
         """The quality of its values changes with its next answer; new, or from the record."""
 
+    def replaced(self, member: str, change: Succession, heir: Heir | None) -> None:
+        """Another service goes on with its next answer; its heir, or one from the record."""
+
     def recovered(self, member: str, error: FederationError, wall_s: float) -> None:
         """It was lost for this reason, and `wall_s` later it had done its step after all."""
 
 
 @dataclass(slots=True)
 class Past:
-    """What is on record of a member: its answers with changes of quality, and a saved state."""
+    """What is on record of a member: its answers, what changed in between, and a saved state."""
 
-    items: deque[StepResult | Degradation] = field(default_factory=deque)
+    items: deque[StepResult | Degradation | Succession] = field(default_factory=deque)
     steps: int = 0
     """How many answers there are."""
     saved: Saved | None = None
@@ -119,6 +169,7 @@ class MemberSeat:
         home: Home,
         witness: Witness,
         past: Past | None = None,
+        start_ns: int = 0,
     ) -> None:
         self.member = member
         self._sizes = sizes
@@ -127,14 +178,19 @@ class MemberSeat:
         self._witness = witness
         self._past = past or Past()
         self._session: Session | None = None
-        self._track = _Track(self._past, policy)
+        self._is_known = bool(self._past.items)
+        """Whether it had a session before, here or in an earlier life of the broker."""
+        self._track = _Track(self._past, policy, start_ns)
         self.trouble: Trouble | None = None
         """How the member is being brought back, while it is lost."""
         self._quality = Quality.GOOD
         self._known: tuple[StepResult, ...] = ()
         """Answers to the first steps of the frame, from the record."""
         self._rest: tuple[StepInput, ...] = ()
-        """The other steps of the frame."""
+        """The other steps of the frame, as far as one session does them."""
+        self._later: tuple[StepInput, ...] = ()
+        """Those that the heir does."""
+        self._heir: Heir | None = None
         self._done: Done | None = None
         self._asked_s = math.inf
         """When the session was given the frame that it owes an answer to."""
@@ -150,7 +206,22 @@ class MemberSeat:
     async def open(self) -> None:
         """Open the member's session, unless there is a past to go through first."""
         if not self._past.items:
-            self._session = await self._home.open(self.member, again=False)
+            self._session = await self._open()
+
+    def adopt(self, session: Session, present: StepInput, events: int) -> None:
+        """Take over a session that was used without a seat, after the step `present`.
+
+        The step has all that the member was given by then; `events` is how many it has told.
+        """
+        self._session, self._is_known = session, True
+        self._track.learn(present, events)
+
+    def replace(self, heir: Heir, present: StepInput, events: int) -> None:
+        """Let another service take over; see `adopt`. The last one who asks has it."""
+        if self._heir is not None:
+            self._heir.fail(_outdone(self.member))
+        self._heir = heir
+        self._track.learn(present, events)
 
     def begin(self, steps: Sequence[StepInput], done: Done) -> None:
         """Do these steps; `done` hears the answers, or the error that ends the run."""
@@ -160,13 +231,33 @@ class MemberSeat:
             item = items.popleft()
             if isinstance(item, Degradation):
                 self._degrade(item, is_new=False)
-            else:
-                self._track.add(steps[len(known)], item)
-                known.append(item)
+                continue
+            step = steps[len(known)]
+            if isinstance(item, Succession):
+                # of a change at the cut of a fork only the instant of the cut is on record
+                self._succeed(replace(item, time_ns=step.time_ns), None)
+                continue
+            if (item.time_ns, item.micro) != (step.time_ns, step.micro):
+                error = _off_the_record(self.member, item, step)
+                asyncio.get_running_loop().call_soon(done, error)
+                return
+            self._track.add(step, item)
+            known.append(item)
         self._known, self._rest, self._done = tuple(known), tuple(steps[len(known) :]), done
-        if self._quality is Quality.HELD or not self._rest:
+        if self._heir is not None:
+            turn_ns = self._heir.time_ns
+            self._later = tuple(step for step in self._rest if step.time_ns >= turn_ns)
+            self._rest = self._rest[: len(self._rest) - len(self._later)]
+        if self._later and not self._rest:
+            self._take_turns()
+        elif self._quality is Quality.HELD or not self._rest:
             asyncio.get_running_loop().call_soon(self._answer, _unchanged(self._rest))
-        elif self._session is None:
+        else:
+            self._go()
+
+    def _go(self) -> None:
+        """Have the rest of the frame done."""
+        if self._session is None:
             asyncio.get_running_loop().call_soon(self._begin_again)
         elif self._is_time_to_save():
             self._work(self._save())
@@ -195,6 +286,8 @@ class MemberSeat:
     async def close(self) -> None:
         """End what goes on, and the session."""
         self._done = None
+        if self._heir is not None:
+            self._heir.fail(_outdone(self.member))
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -214,7 +307,8 @@ class MemberSeat:
 
     def _ask(self, session: Session) -> None:
         self._asked_s = time.monotonic()
-        session.begin(self._rest, lambda answer: self._hear(session, answer))
+        steps = self._track.filled(self._rest)
+        session.begin(steps, lambda answer: self._hear(session, answer))
 
     def _hear(self, session: Session, answer: Answer) -> None:
         """What a session says to the frame that it was given."""
@@ -261,12 +355,18 @@ class MemberSeat:
         return results
 
     def _answer(self, results: tuple[StepResult, ...]) -> None:
-        done, self._done, self._asked_s = self._done, None, math.inf
-        if done is not None:
-            if self._quality is not Quality.HELD:
-                for step, result in zip(self._rest, results, strict=True):
-                    self._track.add(step, result)
-            done(self._known + results)
+        self._asked_s = math.inf
+        if self._done is None:
+            return
+        if self._quality is not Quality.HELD:
+            for step, result in zip(self._rest, results, strict=True):
+                self._track.add(step, result)
+        self._known += results
+        if self._later:
+            self._take_turns()
+            return
+        done, self._done = self._done, None
+        done(self._known)
 
     def _fail(self, error: FederationError, sound: tuple[StepResult, ...] = ()) -> None:
         """Do as the policy says about a frame that has good answers to its first steps only."""
@@ -302,6 +402,71 @@ class MemberSeat:
         self._witness.degraded(self.member, change, is_new=is_new)
         self._quality = change.quality
         self._track.begin_anew()
+
+    # -- another service for the member ------------------------------------------------------
+
+    def _take_turns(self) -> None:
+        """Have the steps done that come after the hand-over, and the hand-over first."""
+        heir, self._heir = self._heir, None
+        self._rest, self._later = self._later, ()
+        assert heir is not None
+        self._work(self._hand_over(heir))
+
+    async def _hand_over(self, heir: Heir) -> None:
+        try:
+            if self._quality is not Quality.GOOD:
+                raise TwinError(
+                    Reason.MEMBER_LOST,
+                    f"{self.member} was lost and is {self._quality.name.lower()}; there is nobody "
+                    "to take over from",
+                    {"member": self.member},
+                )
+            start_ns = self._track.start_ns if heir.is_same else self._track.last_ns
+            session = await self._home.open_heir(self.member, start_ns)
+            try:
+                if heir.is_same:
+                    await self._inherit(session)
+            except BaseException:
+                self._leave(session)
+                raise
+        except FederationError as error:
+            heir.fail(error)
+        else:
+            old, self._session, self._lost = self._session, session, None
+            if old is not None:
+                self._leave(old)
+            change = Succession(self._rest[0].time_ns, heir.text, heir.is_same, heir.place)
+            self._succeed(change, heir)
+        if self._quality is Quality.HELD:
+            self._answer(_unchanged(self._rest))
+        else:
+            self._go()
+
+    async def _inherit(self, session: Session) -> None:
+        """Bring a session to where the member is: by its state, or by doing all its steps."""
+        if self._session is not None:
+            try:
+                state = await self._in_time(self._session.snapshot())
+            except FederationError:
+                if not self._track.is_whole:
+                    raise
+            else:
+                await self._in_time(session.restore(state))
+                self._witness.saved(self.member, self._track.save(state))
+                return
+        if not self._track.is_whole:
+            raise TwinError(
+                Reason.MEMBER_LOST,
+                f"{self.member} is lost, and what it was given is not kept: only a member whose "
+                "policy is recover can be handed over now",
+                {"member": self.member},
+            )
+        await self._redo(session)
+
+    def _succeed(self, change: Succession, heir: Heir | None) -> None:
+        if not change.is_same:
+            self._track.begin_anew(self._track.last_ns)
+        self._witness.replaced(self.member, change, heir)
 
     def _leave(self, session: Session) -> None:
         leaving = asyncio.ensure_future(session.close())
@@ -417,7 +582,8 @@ class MemberSeat:
     async def _open(self) -> Session:
         if self._quality is Quality.SUBSTITUTED:
             return await self._home.open_substitute(self.member)
-        return await self._home.open(self.member, again=True)
+        again, self._is_known = self._is_known, True
+        return await self._home.open(self.member, again=again, start_ns=self._track.start_ns)
 
     async def _redo(self, session: Session) -> None:
         """Do again what is not in the saved state; the answers must be the known ones."""
@@ -439,14 +605,20 @@ class MemberSeat:
 class _Track:
     """Where a member is: its last saved state, and what it was given since."""
 
-    def __init__(self, past: Past, policy: OnFailure) -> None:
+    def __init__(self, past: Past, policy: OnFailure, start_ns: int) -> None:
         self.saved = past.saved
+        self.start_ns = start_ns
+        """When the session began that does the member's steps."""
         self._redoes = policy.do in ("recover", "substitute")
         """Whether a fresh session may have to do again what was done."""
         self._is_past = bool(past.items)
-        self._fills = policy.do == "substitute"
+        self._fills = policy.do == "substitute" or any(
+            isinstance(item, Succession) and not item.is_same for item in past.items
+        )
         self._count = 0
-        self._last_ns = 0
+        self.last_ns = start_ns
+        self.is_whole = self._redoes or self._is_past
+        """Whether all steps since the saved state, or the start, are known."""
         self._steps: list[StepInput] = []
         self._marks: list[bytes] = []
         self._inputs: dict[str, Vector] = {}
@@ -462,7 +634,7 @@ class _Track:
     def add(self, step: StepInput, result: StepResult) -> None:
         """Take note of a step that is done."""
         self._count += 1
-        self._last_ns = step.time_ns
+        self.last_ns = step.time_ns
         if self._fills:
             (step,) = self.filled((step,))
             self._is_new = False
@@ -472,7 +644,7 @@ class _Track:
             for event in result.events:
                 self._serial = max(self._serial, int(event.id.rpartition("/")[2]))
         is_after = self.saved is None or self._count > self.saved.steps
-        if is_after and (self._redoes or self._is_past):
+        if is_after and self.is_whole:
             self._steps.append(step)
             self._marks.append(_mark(result))
 
@@ -480,19 +652,32 @@ class _Track:
         """A session is where the member is."""
         self._is_past = False
         if not self._redoes:
+            self.is_whole = False
             self._steps.clear()
             self._marks.clear()
 
+    def learn(self, present: StepInput, events: int) -> None:
+        """Know what the member was given by a step, so that another can be shown it."""
+        self._fills = True
+        self._inputs.update(present.inputs)
+        self._causes.update({name: dict(causes) for name, causes in present.causes.items()})
+        self._serial = max(self._serial, events)
+        self.last_ns = max(self.last_ns, present.time_ns)
+
     def save(self, state: bytes) -> Saved:
         """Begin from `state` from now on."""
-        self.saved = Saved(self._count, self._last_ns, state)
+        self.saved = Saved(self._count, self.last_ns, state)
+        self.is_whole = self._redoes
         self._steps.clear()
         self._marks.clear()
         return self.saved
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, start_ns: int = 0) -> None:
         """Another session takes over, without the memory of the one before."""
-        self.saved = None
+        if self.saved is not None and self.saved.steps <= self._count:
+            self.saved = None
+        self.start_ns = start_ns
+        self.is_whole = self._redoes or self._is_past
         self._steps.clear()
         self._marks.clear()
         self._shift, self._is_new = self._serial, True
@@ -536,6 +721,20 @@ class _Track:
         for start in range(0, len(self._steps), REPLAY_STEPS):
             end = start + REPLAY_STEPS
             yield self._steps[start:end], self._marks[start:end]
+
+
+def _outdone(member: str) -> ScenarioError:
+    why = f"{member} was not replaced: somebody else is to, or its part of the run ended first"
+    return ScenarioError(Reason.INSTANT_PASSED, why, {"member": member})
+
+
+def _off_the_record(member: str, item: StepResult, step: StepInput) -> TwinError:
+    return TwinError(
+        Reason.REPLAY_DIFFERS,
+        f"{member} has a step at {step.time_ns} ns and had one at {item.time_ns} ns on record: "
+        "what it is coupled to answers otherwise than before",
+        {"member": member, "time_ns": str(min(step.time_ns, item.time_ns))},
+    )
 
 
 _FINAL = (Reason.REPLAY_DIFFERS, Reason.UNREACHABLE, Reason.UNSUPPORTED)

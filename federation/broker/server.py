@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -24,22 +25,46 @@ from federation.broker.live import (
     AWAY,
     CONNECT_AGAIN_S,
     TURN_WITHIN_S,
+    Asked,
     Find,
     LiveRun,
     Prepared,
+    entrance,
     prepare,
     substitute_of,
 )
-from federation.broker.memory import recall, write_case
+from federation.broker.memory import (
+    Added,
+    Memory,
+    Origin,
+    cut,
+    recall,
+    write_asked,
+    write_case,
+    write_description,
+    write_origin,
+    write_replaced,
+)
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
+from federation.broker.seats import Place, Succession
 from federation.broker.service import BrokerService
-from federation.broker.store import Run, State, Store, Stored
+from federation.broker.store import Frame, Item, Note, Run, State, Store, Stored
 from federation.broker.why import read_results
 from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
+from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
-from federation.scenario.spec import Scenario, Service, parse
+from federation.scenario.spec import (
+    PLANNER,
+    Addition,
+    CouplingSpec,
+    Member,
+    Scenario,
+    parse,
+    parse_addition,
+)
 from federation.scenario.study import cases
+from federation.twin import HOUR_NS
 from federation.v1 import (
     broker_pb2,
     broker_pb2_grpc,
@@ -241,9 +266,9 @@ class BrokerServer:
             await asyncio.sleep(LOOK_S)
             service.expire()
             for live in list(self._live.values()):
-                for name, lease in live.leases.items():
+                for name, lease in list(live.leases.items()):
                     key = (live.name, name)
-                    holder = self._lease(name)
+                    holder = self._lease(lease.member.name)
                     if holder is None:
                         gone_s = loop.time() - away_s.setdefault(key, loop.time())
                         if gone_s > self.options.lease_ttl_s:
@@ -289,7 +314,9 @@ class BrokerServer:
         if not 0 <= case.seed < 1 << 63:
             raise ScenarioError(Reason.SCENARIO_INVALID, f"{case.seed} is no seed: 0..2^63 - 1")
         leases: dict[str, Lease] = {}
-        links = await self._connect(self._addresses(scenario, leases))
+        places = _places(scenario.members)
+        here = {name: places[name] for name in scenario.members}
+        links = await self._connect(self._addresses(here, leases))
         try:
             prepared = await prepare(scenario, case, factory, links)
             experiment = prepared.experiment
@@ -312,7 +339,10 @@ class BrokerServer:
                     tuple((*figure, units[figure]) for figure in figures),
                     tuple((a.source, a.target, a.delay_ns) for a in experiment.wiring.actuations),
                 ),
-                (write_case(case),),
+                (
+                    write_case(case),
+                    *(write_description(n, d) for n, d in experiment.descriptions.items()),
+                ),
             )
         except BaseException:
             await asyncio.gather(*(link.close() for link in links.values()))
@@ -324,11 +354,12 @@ class BrokerServer:
             prepared,
             links,
             leases,
+            places,
             self.store,
             self.epoch,
             keep_ledger,
             on_commit,
-            self._finder(scenario, leases),
+            self._finder(places, leases),
         )
         return live, await self._start(live)
 
@@ -347,29 +378,59 @@ class BrokerServer:
 
     async def _take_up(self, run: Run) -> None:
         """Go on with a run of an earlier life, when its members are there again."""
-        leases: dict[str, Lease] = {}
         try:
             memory = await asyncio.to_thread(recall, self.store, run.name)
-            if memory.case is None:
-                raise ScenarioError(
-                    Reason.STORE_FAILED, f"the record of {run.name} does not say what it ran"
-                )
-            scenario = await asyncio.to_thread(
-                parse, run.document, "scenario", self.options.scenario_folder
-            )
-            if scenario.pace is not None and scenario.pace.when_late == "degrade":
-                raise ScenarioError(
-                    Reason.UNSUPPORTED,
-                    f"{run.name} can't be continued: what it gives depends on when its members "
-                    "answered (pace: when_late: degrade)",
-                    {"run": run.name},
-                )
-            links, prepared = await self._reach(scenario, memory.case, leases)
+            await self._go_on(run, memory, wait=True)
         except FederationError as error:
             await asyncio.to_thread(
                 self.store.change, run.name, State.FAILED, error=error, end_ns=time.time_ns()
             )
-            return
+
+    async def _go_on(self, run: Run, memory: Memory, *, wait: bool) -> None:
+        """Let a run begin that has a past, with those members that its future needs.
+
+        With `wait` they are waited for, as long as their policies say.
+        """
+        if memory.case is None:
+            raise _no_case(run.name)
+        folder = self.options.scenario_folder
+        scenario = await asyncio.to_thread(parse, run.document, "scenario", folder)
+        hours = run.horizon_ns / HOUR_NS
+        scenario = scenario.model_copy(update={"horizon_h": hours})
+        if scenario.pace is not None and scenario.pace.when_late == "degrade":
+            raise ScenarioError(
+                Reason.UNSUPPORTED,
+                f"{run.name} has a past that can't be gone through again: it depends on when "
+                "its members answered (pace: when_late: degrade)",
+                {"run": run.name},
+            )
+        if memory.origin is not None:  # what might be is wanted sooner than what is
+            scenario = scenario.model_copy(update={"pace": None})
+        additions = {
+            asked: await asyncio.to_thread(parse_addition, asked.document, "addition", folder)
+            for asked in memory.asked
+            if isinstance(asked, Added)
+        }
+        members = dict(scenario.members)
+        for addition in additions.values():
+            members |= addition.members
+        over = _over(memory, run.settled_ns)
+        needed = {name: member for name, member in members.items() if name not in over}
+        places = {**_places(members), **memory.places}
+        here = {name: places[name] for name in needed}
+        patience_s = max((m.on_failure.back_within_s for m in needed.values()), default=0.0)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + (patience_s if wait else 0.0)
+        while True:
+            leases: dict[str, Lease] = {}
+            try:
+                reached = await self._reach(scenario, memory, additions, here, leases, over)
+                break
+            except FederationError as error:
+                if error.reason not in AWAY or loop.time() >= until_s:
+                    raise
+            await asyncio.sleep(CONNECT_AGAIN_S)
+        links, prepared, asked = reached
         live = LiveRun(
             run.name,
             scenario,
@@ -377,41 +438,62 @@ class BrokerServer:
             prepared,
             links,
             leases,
+            places,
             self.store,
             self.epoch,
-            find=self._finder(scenario, leases),
+            find=self._finder(places, leases),
             memory=memory,
+            asked=asked,
             stored=run.entries,
             settled_ns=run.settled_ns,
         )
         await self._start(live)
 
     async def _reach(
-        self, scenario: Scenario, case: Case, leases: dict[str, Lease]
-    ) -> tuple[dict[str, Link], Prepared]:
-        """Links to all members, who are waited for as they may be away, and their wiring."""
-        by_name = [name for name, m in scenario.members.items() if m.address is None]
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + max(m.on_failure.back_within_s for m in scenario.members.values())
-        while True:
-            links: dict[str, Link] = {}
-            try:
-                await self.members_ready(by_name, until_s - loop.time())
-                links = await self._connect(self._addresses(scenario, leases))
-                return links, await prepare(scenario, case, self.options.planner, links)
-            except FederationError as error:
-                await asyncio.gather(*(link.close() for link in links.values()))
-                if error.reason not in AWAY or loop.time() > until_s:
-                    raise
-            await asyncio.sleep(CONNECT_AGAIN_S)
+        self,
+        scenario: Scenario,
+        memory: Memory,
+        additions: Mapping[Added, Addition],
+        here: Mapping[str, Place],
+        leases: dict[str, Lease],
+        over: set[str],
+    ) -> tuple[dict[str, Link], Prepared, tuple[Asked, ...]]:
+        """Links to the members that are needed, their wiring, and what people have asked for."""
+        assert memory.case is not None
+        links = await self._connect(self._addresses(here, leases))
+        reached = tuple(links.values())
+        try:
+            asked: list[Asked] = []
+            for request in memory.asked:
+                if isinstance(request, Added):
+                    addition = additions[request]
+                    own = {n: links.pop(n) for n in addition.members if n in links}
+                    asked.append(
+                        await entrance(
+                            addition,
+                            own,
+                            request.time_ns,
+                            request.operator,
+                            memory.descriptions,
+                        )
+                    )
+                else:
+                    asked.append(request)
+            factory = None if PLANNER in over else self.options.planner
+            known = memory.descriptions
+            prepared = await prepare(scenario, memory.case, factory, links, known)
+        except BaseException:
+            await asyncio.gather(*(link.close() for link in reached))
+            raise
+        return links, prepared, tuple(asked)
 
-    def _addresses(self, scenario: Scenario, leases: dict[str, Lease]) -> dict[str, str]:
+    def _addresses(self, places: Mapping[str, Place], leases: dict[str, Lease]) -> dict[str, str]:
         """Where the members are. Notes the leases of those that are found by their names."""
         addresses: dict[str, str] = {}
-        for name, member in scenario.members.items():
-            if member.address is None:
-                leases[name] = self._leased(name)
-            addresses[name] = member.address or leases[name].member.address
+        for member, place in places.items():
+            if place.address is None:
+                leases[member] = self._leased(place.name)
+            addresses[member] = place.address or leases[member].member.address
         return addresses
 
     def _leased(self, name: str) -> Lease:
@@ -420,12 +502,8 @@ class BrokerServer:
             raise self._unknown(name)
         return lease
 
-    def _finder(self, scenario: Scenario, leases: dict[str, Lease]) -> Find:
+    def _finder(self, places: Mapping[str, Place], leases: dict[str, Lease]) -> Find:
         """Finds a member, or a substitute, where it is registered at the time."""
-        services: dict[str, Service] = dict(scenario.members)
-        for name, member in scenario.members.items():
-            if member.on_failure.substitute is not None:
-                services[substitute_of(name)] = member.on_failure.substitute
         options = replace(
             self.options.link,
             max_message_bytes=self.options.max_message_bytes,
@@ -433,15 +511,159 @@ class BrokerServer:
         )
 
         async def find(name: str) -> Link:
-            address = services[name].address
+            place = places[name]
+            address = place.address
             if address is None:
-                lease = self._leased(name)
+                lease = self._leased(place.name)
                 if name in leases:
                     leases[name] = lease
                 address = lease.member.address
             return await Link.connect(address, name, options)
 
         return find
+
+    # -- who comes and goes --------------------------------------------------------------
+
+    async def join(self, run: str, document: str, time_ns: int | None, operator: str) -> Accepted:
+        """Let members join a live run; fails as `Control.AddMembers` does."""
+        live = await self._lively(run)
+        folder = self.options.scenario_folder
+        addition = await asyncio.to_thread(parse_addition, document, "addition", folder)
+        _check_files(addition.couplings, folder)
+        leases: dict[str, Lease] = {}
+        places = _places(addition.members)
+        here = {name: places[name] for name in addition.members}
+        links = await self._connect(self._addresses(here, leases))
+        return await live.join(addition, links, leases, places, time_ns, operator)
+
+    async def part(self, run: str, member: str, time_ns: int | None, operator: str) -> Accepted:
+        """Let a member leave a live run; fails as `Control.RemoveMember` does."""
+        return await (await self._lively(run)).leave(member, time_ns, operator)
+
+    async def replace(
+        self, run: str, member: str, place: Place, time_ns: int | None, operator: str
+    ) -> Accepted:
+        """Let another service go on for a member; fails as `Control.ReplaceMember` does."""
+        live = await self._lively(run)
+        leases: dict[str, Lease] = {}
+        links = await self._connect(self._addresses({member: place}, leases))
+        return await live.replace(
+            member, links[member], leases.get(member), place, time_ns, operator
+        )
+
+    async def _lively(self, run: str) -> LiveRun:
+        live = await self.live(run)
+        if live is None:
+            raise ScenarioError(Reason.INSTANT_PASSED, f"{run} has ended", {"run": run})
+        return live
+
+    # -- runs with the past of others ----------------------------------------------------
+
+    async def fork(
+        self,
+        name: str,
+        time_ns: int | None = None,
+        measure: str = "",
+        horizon_ns: int | None = None,
+        orders: Sequence[Ordered] = (),
+    ) -> str:
+        """Start a run with the past of another one; fails as `Scenarios.ForkRun` does."""
+        run = await self.find(name)
+        cut_ns = run.settled_ns if time_ns is None else time_ns
+        end_ns = run.horizon_ns if horizon_ns is None else horizon_ns
+        if not -1 <= cut_ns <= run.settled_ns:
+            raise ScenarioError(
+                Reason.INSTANT_PASSED,
+                f"{name} is settled up to {run.settled_ns} ns; it can't be cut at {cut_ns} ns",
+                {"settled_ns": str(run.settled_ns)},
+            )
+        if end_ns < max(cut_ns, 0):
+            raise ScenarioError(
+                Reason.INSTANT_PASSED, f"a run can't end at {end_ns} ns, before its cut"
+            )
+        items, memory = await asyncio.to_thread(_cut, self.store, name, cut_ns)
+        case = memory.case
+        if case is None:
+            raise _no_case(name)
+        origin = memory.origin
+        if origin is not None and cut_ns < origin.until_ns:
+            raise ScenarioError(
+                Reason.INSTANT_PASSED,
+                f"{name} has its past up to {origin.until_ns} ns from {origin.run}: fork that one",
+                {"run": origin.run},
+            )
+        new = replace(case, measure=measure or case.measure)
+        if new != case:
+            folder = self.options.scenario_folder
+            scenario = await asyncio.to_thread(parse, run.document, "scenario", folder)
+            _check_measure(scenario, case.measure, measure)
+            items += [
+                write_replaced(
+                    PLANNER,
+                    Succession(cut_ns, f"crews are sent as in {measure}", is_same=False),
+                )
+            ]
+        items = [write_case(new), write_origin(Origin(name, cut_ns)), *items]
+        items += [write_asked(replace(order, time_ns=cut_ns + 1)) for order in orders]
+        return await self._begin_with_past(
+            replace(run, measure=new.measure, horizon_ns=end_ns), items
+        )
+
+    async def replay(
+        self, name: str, live_members: Sequence[str], recorded_members: Sequence[str] = ()
+    ) -> str:
+        """Go through a run again; fails as `Scenarios.ReplayRun` does."""
+        if live_members and recorded_members:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, "name those who are live or those who are recorded"
+            )
+        run = await self.find(name)
+        items, memory = await asyncio.to_thread(_cut, self.store, name, run.settled_ns)
+        known = {*memory.pasts, *memory.descriptions}
+        for member in (*live_members, *recorded_members):
+            if member not in known:
+                raise ScenarioError(
+                    Reason.UNKNOWN_MEMBER,
+                    f"{name} has no member {member!r}; it has {', '.join(sorted(known))}",
+                    {"member": member},
+                )
+        if memory.case is None:
+            raise _no_case(name)
+        if recorded_members:
+            live_members = [member for member in known if member not in recorded_members]
+        kept = [item for item in items if _member_of(item) not in live_members]
+        recorded = tuple(member for member in memory.pasts if member not in live_members)
+        origin = Origin(name, run.settled_ns, is_replay=True, recorded=recorded)
+        items = [write_case(memory.case), write_origin(origin), *kept]
+        end_ns = min(run.horizon_ns, max(run.settled_ns, 0))
+        return await self._begin_with_past(replace(run, horizon_ns=end_ns), items)
+
+    async def _begin_with_past(self, like: Run, items: Sequence[Item]) -> str:
+        """Start a run like another one, whose journal begins with `items`."""
+        made = await asyncio.to_thread(
+            self.store.create,
+            Run(
+                like.scenario,
+                like.scenario,
+                like.measure,
+                like.document,
+                like.seed,
+                like.horizon_ns,
+                time.time_ns(),
+                like.figures,
+                like.delays,
+            ),
+            items,
+        )
+        try:
+            memory = await asyncio.to_thread(recall, self.store, made.name)
+            await self._go_on(made, memory, wait=False)
+        except FederationError as error:
+            await asyncio.to_thread(
+                self.store.change, made.name, State.FAILED, error=error, end_ns=time.time_ns()
+            )
+            raise
+        return made.name
 
     def _forget(self, live: LiveRun) -> None:
         if live.unkept is None:
@@ -471,6 +693,8 @@ class BrokerServer:
                 raise result
         return dict(zip(addresses, links, strict=True))
 
+    # -- runs on request -----------------------------------------------------------------
+
     async def create(
         self, document: str, seed: int | None, pace_factor: float | None = None
     ) -> str:
@@ -481,7 +705,7 @@ class BrokerServer:
         scenario = await asyncio.to_thread(
             parse, document, "scenario", self.options.scenario_folder
         )
-        _check_files(scenario, self.options.scenario_folder)
+        _check_files(scenario.couplings, self.options.scenario_folder)
         if pace_factor is not None:
             scenario, document = scenario.paced(pace_factor), ""
         measure = next(iter(scenario.measures))
@@ -676,9 +900,70 @@ async def _ended(task: asyncio.Task[None]) -> None:
         await task
 
 
-def _check_files(scenario: Scenario, folder: Path | None) -> None:
+def _places(members: Mapping[str, Member]) -> dict[str, Place]:
+    """Where members and those that stand in for them are, as a document says."""
+    places: dict[str, Place] = {}
+    for name, member in members.items():
+        places[name] = Place(name, member.address)
+        if (substitute := member.on_failure.substitute) is not None:
+            places[substitute_of(name)] = Place(substitute_of(name), substitute.address)
+    return places
+
+
+def _over(memory: Memory, settled_ns: int) -> set[str]:
+    """Members whose part of a run is all on record."""
+    origin = memory.origin
+    if origin is not None and origin.is_replay:
+        return set(origin.recorded)
+    known_ns = settled_ns if origin is None else max(settled_ns, origin.until_ns)
+    left = [asked for asked in memory.asked if isinstance(asked, Left)]
+    return {a.member for a in left if a.time_ns is not None and a.time_ns <= known_ns}
+
+
+def _cut(store: Store, run: str, until_ns: int) -> tuple[list[Item], Memory]:
+    """What another run has as its past: the journal up to a cut, and what it says."""
+    items = [
+        item
+        for item in cut(store, run, until_ns)
+        if not (isinstance(item, Note) and item.kind in ("case", "origin"))
+    ]
+    return items, recall(store, run, until_ns)
+
+
+def _no_case(run: str) -> ScenarioError:
+    return ScenarioError(Reason.STORE_FAILED, f"the record of {run} does not say what it ran")
+
+
+def _member_of(item: Item) -> str:
+    """Whose past an item of a journal belongs to; empty when to nobody's."""
+    if isinstance(item, Frame):
+        return item.member
+    if item.kind in ("degraded", "replaced"):
+        return str(json.loads(item.body)["member"])
+    return ""
+
+
+def _check_measure(scenario: Scenario, before: str, after: str) -> None:
+    """Refuse a measure that a run can't change to in its midst."""
+    if after not in scenario.measures:
+        known = ", ".join(scenario.measures)
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID,
+            f"the scenario has no measure {after!r}; it has {known}",
+            {"measure": after},
+        )
+    if scenario.measures[before].parameters != scenario.measures[after].parameters:
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID,
+            f"{after} has other parameters than {before}, with which the run was opened; only how "
+            "crews are sent can change in its midst",
+            {"measure": after},
+        )
+
+
+def _check_files(couplings: Iterable[CouplingSpec], folder: Path | None) -> None:
     """Refuse a document that would have the broker read what it may not."""
-    for coupling in scenario.couplings:
+    for coupling in couplings:
         if coupling.map is None:
             continue
         where = {"file": coupling.map.file}
@@ -942,6 +1227,43 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
             return scenario_pb2.CancelRunResponse(run=await self._report(request.name))
         raise AssertionError("abort raises")
 
+    async def ForkRun(  # noqa: N802
+        self,
+        request: scenario_pb2.ForkRunRequest,
+        context: grpc.aio.ServicerContext[
+            scenario_pb2.ForkRunRequest, scenario_pb2.ForkRunResponse
+        ],
+    ) -> scenario_pb2.ForkRunResponse:
+        async with refusing(context):
+            if request.actions:
+                _named(request.operator)
+            name = await self._broker.fork(
+                request.name,
+                request.time_ns if request.HasField("time_ns") else None,
+                request.measure,
+                request.horizon_ns if request.HasField("horizon_ns") else None,
+                [
+                    Ordered(request.operator, codec.decode_action(action))
+                    for action in request.actions
+                ],
+            )
+            return scenario_pb2.ForkRunResponse(run=await self._report(name))
+        raise AssertionError("abort raises")
+
+    async def ReplayRun(  # noqa: N802
+        self,
+        request: scenario_pb2.ReplayRunRequest,
+        context: grpc.aio.ServicerContext[
+            scenario_pb2.ReplayRunRequest, scenario_pb2.ReplayRunResponse
+        ],
+    ) -> scenario_pb2.ReplayRunResponse:
+        async with refusing(context):
+            name = await self._broker.replay(
+                request.name, request.live_members, request.recorded_members
+            )
+            return scenario_pb2.ReplayRunResponse(run=await self._report(name))
+        raise AssertionError("abort raises")
+
     async def _report(self, name: str) -> scenario_pb2.Run:
         return await self._broker.report(await self._broker.find(name))
 
@@ -987,6 +1309,61 @@ class _Control(control_pb2_grpc.ControlServicer):
                 )
             taken = await live.submit(request.operator, codec.decode_action(request.action))
             return control_pb2.SubmitActionResponse(event=taken.event, time_ns=taken.time_ns)
+        raise AssertionError("abort raises")
+
+    async def AddMembers(  # noqa: N802
+        self,
+        request: control_pb2.AddMembersRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.AddMembersRequest, control_pb2.AddMembersResponse
+        ],
+    ) -> control_pb2.AddMembersResponse:
+        async with refusing(context):
+            _named(request.operator)
+            time_ns = request.time_ns if request.HasField("time_ns") else None
+            taken = await self._broker.join(
+                request.run, request.document, time_ns, request.operator
+            )
+            return control_pb2.AddMembersResponse(event=taken.event, time_ns=taken.time_ns)
+        raise AssertionError("abort raises")
+
+    async def RemoveMember(  # noqa: N802
+        self,
+        request: control_pb2.RemoveMemberRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.RemoveMemberRequest, control_pb2.RemoveMemberResponse
+        ],
+    ) -> control_pb2.RemoveMemberResponse:
+        async with refusing(context):
+            _named(request.operator)
+            time_ns = request.time_ns if request.HasField("time_ns") else None
+            taken = await self._broker.part(request.run, request.member, time_ns, request.operator)
+            return control_pb2.RemoveMemberResponse(event=taken.event, time_ns=taken.time_ns)
+        raise AssertionError("abort raises")
+
+    async def ReplaceMember(  # noqa: N802
+        self,
+        request: control_pb2.ReplaceMemberRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.ReplaceMemberRequest, control_pb2.ReplaceMemberResponse
+        ],
+    ) -> control_pb2.ReplaceMemberResponse:
+        async with refusing(context):
+            _named(request.operator)
+            time_ns = request.time_ns if request.HasField("time_ns") else None
+            match request.WhichOneof("heir"):
+                case "service":
+                    place = Place(request.service)
+                case "address":
+                    place = Place(request.address, request.address)
+                case _:
+                    raise ScenarioError(
+                        Reason.SCENARIO_INVALID, "say who takes over: a service or an address"
+                    )
+            taken = await self._broker.replace(
+                request.run, request.member, place, time_ns, request.operator
+            )
+            return control_pb2.ReplaceMemberResponse(event=taken.event, time_ns=taken.time_ns)
         raise AssertionError("abort raises")
 
     async def StopRun(  # noqa: N802

@@ -5,7 +5,8 @@ and feeds back what happened. The rule it keeps is one sentence: a unit (a membe
 of instant couplings) may step at t when no member outside it that feeds it can still publish
 something that would be visible at t. With E(u) the earliest instant at which unit u can still
 publish, and d the delay of a coupling, that is E(source) + d > t for every coupling into u
-(Chandy and Misra 1979; Fujimoto, Parallel and Distributed Simulation Systems, 2000).
+(Chandy and Misra 1979; Fujimoto, Parallel and Distributed Simulation Systems, 2000). A coupling
+that comes with a member that joins at T brings at T what was published before.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from itertools import chain
 
 import numpy as np
 
-from federation.core.coupling import Wiring
+from federation.core.coupling import Arrival, Wiring, wire
 from federation.core.envelope import Pool
-from federation.core.exchange import NEVER, Exchange, Member
+from federation.core.exchange import NEVER, Exchange, Member, change_id
 from federation.core.ledger import ActionRecord, Entry, EventRecord
 from federation.core.messages import (
     Aborted,
@@ -32,11 +33,15 @@ from federation.core.messages import (
     Finished,
     Grant,
     Input,
+    Joined,
+    Left,
     Ordered,
     Refused,
+    Replaced,
+    Request,
 )
 from federation.core.waits import Wait, find_waits
-from federation.errors import FederationError, Reason, TwinError
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.twin import NOTHING, Action, Event, StepInput, StepResult
 
 OPERATOR = "operator"
@@ -88,12 +93,14 @@ class _Unit:
     is_loop: bool
     wakes: bool
     echo_ns: int
-    inward: list[tuple[_Unit, int]] = field(default_factory=list)
-    """The units that feed it, each with the shortest delay_ns."""
+    inward: list[tuple[_Unit, int, int]] = field(default_factory=list)
+    """The units that feed it, each with the shortest delay_ns, and since when both are there."""
     outward: list[_Unit] = field(default_factory=list)
-    wakers: list[tuple[_Unit, int]] = field(default_factory=list)
-    """The units that it feeds and that wake on input, each with the shortest delay_ns."""
+    wakers: list[tuple[_Unit, int, int]] = field(default_factory=list)
+    """The units that it feeds and that wake on input, in the same way."""
     loop: _Loop | None = None
+    until_ns: int = NEVER
+    """None of its members makes a step at this instant or later."""
     own_ns: int = 0
     """The earliest step that is already sure to be possible."""
     earliest_ns: int = 0
@@ -108,6 +115,15 @@ class _Unit:
         if len(self.members) == 1:
             return _next_step(self.members[0])
         return min(map(_next_step, self.members))
+
+    def reached_ns(self) -> int:
+        """The last instant at which a member of it may have stepped already."""
+        if self.loop is not None:
+            return self.loop.time_ns
+        return max(
+            member.granted[-1].time_ns if member.granted else member.reached_ns
+            for member in self.members
+        )
 
 
 class Coordinator:
@@ -133,8 +149,8 @@ class Coordinator:
         self._policy = loop or LoopPolicy()
         self._frame_steps = frame_steps
         self._members = self._exchange.members
-        self._units = self._build()
-        self._front = [(0, unit.index) for unit in self._units]
+        self._units: list[_Unit] = []
+        self._front: list[tuple[int, int]] = []
         """A heap of (earliest instant, unit); entries that are out of date are passed over."""
         self.in_flight: int | None = None
         """How many grants may be out at a time, None for any number. With fewer, a grant waits
@@ -143,20 +159,26 @@ class Coordinator:
         self._flying = 0
         self._parked: list[tuple[int, int]] = []
         """A heap of units that were put off, those with most steps first; see `_Unit.parked`."""
+        self._build()
+        self._leaving: list[Member] = []
+        """Members that have an end ahead of them."""
         self._settle_at = SETTLE_EVERY
         self._over = False
         self._orders_taken = 0
+        """The highest number of an order."""
 
     # -- the two doors ---------------------------------------------------------------
 
-    def start(self, orders: Iterable[Ordered] = ()) -> tuple[Effect, ...]:
+    def start(self, requests: Iterable[Request] = ()) -> tuple[Effect, ...]:
         """The grants that can be given before anything has happened.
 
-        `orders` are known beforehand, with the instants at which they take effect.
+        `requests` are known beforehand, with the instants at which they take effect.
         """
         self._refresh(self._units)
-        verdicts = [self._take_order(order) for order in orders]
-        self._refresh(self._units)
+        verdicts = []
+        for request in requests:
+            verdicts.append(self._decide(request))
+            self._refresh(self._units)
         return (*verdicts, *self._advance(self._units))
 
     def handle(self, event: Input) -> tuple[Effect, ...]:
@@ -166,13 +188,16 @@ class Coordinator:
         on input, with the part of the federation that it may wake; not with its size.
         """
         if self._over:
-            return ()
+            return (_OVER,) if isinstance(event, Request) else ()
         if isinstance(event, Failed):
             return self._abort(event.error)
-        if isinstance(event, Ordered):
-            return self._order(event)
+        if isinstance(event, Request):
+            return self._answer(event)
         if isinstance(event, Degraded):
             self._exchange.degrade(event)
+            return ()
+        if isinstance(event, Replaced):
+            self._exchange.replace(event)
             return ()
         name, results = event
         member = self._members[name]
@@ -184,6 +209,7 @@ class Coordinator:
             for result in results:
                 self._exchange.absorb(member, result)
                 member.set_next(result)
+            member.reached_ns = member.granted[-1].time_ns
             member.granted = ()
             self._flying -= 1
             return self._advance(self._moved(unit))
@@ -203,26 +229,46 @@ class Coordinator:
             heapq.heappop(front)
         return min(front[0][0], self.horizon_ns + 1)
 
+    def settle(self) -> tuple[Entry, ...]:
+        """What is settled and was not committed yet; nothing earlier can come any more."""
+        return self._settle(self.now_ns)
+
     def waits(self) -> tuple[Wait, ...]:
         """What each member that has not come to its end is doing, and who holds it back."""
         return find_waits(self._units, _next_step, self.wiring, self.horizon_ns)
 
+    def present(self, member: str) -> tuple[StepInput, int]:
+        """All that a member was given by its last step, as one step; and its events so far.
+
+        The step is that of the last grant, or one at -1 when there was none.
+        """
+        found = self._members[member]
+        reached_ns = found.granted[-1].time_ns if found.granted else found.reached_ns
+        inputs = {inlet.name: inlet.value for inlet in found.inlets}
+        causes = {inlet.name: dict(inlet.causes) for inlet in found.inlets if inlet.causes}
+        return StepInput(reached_ns, 0, inputs, causes), len(found.own_events)
+
     # -- construction ----------------------------------------------------------------
 
-    def _build(self) -> list[_Unit]:
-        wiring = self.wiring
-        units = []
-        for unit, echo_ns in zip(wiring.units, wiring.echo_ns, strict=True):
+    def _build(self) -> None:
+        """Build the units of the wiring that are not there yet, at its end."""
+        wiring, units = self.wiring, self._units
+        known = len(units)
+        for unit, echo_ns in zip(wiring.units[known:], wiring.echo_ns[known:], strict=True):
             members = [self._members[name] for name in unit.members]
             wakes = any(member.wakes for member in members)
             units.append(_Unit(unit.index, members, unit.is_loop, wakes, echo_ns))
+            heapq.heappush(self._front, (0, unit.index))
         for target, sources in zip(units, wiring.inward, strict=True):
             for index, delay_ns in sources:
-                target.inward.append((units[index], delay_ns))
-                units[index].outward.append(target)
+                source = units[index]
+                if index < known and target.index < known:
+                    continue
+                since_ns = max(source.members[0].since_ns, target.members[0].since_ns)
+                target.inward.append((source, delay_ns, since_ns))
+                source.outward.append(target)
                 if target.wakes:
-                    units[index].wakers.append((target, delay_ns))
-        return units
+                    source.wakers.append((target, delay_ns, since_ns))
 
     # -- earliest instants and readiness -----------------------------------------------
 
@@ -234,7 +280,7 @@ class Coordinator:
                 unit.earliest_ns = earliest_ns
                 heapq.heappush(self._front, (earliest_ns, unit.index))
             return (unit, *unit.outward)
-        seen = self._refresh((unit, *(target for target, _ in unit.wakers)))
+        seen = self._refresh((unit, *(target for target, _, _ in unit.wakers)))
         return dict.fromkeys(chain(seen, *(other.outward for other in seen)))
 
     def _refresh(self, units: Iterable[_Unit]) -> Collection[_Unit]:
@@ -255,17 +301,18 @@ class Coordinator:
             if unit.index in seen:
                 continue
             seen[unit.index] = unit
-            for target, delay_ns in unit.wakers:
-                if target.earliest_ns == unit.earliest_ns + delay_ns:
+            for target, delay_ns, since_ns in unit.wakers:
+                if target.earliest_ns == _visible_ns(unit.earliest_ns, delay_ns, since_ns):
                     stack.append(target)
         heap = []
         for unit in seen.values():
             before[unit.index] = unit.earliest_ns
             earliest_ns = unit.own_ns
             if unit.wakes:
-                for source, delay_ns in unit.inward:
-                    if source.index not in seen:
-                        earliest_ns = min(earliest_ns, source.earliest_ns + delay_ns)
+                for source, delay_ns, since_ns in unit.inward:
+                    woken_ns = _visible_ns(source.earliest_ns, delay_ns, since_ns)
+                    if source.index not in seen and woken_ns < unit.until_ns:
+                        earliest_ns = min(earliest_ns, woken_ns)
             heap.append((earliest_ns, unit.index))
         for earliest_ns, index in heap:
             self._units[index].earliest_ns = earliest_ns
@@ -275,11 +322,12 @@ class Coordinator:
             unit = self._units[index]
             if earliest_ns > unit.earliest_ns:
                 continue
-            for target, delay_ns in unit.wakers:
-                if earliest_ns + delay_ns < target.earliest_ns:
+            for target, delay_ns, since_ns in unit.wakers:
+                woken_ns = _visible_ns(earliest_ns, delay_ns, since_ns)
+                if woken_ns < target.earliest_ns and woken_ns < target.until_ns:
                     before.setdefault(target.index, target.earliest_ns)
                     seen[target.index] = target
-                    target.earliest_ns = earliest_ns + delay_ns
+                    target.earliest_ns = woken_ns
                     heapq.heappush(heap, (target.earliest_ns, target.index))
         for index, earliest_ns in before.items():
             unit = seen[index]
@@ -312,13 +360,22 @@ class Coordinator:
         now_ns = self.now_ns
         if now_ns > self.horizon_ns:
             self._over = True
-            effects.extend(_commit(self.ledger.settle(NEVER)))
+            effects.extend(_commit(self._settle(NEVER)))
             effects.append(Finished(self.ledger.digest()))
         elif self.ledger.waiting >= self._settle_at:
-            effects.extend(_commit(self.ledger.settle(now_ns)))
+            effects.extend(_commit(self._settle(now_ns)))
             # what had to stay is not looked through again at every event
             self._settle_at = max(SETTLE_EVERY, 2 * self.ledger.waiting)
         return tuple(effects)
+
+    def _settle(self, before_ns: int) -> tuple[Entry, ...]:
+        """Commit what is of instants before `before_ns`, all of which are behind all members."""
+        if self._leaving:
+            for member in self._leaving:
+                if member.until_ns < before_ns:
+                    self._exchange.hold(member)
+            self._leaving = [m for m in self._leaving if m.until_ns >= before_ns]
+        return self.ledger.settle(before_ns)
 
     def _park(self, unit: _Unit) -> None:
         """Put off what a unit may do now, if anything, behind those that may do more."""
@@ -330,9 +387,11 @@ class Coordinator:
 
     def _bound_ns(self, unit: _Unit) -> int:
         """A unit may step at every instant before this."""
-        bound_ns = self.horizon_ns + 1
-        for source, delay_ns in unit.inward:
+        bound_ns = min(self.horizon_ns + 1, unit.until_ns)
+        for source, delay_ns, since_ns in unit.inward:
             limit_ns = source.earliest_ns + delay_ns
+            if source.earliest_ns < since_ns:
+                limit_ns = since_ns
             if limit_ns < bound_ns:
                 bound_ns = limit_ns
         return bound_ns
@@ -402,12 +461,127 @@ class Coordinator:
             {"member": member.name},
         )
 
-    def _order(self, event: Ordered) -> tuple[Effect, ...]:
-        verdict = self._take_order(event)
+    def _abort(self, error: FederationError) -> tuple[Effect, ...]:
+        self._over = True
+        return (*_commit(self.settle()), Aborted(error))
+
+    # -- what people ask for -------------------------------------------------------------
+
+    def _answer(self, request: Request) -> tuple[Effect, ...]:
+        verdict = self._decide(request)
         if isinstance(verdict, Refused):
             return (verdict,)
-        again = self._moved(self._units[self._members[event.action.member].unit])
-        return (verdict, *self._advance(again))
+        self._refresh(self._units)
+        return (verdict, *self._advance(self._units))
+
+    def _decide(self, request: Request) -> Accepted | Refused:
+        """Grant or refuse a request; who may step when is to be looked at anew after it."""
+        match request:
+            case Ordered():
+                return self._take_order(request)
+            case Joined():
+                return self._join(request)
+            case Left():
+                return self._leave(request)
+
+    def _join(self, event: Joined) -> Accepted | Refused:
+        """Let members join at the first instant at which nobody is ahead of them, or later."""
+        known, new = self._members, event.descriptions
+        if taken := [name for name in new if name in known]:
+            why = f"the run has or had a member {taken[0]!r}: choose another name"
+            return Refused(why, Reason.SCENARIO_INVALID, {"member": taken[0]})
+        for coupling in event.couplings:
+            if coupling.source not in new and coupling.target not in new:
+                why = f"coupling {coupling.name} is not of a member that joins"
+                return Refused(why, Reason.SCENARIO_INVALID, {"coupling": coupling.name})
+        for actuation in event.actuations:
+            if actuation.source not in new:
+                why = f"{actuation.source} does not join, and gets no right to act by it"
+                return Refused(why, Reason.SCENARIO_INVALID, {"member": actuation.source})
+        heard = [(coupling.target, coupling.delay_ns) for coupling in event.couplings]
+        heard += [(actuation.target, actuation.delay_ns) for actuation in event.actuations]
+        first_ns = self._soonest_ns([(name, delay) for name, delay in heard if name in known])
+        for coupling in event.couplings:
+            if coupling.source in known:
+                unit = self._units[known[coupling.source].unit]
+                first_ns = max(first_ns, unit.reached_ns() + 1)
+        if self.wiring.arrivals:  # ranks are in the order of joining
+            first_ns = max(first_ns, self.wiring.arrivals[-1].time_ns)
+        time_ns = first_ns if event.time_ns is None else event.time_ns
+        if refusal := self._too_soon(time_ns, first_ns, ", ".join(new)):
+            return refusal
+        wiring = self.wiring
+        try:
+            self.wiring = wire(
+                {**wiring.descriptions, **new},
+                (*wiring.couplings, *event.couplings),
+                (*wiring.actuations, *event.actuations),
+                (*wiring.arrivals, Arrival(tuple(new), time_ns)),
+            )
+        except ScenarioError as error:
+            return Refused(error.message, error.reason, error.metadata)
+        self._exchange.admit(self.wiring, event.operator)
+        self._build()
+        return Accepted(change_id("joined", next(iter(new)), time_ns), time_ns)
+
+    def _leave(self, event: Left) -> Accepted | Refused:
+        """Let a member make its last step before the first instant that it has not reached."""
+        member = self._members.get(event.member)
+        if member is None:
+            why = f"the run has no member {event.member!r}; it has {', '.join(self._members)}"
+            return Refused(why, Reason.UNKNOWN_MEMBER, {"member": event.member})
+        if member.until_ns < NEVER:
+            why = f"{member.name} leaves at {member.until_ns} ns already"
+            return Refused(why, Reason.UNKNOWN_MEMBER, {"member": member.name})
+        unit = self._units[member.unit]
+        first_ns = max(self.now_ns, unit.reached_ns() + 1, member.since_ns)
+        time_ns = first_ns if event.time_ns is None else event.time_ns
+        if refusal := self._too_soon(time_ns, first_ns, member.name):
+            return refusal
+        event_id = self._exchange.leave(member, time_ns, event.operator)
+        self._leaving.append(member)
+        unit.until_ns = max(m.until_ns for m in unit.members)
+        return Accepted(event_id, time_ns)
+
+    def _too_soon(self, time_ns: int, first_ns: int, who: str) -> Refused | None:
+        if time_ns < first_ns:
+            return Refused(
+                f"the run has passed {time_ns} ns: what {who} did then would come too late for "
+                f"some; the earliest instant is {first_ns} ns",
+                Reason.INSTANT_PASSED,
+                {"earliest_ns": str(first_ns)},
+            )
+        if time_ns > self.horizon_ns:
+            return Refused(
+                f"the run ends at {self.horizon_ns} ns; at {time_ns} ns it has nothing left to do",
+                Reason.INSTANT_PASSED,
+                {"horizon_ns": str(self.horizon_ns)},
+            )
+        return None
+
+    def _soonest_ns(self, news: Iterable[tuple[str, int]]) -> int:
+        """The first instant T at which something may begin that nobody has planned with.
+
+        `news` are members that will hear of it, each at T and a delay. Those that wake on input
+        may then publish at once, and so on; what that reaches must not be past it.
+        """
+        first_ns = self.now_ns
+        units, members = self._units, self._members
+        heap = [(delay_ns, members[name].unit) for name, delay_ns in news]
+        heapq.heapify(heap)
+        seen: set[int] = set()
+        while heap:
+            delay_ns, index = heapq.heappop(heap)
+            if index in seen:
+                continue
+            seen.add(index)
+            first_ns = max(first_ns, units[index].reached_ns() + 1 - delay_ns)
+            if units[index].wakes:
+                for target in units[index].outward:
+                    ways = [way for way in target.inward if way[0].index == index]
+                    way_ns = min(0 if since_ns else ns for _, ns, since_ns in ways)
+                    heapq.heappush(heap, (delay_ns + way_ns, target.index))
+        return first_ns
 
     def _take_order(self, event: Ordered) -> Accepted | Refused:
         """Let an operator act: at the first instant that no grant has passed yet, or later."""
@@ -415,14 +589,17 @@ class Coordinator:
         if refusal:
             return Refused(refusal)
         member = self._members[event.action.member]
-        first_ns = max(self.now_ns, member.granted[-1].time_ns + 1 if member.granted else 0)
+        first_ns = max(self._soonest_ns([(member.name, 0)]), member.since_ns)
         time_ns = first_ns if event.time_ns is None else event.time_ns
         if time_ns < first_ns:
             return Refused(f"{event.action.member} is at {first_ns} ns already")
+        if time_ns >= member.until_ns:
+            return Refused(f"{event.action.member} leaves at {member.until_ns} ns")
         if time_ns > self.horizon_ns:
             return Refused("the run has nothing left to do")
-        self._orders_taken += 1
-        event_id = f"{OPERATOR}/{self._orders_taken}"
+        serial = self._orders_taken + 1 if event.serial is None else event.serial
+        self._orders_taken = max(self._orders_taken, serial)
+        event_id = f"{OPERATOR}/{serial}"
         action = replace(event.action, cause=event_id)
         text = (
             f"{event.operator} sets {action.member}.{action.actuator}[{action.entity}] "
@@ -432,12 +609,8 @@ class Coordinator:
         self.ledger.add(EventRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, what, ()))
         self.ledger.add(ActionRecord(time_ns, 0, OPERATOR_RANK, OPERATOR, action))
         channel = f"{OPERATOR} => {action.member}.{action.actuator}"
-        member.orders.append((time_ns, channel, action))
+        member.orders.append((time_ns, OPERATOR_RANK, channel, action))
         return Accepted(event_id, time_ns)
-
-    def _abort(self, error: FederationError) -> tuple[Effect, ...]:
-        self._over = True
-        return (*_commit(self.ledger.settle(self.now_ns)), Aborted(error))
 
     # -- loops of instant couplings --------------------------------------------------------
 
@@ -480,7 +653,7 @@ class Coordinator:
     def _is_unsettled(self, member: Member, loop: _Loop) -> bool:
         """Whether inputs have moved by more than the tolerance since its last micro-step."""
         has_stepped = member.name in loop.given
-        if not has_stepped and not member.wakes:
+        if (not has_stepped and not member.wakes) or loop.time_ns >= member.until_ns:
             return False
         # a member that has not stepped is woken by news, not by what a loop left over
         staged = [member.stage(given, loop.time_ns) for given in member.inlets]
@@ -517,8 +690,14 @@ class Coordinator:
                 self._exchange.absorb(member, result)
                 member.set_next(result)
         for member in unit.members:
+            member.reached_ns = loop.time_ns
             for inlet in member.inlets:
                 member.catch_up(inlet, loop.time_ns)
+
+
+def _visible_ns(time_ns: int, delay_ns: int, since_ns: int) -> int:
+    """When what is published at `time_ns` is visible, as `Coupling.visible_ns` has it."""
+    return since_ns if time_ns < since_ns else time_ns + delay_ns
 
 
 def _next_step(member: Member) -> int:
@@ -530,10 +709,13 @@ def _next_step(member: Member) -> int:
             for feed in inlet.feeds:
                 if feed.pending and feed.pending[0][0] < next_ns:
                     next_ns = feed.pending[0][0]
-        for visible_ns, _, _ in member.orders:
+        for visible_ns, _, _, _ in member.orders:
             if visible_ns < next_ns:
                 next_ns = visible_ns
-    return next_ns
+    return next_ns if next_ns < member.until_ns else NEVER
+
+
+_OVER = Refused("the run has ended")
 
 
 def _commit(entries: tuple[Entry, ...]) -> tuple[Effect, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 
@@ -35,7 +35,8 @@ class Coupling:
 
     `links` maps source entity to target entity with a weight; None joins entities of the
     same id, and spreads a `system` scalar over all targets. `delay_ns` 0 makes a value
-    visible in its own instant.
+    visible in its own instant. A coupling that is there from `since_ns` on brings, at that
+    instant, what its source says then, whatever the delay.
     """
 
     source: str
@@ -45,10 +46,15 @@ class Coupling:
     delay_ns: int = 0
     links: tuple[tuple[str, str, float], ...] | None = None
     combine: Combine = Combine.ERROR
+    since_ns: int = 0
 
     @property
     def name(self) -> str:
         return f"{self.source}.{self.output} -> {self.target}.{self.input}"
+
+    def visible_ns(self, time_ns: int) -> int:
+        """From when on a value that was published at `time_ns` is visible."""
+        return self.since_ns if time_ns < self.since_ns else time_ns + self.delay_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,17 @@ class Actuation:
     source: str
     target: str
     delay_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Members that join a run together, at an instant of it.
+
+    For them the run begins then: their offsets and couplings count from `time_ns`.
+    """
+
+    members: tuple[str, ...]
+    time_ns: int
 
 
 @lru_cache(maxsize=1)
@@ -203,6 +220,14 @@ class Wiring:
     outward: tuple[tuple[int, ...], ...]
     echo_ns: tuple[int, ...]
     """Per unit the shortest delay after which it hears itself; beyond all time if never."""
+    arrivals: tuple[Arrival, ...] = ()
+
+    def since_ns(self, member: str) -> int:
+        """From when on a member is there."""
+        for arrival in self.arrivals:
+            if member in arrival.members:
+                return arrival.time_ns
+        return 0
 
     def leads(self) -> dict[int, int]:
         """Per rank of a member of a loop the lowest rank in its loop."""
@@ -218,13 +243,21 @@ def wire(
     descriptions: Mapping[str, Description],
     couplings: Iterable[Coupling],
     actuations: Iterable[Actuation] = (),
+    arrivals: Iterable[Arrival] = (),
 ) -> Wiring:
     """Check every coupling against the descriptions and fix the order of steps.
 
-    Raises `ScenarioError`: UNKNOWN_MEMBER, UNKNOWN_VARIABLE, UNKNOWN_ENTITY, UNKNOWN_UNIT,
-    INCOMPATIBLE_UNITS, AMBIGUOUS_INPUT or LOOP_WITHOUT_DELAY. Nothing has started by then.
+    Members that arrive late rank after all that were there before, in the order of
+    `arrivals`, so that the order of those does not change; a coupling without delay from one of
+    them to one that ranks before it is refused. Raises `ScenarioError`: UNKNOWN_MEMBER,
+    UNKNOWN_VARIABLE, UNKNOWN_ENTITY, UNKNOWN_UNIT, INCOMPATIBLE_UNITS, AMBIGUOUS_INPUT,
+    LATE_WITHOUT_DELAY or LOOP_WITHOUT_DELAY. Nothing has started by then.
     """
     couplings, actuations = tuple(couplings), tuple(actuations)
+    arrivals = tuple(arrivals)
+    since_ns = {member: a.time_ns for a in arrivals for member in a.members}
+    if since_ns:
+        couplings = tuple(_since(coupling, since_ns) for coupling in couplings)
     by_input: dict[tuple[str, str], list[Wire]] = {}
     combine: dict[tuple[str, str], Combine] = {}
     for coupling in couplings:
@@ -254,7 +287,7 @@ def wire(
             _slot(name, description, variable, by_input, combine)
             for variable in description.inputs()
         )
-    units, rank = _order(descriptions, couplings)
+    units, rank = _order(descriptions, couplings, arrivals)
     unit_of = {member: unit.index for unit in units for member in unit.members}
     shortest: dict[tuple[int, int], int] = {}
     edges = [(c.source, c.target, c.delay_ns) for c in couplings]
@@ -280,7 +313,14 @@ def wire(
         tuple(tuple(edge) for edge in inward),
         tuple(tuple(edge) for edge in outward),
         tuple(shortest.get((unit.index, unit.index), 1 << 62) for unit in units),
+        arrivals,
     )
+
+
+def _since(coupling: Coupling, since_ns: Mapping[str, int]) -> Coupling:
+    """The coupling as it is once both its members are there."""
+    there_ns = max(since_ns.get(coupling.source, 0), since_ns.get(coupling.target, 0))
+    return replace(coupling, since_ns=max(coupling.since_ns, there_ns))
 
 
 def _slot(
@@ -414,16 +454,48 @@ def _is_identity(
 
 
 def _order(
-    descriptions: Mapping[str, Description], couplings: Iterable[Coupling]
+    descriptions: Mapping[str, Description],
+    couplings: Iterable[Coupling],
+    arrivals: tuple[Arrival, ...],
 ) -> tuple[tuple[Unit, ...], dict[str, int]]:
+    """Units and ranks: first of the members from the start, then of each arrival in turn."""
+    late = [arrival.members for arrival in arrivals]
+    latecomers = {member for members in late for member in members}
+    groups = [tuple(name for name in descriptions if name not in latecomers), *late]
+    turn = {member: index for index, members in enumerate(groups) for member in members}
+    units: list[Unit] = []
+    rank: dict[str, int] = {}
+    instant: list[list[Coupling]] = [[] for _ in groups]
+    for coupling in couplings:
+        if coupling.delay_ns > 0:
+            continue
+        source, target = turn[coupling.source], turn[coupling.target]
+        if source > target:
+            raise ScenarioError(
+                Reason.LATE_WITHOUT_DELAY,
+                f"coupling {coupling.name} has no delay, and {coupling.source} joined after "
+                f"{coupling.target}, which steps before it: give the coupling a delay",
+                {"coupling": coupling.name},
+            )
+        if source == target:
+            instant[source].append(coupling)
+    for members, group in zip(groups, instant, strict=True):
+        _order_group({name: descriptions[name] for name in members}, group, units, rank)
+    return tuple(units), rank
+
+
+def _order_group(
+    descriptions: Mapping[str, Description],
+    instant: Iterable[Coupling],
+    units: list[Unit],
+    rank: dict[str, int],
+) -> None:
     """Condense instant couplings into units and rank members by topological order, then name."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(sorted(descriptions))
-    graph.add_edges_from((c.source, c.target) for c in couplings if c.delay_ns == 0)
+    graph.add_edges_from((coupling.source, coupling.target) for coupling in instant)
     condensed = nx.condensation(graph)
     first = {node: min(condensed.nodes[node]["members"]) for node in condensed}
-    units: list[Unit] = []
-    rank: dict[str, int] = {}
     for node in nx.lexicographical_topological_sort(condensed, key=lambda n: first[n]):
         members = tuple(sorted(condensed.nodes[node]["members"]))
         is_loop = len(members) > 1 or graph.has_edge(members[0], members[0])
@@ -440,4 +512,3 @@ def _order(
         for member in members:
             rank[member] = len(rank)
         units.append(Unit(len(units), members, is_loop))
-    return tuple(units), rank

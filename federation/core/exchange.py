@@ -22,7 +22,7 @@ from federation.core.ledger import (
     Record,
     record_head,
 )
-from federation.core.messages import Degraded
+from federation.core.messages import Degraded, Replaced
 from federation.errors import Reason, TwinError
 from federation.twin import (
     NOTHING,
@@ -56,6 +56,7 @@ class Feed:
     inlet: Inlet
     member: Member
     delay_ns: int
+    since_ns: int
     visible: Vector | None = None
     data: bytes = b""
     """The bytes of the visible value."""
@@ -95,6 +96,8 @@ class Outlet:
     data: bytes | None = None
     """The bytes of the value; None before the first."""
     value: Vector | None = None
+    causes: dict[int, str] = field(default_factory=dict)
+    """Per entry the event that explains it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,12 +115,18 @@ class Member:
     outlets: dict[str, Outlet]
     next_ns: int
     """Its own next instant: of its period, or asked for; NEVER when it asked for none."""
+    since_ns: int = 0
+    """From when on it is there."""
+    until_ns: int = NEVER
+    """It makes no step at this instant or later."""
+    reached_ns: int = -1
+    """Its last instant that is behind it."""
     granted: tuple[StepInput, ...] = ()
     """The steps in flight; empty when the member is idle."""
     awaits: bool = False
     """Whether anything may be on its way to it that it can't see yet."""
-    orders: deque[tuple[int, str, Action]] = field(default_factory=deque)
-    """Actions on their way to it: (visible from, channel, action)."""
+    orders: deque[tuple[int, int, str, Action]] = field(default_factory=deque)
+    """Actions on their way to it: (visible from, rank of who acts, channel, action)."""
     untold: dict[str, dict[int, tuple[str, ...]]] = field(default_factory=dict)
     """Causes that became visible when it had no reason to step."""
     known_events: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -178,14 +187,18 @@ class Member:
         inputs[inlet.name] = inlet.value
 
     def due(self, time_ns: int) -> tuple[Action, ...]:
-        """The actions that are visible at `time_ns`, taken off the list."""
-        actions = tuple(a for visible_ns, _, a in self.orders if visible_ns <= time_ns)
-        if actions:
-            for _, channel, action in self.orders:
-                if action.cause and action in actions:
+        """The actions that are visible at `time_ns`, taken off the list.
+
+        They come in the order in which they became visible, and then in that of who acts: when
+        each was heard of does not matter.
+        """
+        ready = sorted((o for o in self.orders if o[0] <= time_ns), key=lambda order: order[:2])
+        if ready:
+            for _, _, channel, action in ready:
+                if action.cause:
                     self.known_events.setdefault(action.cause, {}).setdefault("", channel)
             self.orders = deque(o for o in self.orders if o[0] > time_ns)
-        return actions
+        return tuple(action for _, _, _, action in ready)
 
     def explain(self, inlet: Inlet, rows: Iterable[int]) -> dict[int, tuple[str, ...]]:
         """The new causes of the touched rows, remembering through which coupling they came."""
@@ -247,6 +260,7 @@ class Member:
 
     def put_off(self, step: StepInput) -> None:
         """Keep the causes of a step that is not done after all."""
+        self.reached_ns = step.time_ns
         self.untold = {variable: dict(causes) for variable, causes in step.causes.items()}
 
 
@@ -260,18 +274,45 @@ def _rows_of(feed: Feed, news: Mapping[int, str], rows: Iterable[int]) -> set[in
     return found
 
 
+def change_id(what: str, member: str, time_ns: int) -> str:
+    """The id of the event that tells of a change of members."""
+    return f"{FEDERATION}/{what}-{member}-{time_ns}"
+
+
+def _asked_by(operator: str) -> str:
+    return f", as {operator} asked" if operator else ""
+
+
 class Exchange:
     """The members of a wiring with their ledger: takes answers in and hands them on."""
 
     def __init__(self, wiring: Wiring, pools: tuple[Pool, ...] = ()) -> None:
         self.ledger = Ledger(wiring.leads())
-        self.envelope = Envelope(wiring.descriptions, wiring.actuations, pools)
-        self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
         self.members: dict[str, Member] = {}
+        self._pools = pools
         self._changes: dict[str, Degraded] = {}
         """Changes of quality that are ahead, by member."""
-        self._change_count = 0
-        for name, description in wiring.descriptions.items():
+        self._arrive(wiring)
+
+    def admit(self, wiring: Wiring, operator: str) -> None:
+        """Take in those members and couplings of `wiring` that are new.
+
+        All others are as they were, in the same order. What the sources of new couplings say
+        at present is on its way to their targets.
+        """
+        for name in self._arrive(wiring):
+            text = f"{name} joins{_asked_by(operator)}"
+            self._note(wiring.since_ns(name), "joined", name, text)
+
+    def _arrive(self, wiring: Wiring) -> list[str]:
+        """The same, without a word; the names of those who are new."""
+        self.ledger.leads = wiring.leads()
+        self.envelope = Envelope(wiring.descriptions, wiring.actuations, self._pools)
+        self._action_delay = {(a.source, a.target): a.delay_ns for a in wiring.actuations}
+        new = [name for name in wiring.descriptions if name not in self.members]
+        for name in new:
+            description = wiring.descriptions[name]
+            since_ns = wiring.since_ns(name)
             rank = wiring.rank[name]
             policy = description.time
             inlets = []
@@ -299,15 +340,27 @@ class Exchange:
                     )
                     for output, size in description.output_sizes().items()
                 },
-                policy.offset_ns,
+                since_ns + policy.offset_ns,
+                since_ns,
             )
         for member in self.members.values():
-            for inlet in member.inlets:
-                for wire in inlet.slot.wires:
-                    coupling = wire.coupling
-                    feed = Feed(wire, inlet, member, coupling.delay_ns)
-                    inlet.feeds.append(feed)
-                    self.members[coupling.source].outlets[coupling.output].feeds.append(feed)
+            for inlet, slot in zip(member.inlets, wiring.slots[member.name], strict=True):
+                if len(slot.wires) > len(inlet.feeds):
+                    inlet.slot, inlet.is_plain = slot, slot.is_plain
+                    for wire in slot.wires[len(inlet.feeds) :]:
+                        self._connect(wire, inlet, member)
+        return new
+
+    def _connect(self, wire: Wire, inlet: Inlet, member: Member) -> None:
+        coupling = wire.coupling
+        feed = Feed(wire, inlet, member, coupling.delay_ns, coupling.since_ns)
+        inlet.feeds.append(feed)
+        outlet = self.members[coupling.source].outlets[coupling.output]
+        outlet.feeds.append(feed)
+        if outlet.value is not None:
+            data = outlet.value.tobytes()
+            feed.pending.append((coupling.since_ns, outlet.value, data, dict(outlet.causes)))
+            member.awaits = True
 
     def absorb(self, member: Member, result: StepResult) -> None:
         """Check a final result, record it, and hand it on to every member that it feeds."""
@@ -367,8 +420,12 @@ class Exchange:
             present = outlet.value
             if present is None or outlet.data is None or not (is_new or news):
                 continue
+            if news:
+                outlet.causes.update(news)
             for feed in outlet.feeds:
-                feed.pending.append((time_ns + feed.delay_ns, present, outlet.data, news))
+                since_ns = feed.since_ns
+                visible_ns = time_ns + feed.delay_ns if time_ns >= since_ns else since_ns
+                feed.pending.append((visible_ns, present, outlet.data, news))
                 feed.member.awaits = True
 
     def degrade(self, change: Degraded) -> None:
@@ -377,6 +434,21 @@ class Exchange:
         member.quality, member.degraded_ns = change.quality, change.time_ns
         self._changes[change.member] = change
 
+    def replace(self, change: Replaced) -> None:
+        """Note that another service goes on under a member's name."""
+        self._note(change.time_ns, "replaced", change.member, change.text)
+
+    def leave(self, member: Member, time_ns: int, operator: str) -> str:
+        """Let a member make no step at `time_ns` or later; the event that says so."""
+        member.until_ns = time_ns
+        text = f"{member.name} leaves{_asked_by(operator)}"
+        return self._note(time_ns, "left", member.name, text)
+
+    def hold(self, member: Member) -> None:
+        """Record what a member that has made its last step leaves behind, as held."""
+        for name, outlet in member.outlets.items():
+            self._hold(member, name, outlet, member.until_ns, Quality.HELD)
+
     def _record_change(self, member: Member) -> None:
         """Record that the quality changes; what is held or stale, anew.
 
@@ -384,23 +456,30 @@ class Exchange:
         """
         change = self._changes.pop(member.name)
         time_ns = change.time_ns
-        self._change_count += 1
         quality = change.quality.name.lower()
-        event_id = f"{FEDERATION}/{self._change_count}"
-        text = f"{member.name} is {quality}: {change.error}"
-        what = Event(event_id, time_ns, f"member_{quality}", member.name, text)
-        self.ledger.add(EventRecord(time_ns, 0, FEDERATION_RANK, FEDERATION, what, ()))
+        self._note(time_ns, quality, member.name, f"{member.name} is {quality}: {change.error}")
         if change.quality is Quality.SUBSTITUTED:
             return
         for name, outlet in member.outlets.items():
-            if outlet.value is None:
-                continue
-            if change.quality is Quality.GOOD:
+            if change.quality is not Quality.GOOD:
+                self._hold(member, name, outlet, time_ns, change.quality)
+            elif outlet.value is not None:
                 outlet.data = b""  # what it says next is news, be it the same as before
-                continue
+
+    def _hold(
+        self, member: Member, name: str, outlet: Outlet, time_ns: int, quality: Quality
+    ) -> None:
+        if outlet.value is not None:
             outlet.revision += 1
             place = (time_ns, 0, member.rank, member.name, name)
-            self.ledger.add(Record(*place, outlet.revision, outlet.value, change.quality))
+            self.ledger.add(Record(*place, outlet.revision, outlet.value, quality))
+
+    def _note(self, time_ns: int, what: str, member: str, text: str) -> str:
+        """Record a change of members. Its name does not depend on when it became known."""
+        event_id = change_id(what, member, time_ns)
+        event = Event(event_id, time_ns, f"member_{what}", member, text)
+        self.ledger.add(EventRecord(time_ns, 0, FEDERATION_RANK, FEDERATION, event, ()))
+        return event_id
 
     def _check_causes(self, member: Member, name: str, news: Mapping[int, str]) -> None:
         for event in news.values():
@@ -454,5 +533,6 @@ class Exchange:
                     delay_ns = self._action_delay[member.name, action.member]
                     channel = f"{member.name} => {action.member}.{action.actuator}"
                     target = self.members[action.member]
-                    target.orders.append((result.time_ns + delay_ns, channel, action))
+                    visible_ns = max(result.time_ns + delay_ns, target.since_ns)
+                    target.orders.append((visible_ns, member.rank, channel, action))
                     target.awaits = True

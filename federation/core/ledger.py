@@ -117,7 +117,7 @@ class Ledger:
     """
 
     def __init__(self, leads: Mapping[int, int]) -> None:
-        self._leads = leads
+        self.leads = leads
         self._waiting: list[_Waiting] = []
         self._serial = 0
         self._hash = hashlib.sha256()
@@ -140,7 +140,7 @@ class Ledger:
         else:
             data = b""
             key = entry.sort_key()[1:]
-        unit = self._leads.get(entry.rank, entry.rank)
+        unit = self.leads.get(entry.rank, entry.rank)
         self._waiting.append((entry.time_ns, unit, key, self._serial, entry, data))
 
     def settle(self, before_ns: int) -> tuple[Entry, ...]:

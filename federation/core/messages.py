@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from federation.core.coupling import Actuation, Coupling
 from federation.core.ledger import Entry, Quality
-from federation.errors import FederationError
-from federation.twin import Action, StepInput, StepResult
+from federation.errors import FederationError, Reason
+from federation.twin import Action, Description, StepInput, StepResult
 
 # events in
 
@@ -46,15 +48,60 @@ class Degraded:
 class Ordered:
     """An operator asks for a setpoint in a run that is going on.
 
-    It takes effect at `time_ns`, when that is still ahead; at once when that is None.
+    It takes effect at `time_ns`, when that is still ahead; at once when that is None. `serial`
+    numbers it among the orders of the run where that is known; events name it by its number.
     """
 
     operator: str
     action: Action
     time_ns: int | None = None
+    serial: int | None = None
 
 
-Input = Stepped | Failed | Degraded | Ordered
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Members join a run that is going on, with all that couples them to it.
+
+    They join at `time_ns`, or as soon as they can when that is None. Every coupling has one of
+    them at an end at least; they may act on others.
+    """
+
+    descriptions: Mapping[str, Description]
+    couplings: tuple[Coupling, ...] = ()
+    actuations: tuple[Actuation, ...] = ()
+    time_ns: int | None = None
+    operator: str = ""
+    """Who asked for it, if anybody did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A member makes no step at `time_ns` or later, or as soon as that can be when it is None.
+
+    What it has published holds.
+    """
+
+    member: str
+    time_ns: int | None = None
+    operator: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """From its step at `time_ns` on, another service goes on under a member's name.
+
+    It comes before the answer to that step. `text` says who took over from whom.
+    """
+
+    member: str
+    time_ns: int
+    text: str
+
+
+Request = Ordered | Joined | Left
+"""What people ask of a run that is going on; each gets a verdict."""
+
+Input = Stepped | Failed | Degraded | Replaced | Request
 
 # effects out
 
@@ -88,7 +135,7 @@ class Aborted:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An operator's order takes effect at `time_ns` and is recorded as `event`."""
+    """A request takes effect at `time_ns` and is recorded as `event`."""
 
     event: str
     time_ns: int
@@ -96,9 +143,11 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An operator's order was refused; nothing has changed."""
+    """A request was refused; nothing has changed."""
 
     refusal: str
+    reason: Reason = Reason.OUTSIDE_ENVELOPE
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 Effect = Grant | Commit | Finished | Aborted | Accepted | Refused

@@ -148,9 +148,8 @@ class Schedule:
     def suits(wiring: Wiring) -> bool:
         """Whether each member alone says when it steps."""
         policies = [description.time for description in wiring.descriptions.values()]
-        return not any(p.wakes_on_input for p in policies) and not any(
-            unit.is_loop for unit in wiring.units
-        )
+        is_fixed = not any(p.wakes_on_input for p in policies)
+        return is_fixed and not wiring.arrivals and not any(u.is_loop for u in wiring.units)
 
     def run(self, commit: Callable[[list[Entry], int], None]) -> str:
         """Do all steps and return the digest.

@@ -138,9 +138,9 @@ def _wait(
         sources = [min(unit.members, key=lambda m: (not m.granted, next_step(m)))]
         first_ns = by_ns = unit.own_ns
     elif unit.inward:
-        source, delay_ns = min(unit.inward, key=lambda way: way[0].earliest_ns + way[1])
+        source, delay_ns, since_ns = min(unit.inward, key=_visible_ns)
         sources, by_ns = source.members, source.earliest_ns
-        first_ns = by_ns + delay_ns
+        first_ns = _visible_ns((source, delay_ns, since_ns))
     else:
         return None
     if is_asleep:
@@ -150,6 +150,13 @@ def _wait(
     by, through = _way(ways, sources, (member, *unit.members))
     doing = Doing.SLEEPING if is_asleep else Doing.HELD_BACK
     return Wait(member.name, doing, time_ns, time_ns, by, through, by_ns)
+
+
+def _visible_ns(way: tuple[_Unit, int, int]) -> int:
+    """When what a unit says at its earliest instant is visible at the end of a way from it."""
+    source, delay_ns, since_ns = way
+    time_ns = source.earliest_ns
+    return since_ns if time_ns < since_ns else time_ns + delay_ns
 
 
 def find_ways(wiring: Wiring) -> dict[tuple[str, str], tuple[int, str]]:

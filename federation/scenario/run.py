@@ -241,12 +241,14 @@ class Recorder:
             self.outcome.descriptions = experiment.descriptions
         self._keep_ledger = keep_ledger
         self._kpis = experiment.kpis
-        self._scalars = {
-            (name, v.name)
-            for name, description in experiment.descriptions.items()
-            for v in description.outputs()
-            if v.kind == SYSTEM
-        }
+        self._scalars = _scalars(experiment.descriptions)
+
+    def admit(self, descriptions: Mapping[str, Description]) -> None:
+        """Listen to members that have joined, too."""
+        self.outcome.domains |= {name: d.domain for name, d in descriptions.items()}
+        if self._keep_ledger:
+            self.outcome.descriptions = {**self.outcome.descriptions, **descriptions}
+        self._scalars |= _scalars(descriptions)
 
     def keeps(self, member: str, output: str) -> bool:
         """Whether `take` has a use for the records of an output."""
@@ -276,6 +278,15 @@ class Recorder:
             for name in self._kpis
         }
         return outcome
+
+
+def _scalars(descriptions: Mapping[str, Description]) -> set[tuple[str, str]]:
+    return {
+        (name, variable.name)
+        for name, description in descriptions.items()
+        for variable in description.outputs()
+        if variable.kind == SYSTEM
+    }
 
 
 def twin_class(path: str) -> type[Twin]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -245,14 +245,37 @@ class Scenario(Part):
 
     def couplings_resolved(self) -> tuple[Coupling, ...]:
         """The couplings with their maps read; raises MISSING_FILE or SCENARIO_INVALID."""
-        found = []
-        for spec in self.couplings:
-            source, _, output = spec.source.partition(".")
-            target, _, input_ = spec.target.partition(".")
-            links = None if spec.map is None else _links(self.folder, spec.map)
-            delay_ns = round(spec.delay_min * MINUTE_NS)
-            found.append(Coupling(source, output, target, input_, delay_ns, links, spec.combine))
-        return tuple(found)
+        return _resolved(self.couplings, self.folder)
+
+
+class Addition(Part):
+    """Members that join a run that is going on, and how they are coupled to it."""
+
+    members: dict[str, Member] = Field(min_length=1)
+    couplings: tuple[CouplingSpec, ...] = ()
+    parameters: dict[str, float] = {}
+    folder: Path = Field(Path(), exclude=True)
+    text: str = Field("", exclude=True)
+
+    def couplings_resolved(self) -> tuple[Coupling, ...]:
+        """The couplings with their maps read; raises MISSING_FILE or SCENARIO_INVALID."""
+        return _resolved(self.couplings, self.folder)
+
+    def parameters_of(self, member: str) -> dict[str, float]:
+        """What a member that joins is opened with, by parameter."""
+        named = {name.partition(".")[::2]: value for name, value in self.parameters.items()}
+        return {parameter: value for (who, parameter), value in named.items() if who == member}
+
+
+def _resolved(couplings: Iterable[CouplingSpec], folder: Path) -> tuple[Coupling, ...]:
+    found = []
+    for spec in couplings:
+        source, _, output = spec.source.partition(".")
+        target, _, input_ = spec.target.partition(".")
+        links = None if spec.map is None else _links(folder, spec.map)
+        delay_ns = round(spec.delay_min * MINUTE_NS)
+        found.append(Coupling(source, output, target, input_, delay_ns, links, spec.combine))
+    return tuple(found)
 
 
 def _links(folder: Path, map_: Map) -> tuple[tuple[str, str, float], ...]:
@@ -375,6 +398,17 @@ def parse(text: str, path: str = "scenario", folder: Path | None = None) -> Scen
                     f"{name!r} names no member of this scenario{hint}",
                 )
     return scenario.model_copy(update={"folder": folder or Path(), "text": text})
+
+
+def parse_addition(text: str, path: str = "addition", folder: Path | None = None) -> Addition:
+    """Read what joins a run from text, written as in a scenario; fails as `parse` does."""
+    document = Document(text, path)
+    data = yaml.safe_load(text) if document.tree else {}
+    try:
+        addition = Addition.model_validate(data)
+    except ValidationError as problem:
+        raise document.error(problem) from None
+    return addition.model_copy(update={"folder": folder or Path(), "text": text})
 
 
 def _references(scenario: Scenario) -> Mapping[str, list[str]]:

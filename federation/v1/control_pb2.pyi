@@ -82,6 +82,207 @@ class SubmitActionResponse(_message.Message):
 Global___SubmitActionResponse: _TypeAlias = SubmitActionResponse  # noqa: Y015
 
 @_typing.final
+class AddMembersRequest(_message.Message):
+    """Asks to let members join."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's name, `runs/{run}`."""
+    document: _builtins.str
+    """Who joins, as the text of a YAML document with `members`, `couplings` and `parameters` as
+    a scenario has them. Every coupling has one who joins at one of its ends.
+    """
+    time_ns: _builtins.int
+    """The instant of the run at which they join; unset: as soon as they can."""
+    operator: _builtins.str
+    """Who asks, for the record; never empty."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        document: _builtins.str = ...,
+        time_ns: _builtins.int | None = ...,
+        operator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns", "time_ns", b"time_ns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns", "document", b"document", "operator", b"operator", "run", b"run", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__time_ns: _TypeAlias = _typing.Literal["time_ns"]  # noqa: Y015
+    _WhichOneofArgType__time_ns: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time_ns) -> _WhichOneofReturnType__time_ns | None: ...
+
+Global___AddMembersRequest: _TypeAlias = AddMembersRequest  # noqa: Y015
+
+@_typing.final
+class AddMembersResponse(_message.Message):
+    """They join."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    event: _builtins.str
+    """The id of the event that records it, of the first of them."""
+    time_ns: _builtins.int
+    """The instant of the run at which they join."""
+    def __init__(
+        self,
+        *,
+        event: _builtins.str = ...,
+        time_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddMembersResponse: _TypeAlias = AddMembersResponse  # noqa: Y015
+
+@_typing.final
+class RemoveMemberRequest(_message.Message):
+    """Asks to let a member leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's name, `runs/{run}`."""
+    member: _builtins.str
+    """The member's name."""
+    time_ns: _builtins.int
+    """The instant of the run from which on it makes no step; unset: as soon as that can be."""
+    operator: _builtins.str
+    """Who asks, for the record; never empty."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        member: _builtins.str = ...,
+        time_ns: _builtins.int | None = ...,
+        operator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns", "time_ns", b"time_ns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns", "member", b"member", "operator", b"operator", "run", b"run", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__time_ns: _TypeAlias = _typing.Literal["time_ns"]  # noqa: Y015
+    _WhichOneofArgType__time_ns: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time_ns) -> _WhichOneofReturnType__time_ns | None: ...
+
+Global___RemoveMemberRequest: _TypeAlias = RemoveMemberRequest  # noqa: Y015
+
+@_typing.final
+class RemoveMemberResponse(_message.Message):
+    """It leaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    event: _builtins.str
+    """The id of the event that records it."""
+    time_ns: _builtins.int
+    """The instant of the run from which on it makes no step."""
+    def __init__(
+        self,
+        *,
+        event: _builtins.str = ...,
+        time_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveMemberResponse: _TypeAlias = RemoveMemberResponse  # noqa: Y015
+
+@_typing.final
+class ReplaceMemberRequest(_message.Message):
+    """Asks to let another service go on for a member."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's name, `runs/{run}`."""
+    member: _builtins.str
+    """The member's name."""
+    service: _builtins.str
+    """A twin that is registered at the broker, by its name."""
+    address: _builtins.str
+    """A twin at an address, `host:port`."""
+    time_ns: _builtins.int
+    """The instant of the run; unset: with the member's next steps."""
+    operator: _builtins.str
+    """Who asks, for the record; never empty."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        member: _builtins.str = ...,
+        service: _builtins.str = ...,
+        address: _builtins.str = ...,
+        time_ns: _builtins.int | None = ...,
+        operator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns", "address", b"address", "heir", b"heir", "service", b"service", "time_ns", b"time_ns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns", "address", b"address", "heir", b"heir", "member", b"member", "operator", b"operator", "run", b"run", "service", b"service", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__time_ns: _TypeAlias = _typing.Literal["time_ns"]  # noqa: Y015
+    _WhichOneofArgType__time_ns: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns"]  # noqa: Y015
+    _WhichOneofReturnType_heir: _TypeAlias = _typing.Literal["service", "address"]  # noqa: Y015
+    _WhichOneofArgType_heir: _TypeAlias = _typing.Literal["heir", b"heir"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time_ns) -> _WhichOneofReturnType__time_ns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_heir) -> _WhichOneofReturnType_heir | None: ...
+
+Global___ReplaceMemberRequest: _TypeAlias = ReplaceMemberRequest  # noqa: Y015
+
+@_typing.final
+class ReplaceMemberResponse(_message.Message):
+    """Another service goes on for the member."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    event: _builtins.str
+    """The id of the event that records it."""
+    time_ns: _builtins.int
+    """The instant of its first step."""
+    def __init__(
+        self,
+        *,
+        event: _builtins.str = ...,
+        time_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplaceMemberResponse: _TypeAlias = ReplaceMemberResponse  # noqa: Y015
+
+@_typing.final
 class StopRunRequest(_message.Message):
     """Asks to end a live run."""
 

@@ -40,6 +40,21 @@ class ControlStub:
                 request_serializer=federation_dot_v1_dot_control__pb2.SubmitActionRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_control__pb2.SubmitActionResponse.FromString,
                 _registered_method=True)
+        self.AddMembers = channel.unary_unary(
+                '/federation.v1.Control/AddMembers',
+                request_serializer=federation_dot_v1_dot_control__pb2.AddMembersRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_control__pb2.AddMembersResponse.FromString,
+                _registered_method=True)
+        self.RemoveMember = channel.unary_unary(
+                '/federation.v1.Control/RemoveMember',
+                request_serializer=federation_dot_v1_dot_control__pb2.RemoveMemberRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_control__pb2.RemoveMemberResponse.FromString,
+                _registered_method=True)
+        self.ReplaceMember = channel.unary_unary(
+                '/federation.v1.Control/ReplaceMember',
+                request_serializer=federation_dot_v1_dot_control__pb2.ReplaceMemberRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_control__pb2.ReplaceMemberResponse.FromString,
+                _registered_method=True)
         self.StopRun = channel.unary_unary(
                 '/federation.v1.Control/StopRun',
                 request_serializer=federation_dot_v1_dot_control__pb2.StopRunRequest.SerializeToString,
@@ -61,6 +76,46 @@ class ControlServicer:
 
         Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
         OUTSIDE_ENVELOPE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddMembers(self, request, context):
+        """Lets members join a live run, with all that couples them to it. From the instant at which
+        they join they see what their sources say then; their own first step comes after their
+        offset. They step after all members that were there before, in the order of joining, so a
+        coupling without delay may lead to them and not back. Returns when it is on record.
+
+        Fails with RUN_NOT_FOUND, with INSTANT_PASSED (metadata `earliest_ns`) when a member that
+        would hear of them is past `time_ns`, with LATE_WITHOUT_DELAY, and as CreateRun does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveMember(self, request, context):
+        """Lets a member leave a live run: it makes no step at that instant or later. What it has
+        published holds, and is recorded once more as held. Returns when it is on record; the twin is
+        needed until the run has passed the instant.
+
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, INSTANT_PASSED (metadata `earliest_ns`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplaceMember(self, request, context):
+        """Lets another service go on under a member's name, from its first step at that instant or
+        later. It has the same entities, variables, actuators and time policy. The same model in the
+        same version gets the member's state, by a snapshot or by doing all its steps again, and
+        changes nothing in the run but for the event that names it; any other begins afresh and is
+        shown every input. Returns when it has taken over; until then the call may be given up, which
+        changes nothing.
+
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNREACHABLE, DESCRIPTION_DIFFERS, INSTANT_PASSED
+        (metadata `earliest_ns`), MEMBER_LOST when the member's state is gone, and UNSUPPORTED when
+        the member has no snapshot and a policy that keeps no steps. The member then stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +147,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.SubmitAction,
                     request_deserializer=federation_dot_v1_dot_control__pb2.SubmitActionRequest.FromString,
                     response_serializer=federation_dot_v1_dot_control__pb2.SubmitActionResponse.SerializeToString,
+            ),
+            'AddMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddMembers,
+                    request_deserializer=federation_dot_v1_dot_control__pb2.AddMembersRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_control__pb2.AddMembersResponse.SerializeToString,
+            ),
+            'RemoveMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveMember,
+                    request_deserializer=federation_dot_v1_dot_control__pb2.RemoveMemberRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_control__pb2.RemoveMemberResponse.SerializeToString,
+            ),
+            'ReplaceMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplaceMember,
+                    request_deserializer=federation_dot_v1_dot_control__pb2.ReplaceMemberRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_control__pb2.ReplaceMemberResponse.SerializeToString,
             ),
             'StopRun': grpc.unary_unary_rpc_method_handler(
                     servicer.StopRun,
@@ -132,6 +202,87 @@ class Control:
             '/federation.v1.Control/SubmitAction',
             federation_dot_v1_dot_control__pb2.SubmitActionRequest.SerializeToString,
             federation_dot_v1_dot_control__pb2.SubmitActionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Control/AddMembers',
+            federation_dot_v1_dot_control__pb2.AddMembersRequest.SerializeToString,
+            federation_dot_v1_dot_control__pb2.AddMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Control/RemoveMember',
+            federation_dot_v1_dot_control__pb2.RemoveMemberRequest.SerializeToString,
+            federation_dot_v1_dot_control__pb2.RemoveMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplaceMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Control/ReplaceMember',
+            federation_dot_v1_dot_control__pb2.ReplaceMemberRequest.SerializeToString,
+            federation_dot_v1_dot_control__pb2.ReplaceMemberResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,34 @@ class ControlStub:
     Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
     OUTSIDE_ENVELOPE.
     """
+    AddMembers: _grpc.UnaryUnaryMultiCallable[_control_pb2.AddMembersRequest, _control_pb2.AddMembersResponse]
+    """Lets members join a live run, with all that couples them to it. From the instant at which
+    they join they see what their sources say then; their own first step comes after their
+    offset. They step after all members that were there before, in the order of joining, so a
+    coupling without delay may lead to them and not back. Returns when it is on record.
+
+    Fails with RUN_NOT_FOUND, with INSTANT_PASSED (metadata `earliest_ns`) when a member that
+    would hear of them is past `time_ns`, with LATE_WITHOUT_DELAY, and as CreateRun does.
+    """
+    RemoveMember: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveMemberRequest, _control_pb2.RemoveMemberResponse]
+    """Lets a member leave a live run: it makes no step at that instant or later. What it has
+    published holds, and is recorded once more as held. Returns when it is on record; the twin is
+    needed until the run has passed the instant.
+
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, INSTANT_PASSED (metadata `earliest_ns`).
+    """
+    ReplaceMember: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReplaceMemberRequest, _control_pb2.ReplaceMemberResponse]
+    """Lets another service go on under a member's name, from its first step at that instant or
+    later. It has the same entities, variables, actuators and time policy. The same model in the
+    same version gets the member's state, by a snapshot or by doing all its steps again, and
+    changes nothing in the run but for the event that names it; any other begins afresh and is
+    shown every input. Returns when it has taken over; until then the call may be given up, which
+    changes nothing.
+
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNREACHABLE, DESCRIPTION_DIFFERS, INSTANT_PASSED
+    (metadata `earliest_ns`), MEMBER_LOST when the member's state is gone, and UNSUPPORTED when
+    the member has no snapshot and a policy that keeps no steps. The member then stays.
+    """
     StopRun: _grpc.UnaryUnaryMultiCallable[_control_pb2.StopRunRequest, _control_pb2.StopRunResponse]
     """Ends a live run at once. Stopping a run that has ended changes nothing. Fails with
     RUN_NOT_FOUND.
@@ -61,6 +89,34 @@ class ControlAsyncStub(ControlStub):
 
     Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
     OUTSIDE_ENVELOPE.
+    """
+    AddMembers: _aio.UnaryUnaryMultiCallable[_control_pb2.AddMembersRequest, _control_pb2.AddMembersResponse]  # type: ignore[assignment]
+    """Lets members join a live run, with all that couples them to it. From the instant at which
+    they join they see what their sources say then; their own first step comes after their
+    offset. They step after all members that were there before, in the order of joining, so a
+    coupling without delay may lead to them and not back. Returns when it is on record.
+
+    Fails with RUN_NOT_FOUND, with INSTANT_PASSED (metadata `earliest_ns`) when a member that
+    would hear of them is past `time_ns`, with LATE_WITHOUT_DELAY, and as CreateRun does.
+    """
+    RemoveMember: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveMemberRequest, _control_pb2.RemoveMemberResponse]  # type: ignore[assignment]
+    """Lets a member leave a live run: it makes no step at that instant or later. What it has
+    published holds, and is recorded once more as held. Returns when it is on record; the twin is
+    needed until the run has passed the instant.
+
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, INSTANT_PASSED (metadata `earliest_ns`).
+    """
+    ReplaceMember: _aio.UnaryUnaryMultiCallable[_control_pb2.ReplaceMemberRequest, _control_pb2.ReplaceMemberResponse]  # type: ignore[assignment]
+    """Lets another service go on under a member's name, from its first step at that instant or
+    later. It has the same entities, variables, actuators and time policy. The same model in the
+    same version gets the member's state, by a snapshot or by doing all its steps again, and
+    changes nothing in the run but for the event that names it; any other begins afresh and is
+    shown every input. Returns when it has taken over; until then the call may be given up, which
+    changes nothing.
+
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNREACHABLE, DESCRIPTION_DIFFERS, INSTANT_PASSED
+    (metadata `earliest_ns`), MEMBER_LOST when the member's state is gone, and UNSUPPORTED when
+    the member has no snapshot and a policy that keeps no steps. The member then stays.
     """
     StopRun: _aio.UnaryUnaryMultiCallable[_control_pb2.StopRunRequest, _control_pb2.StopRunResponse]  # type: ignore[assignment]
     """Ends a live run at once. Stopping a run that has ended changes nothing. Fails with
@@ -87,6 +143,52 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
 
         Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
         OUTSIDE_ENVELOPE.
+        """
+
+    @_abc_1.abstractmethod
+    def AddMembers(
+        self,
+        request: _control_pb2.AddMembersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.AddMembersResponse, _abc.Awaitable[_control_pb2.AddMembersResponse]]:
+        """Lets members join a live run, with all that couples them to it. From the instant at which
+        they join they see what their sources say then; their own first step comes after their
+        offset. They step after all members that were there before, in the order of joining, so a
+        coupling without delay may lead to them and not back. Returns when it is on record.
+
+        Fails with RUN_NOT_FOUND, with INSTANT_PASSED (metadata `earliest_ns`) when a member that
+        would hear of them is past `time_ns`, with LATE_WITHOUT_DELAY, and as CreateRun does.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveMember(
+        self,
+        request: _control_pb2.RemoveMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RemoveMemberResponse, _abc.Awaitable[_control_pb2.RemoveMemberResponse]]:
+        """Lets a member leave a live run: it makes no step at that instant or later. What it has
+        published holds, and is recorded once more as held. Returns when it is on record; the twin is
+        needed until the run has passed the instant.
+
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, INSTANT_PASSED (metadata `earliest_ns`).
+        """
+
+    @_abc_1.abstractmethod
+    def ReplaceMember(
+        self,
+        request: _control_pb2.ReplaceMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ReplaceMemberResponse, _abc.Awaitable[_control_pb2.ReplaceMemberResponse]]:
+        """Lets another service go on under a member's name, from its first step at that instant or
+        later. It has the same entities, variables, actuators and time policy. The same model in the
+        same version gets the member's state, by a snapshot or by doing all its steps again, and
+        changes nothing in the run but for the event that names it; any other begins afresh and is
+        shown every input. Returns when it has taken over; until then the call may be given up, which
+        changes nothing.
+
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, UNREACHABLE, DESCRIPTION_DIFFERS, INSTANT_PASSED
+        (metadata `earliest_ns`), MEMBER_LOST when the member's state is gone, and UNSUPPORTED when
+        the member has no snapshot and a policy that keeps no steps. The member then stays.
         """
 
     @_abc_1.abstractmethod

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from federation.v1 import error_pb2 as _error_pb2
+from federation.v1 import twin_pb2 as _twin_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -86,8 +87,8 @@ class Run(_message.Message):
     horizon_ns: _builtins.int
     """The instant at which it ends."""
     digest: _builtins.str
-    """The hash over its ledger, in hexadecimal; empty until it succeeded. Same scenario, seed and
-    versions: same digest.
+    """The hash over its ledger, in hexadecimal; empty until it succeeded. Same scenario, seed,
+    versions and requests of people: same digest.
     """
     @_builtins.property
     def error(self) -> _error_pb2.Error:
@@ -374,6 +375,141 @@ class WatchRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
+
+@_typing.final
+class ForkRunRequest(_message.Message):
+    """Asks for a run with the past of another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
+    HORIZON_NS_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The other run's name, `runs/{run}`."""
+    time_ns: _builtins.int
+    """The instant of the cut: what is of it or before is past. Unset: all that is settled."""
+    measure: _builtins.str
+    """The measure under which crews are sent from the cut on; empty: as before."""
+    horizon_ns: _builtins.int
+    """When the new run ends; unset: when the other one does."""
+    operator: _builtins.str
+    """Who asks for them, for the record; never empty when there are any."""
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedCompositeFieldContainer[_twin_pb2.Action]:
+        """Setpoints that somebody asks for; they take effect right after the cut."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        time_ns: _builtins.int | None = ...,
+        measure: _builtins.str = ...,
+        horizon_ns: _builtins.int | None = ...,
+        actions: _abc.Iterable[_twin_pb2.Action] | None = ...,
+        operator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns", "_time_ns", b"_time_ns", "horizon_ns", b"horizon_ns", "time_ns", b"time_ns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns", "_time_ns", b"_time_ns", "actions", b"actions", "horizon_ns", b"horizon_ns", "measure", b"measure", "name", b"name", "operator", b"operator", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__horizon_ns: _TypeAlias = _typing.Literal["horizon_ns"]  # noqa: Y015
+    _WhichOneofArgType__horizon_ns: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns"]  # noqa: Y015
+    _WhichOneofReturnType__time_ns: _TypeAlias = _typing.Literal["time_ns"]  # noqa: Y015
+    _WhichOneofArgType__time_ns: _TypeAlias = _typing.Literal["_time_ns", b"_time_ns"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__horizon_ns) -> _WhichOneofReturnType__horizon_ns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time_ns) -> _WhichOneofReturnType__time_ns | None: ...
+
+Global___ForkRunRequest: _TypeAlias = ForkRunRequest  # noqa: Y015
+
+@_typing.final
+class ForkRunResponse(_message.Message):
+    """The run has been accepted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """The new run."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkRunResponse: _TypeAlias = ForkRunResponse  # noqa: Y015
+
+@_typing.final
+class ReplayRunRequest(_message.Message):
+    """Asks to go through a run again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LIVE_MEMBERS_FIELD_NUMBER: _builtins.int
+    RECORDED_MEMBERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The run's name, `runs/{run}`."""
+    @_builtins.property
+    def live_members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The members that do their steps again; all others are their recordings. Only one of these
+        lists may have names.
+        """
+
+    @_builtins.property
+    def recorded_members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The members that are their recordings; all others do their steps again."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        live_members: _abc.Iterable[_builtins.str] | None = ...,
+        recorded_members: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["live_members", b"live_members", "name", b"name", "recorded_members", b"recorded_members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayRunRequest: _TypeAlias = ReplayRunRequest  # noqa: Y015
+
+@_typing.final
+class ReplayRunResponse(_message.Message):
+    """The run has been accepted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """The new run."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayRunResponse: _TypeAlias = ReplayRunResponse  # noqa: Y015
 
 @_typing.final
 class CancelRunRequest(_message.Message):

@@ -55,6 +55,16 @@ class ScenariosStub:
                 request_serializer=federation_dot_v1_dot_scenario__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_scenario__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
+        self.ForkRun = channel.unary_unary(
+                '/federation.v1.Scenarios/ForkRun',
+                request_serializer=federation_dot_v1_dot_scenario__pb2.ForkRunRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_scenario__pb2.ForkRunResponse.FromString,
+                _registered_method=True)
+        self.ReplayRun = channel.unary_unary(
+                '/federation.v1.Scenarios/ReplayRun',
+                request_serializer=federation_dot_v1_dot_scenario__pb2.ReplayRunRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_scenario__pb2.ReplayRunResponse.FromString,
+                _registered_method=True)
         self.CancelRun = channel.unary_unary(
                 '/federation.v1.Scenarios/CancelRun',
                 request_serializer=federation_dot_v1_dot_scenario__pb2.CancelRunRequest.SerializeToString,
@@ -97,6 +107,33 @@ class ScenariosServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkRun(self, request, context):
+        """Starts a run that has its past from another one: all that is of instants up to a cut, and
+        nothing that comes from later. From there it goes on with sessions of its own, and the other
+        run, which may be going on, does not feel it. Without changes it ends with the digest with
+        which that one ends, unless people have asked for something that takes effect after the cut.
+
+        Fails with RUN_NOT_FOUND, INSTANT_PASSED when the run is not settled up to the cut, the
+        horizon lies before it, or the run has its own past from another one (metadata `run`) beyond
+        it, JOURNAL_PRUNED, and SCENARIO_INVALID when the measure is unknown or
+        has other parameters than the run's: these are part of the past.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayRun(self, request, context):
+        """Goes through a run again, with the recordings of members in the place of some or all of
+        them, up to what is settled. It ends with the digest of the run, or fails with
+        REPLAY_DIFFERS, whose message has the first entry that is another one.
+
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+        those who are live and those who are recorded are named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelRun(self, request, context):
         """Ends a run; what it recorded so far stays. Cancelling a run that has ended changes nothing.
         Fails with RUN_NOT_FOUND.
@@ -127,6 +164,16 @@ def add_ScenariosServicer_to_server(servicer, server):
                     servicer.WatchRun,
                     request_deserializer=federation_dot_v1_dot_scenario__pb2.WatchRunRequest.FromString,
                     response_serializer=federation_dot_v1_dot_scenario__pb2.WatchRunResponse.SerializeToString,
+            ),
+            'ForkRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkRun,
+                    request_deserializer=federation_dot_v1_dot_scenario__pb2.ForkRunRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_scenario__pb2.ForkRunResponse.SerializeToString,
+            ),
+            'ReplayRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayRun,
+                    request_deserializer=federation_dot_v1_dot_scenario__pb2.ReplayRunRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_scenario__pb2.ReplayRunResponse.SerializeToString,
             ),
             'CancelRun': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelRun,
@@ -243,6 +290,60 @@ class Scenarios:
             '/federation.v1.Scenarios/WatchRun',
             federation_dot_v1_dot_scenario__pb2.WatchRunRequest.SerializeToString,
             federation_dot_v1_dot_scenario__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Scenarios/ForkRun',
+            federation_dot_v1_dot_scenario__pb2.ForkRunRequest.SerializeToString,
+            federation_dot_v1_dot_scenario__pb2.ForkRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Scenarios/ReplayRun',
+            federation_dot_v1_dot_scenario__pb2.ReplayRunRequest.SerializeToString,
+            federation_dot_v1_dot_scenario__pb2.ReplayRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

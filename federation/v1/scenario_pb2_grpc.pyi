@@ -46,6 +46,25 @@ class ScenariosStub:
     """Follows a run: its present state, then every change, until it ends. Fails with
     RUN_NOT_FOUND.
     """
+    ForkRun: _grpc.UnaryUnaryMultiCallable[_scenario_pb2.ForkRunRequest, _scenario_pb2.ForkRunResponse]
+    """Starts a run that has its past from another one: all that is of instants up to a cut, and
+    nothing that comes from later. From there it goes on with sessions of its own, and the other
+    run, which may be going on, does not feel it. Without changes it ends with the digest with
+    which that one ends, unless people have asked for something that takes effect after the cut.
+
+    Fails with RUN_NOT_FOUND, INSTANT_PASSED when the run is not settled up to the cut, the
+    horizon lies before it, or the run has its own past from another one (metadata `run`) beyond
+    it, JOURNAL_PRUNED, and SCENARIO_INVALID when the measure is unknown or
+    has other parameters than the run's: these are part of the past.
+    """
+    ReplayRun: _grpc.UnaryUnaryMultiCallable[_scenario_pb2.ReplayRunRequest, _scenario_pb2.ReplayRunResponse]
+    """Goes through a run again, with the recordings of members in the place of some or all of
+    them, up to what is settled. It ends with the digest of the run, or fails with
+    REPLAY_DIFFERS, whose message has the first entry that is another one.
+
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+    those who are live and those who are recorded are named.
+    """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_scenario_pb2.CancelRunRequest, _scenario_pb2.CancelRunResponse]
     """Ends a run; what it recorded so far stays. Cancelling a run that has ended changes nothing.
     Fails with RUN_NOT_FOUND.
@@ -68,6 +87,25 @@ class ScenariosAsyncStub(ScenariosStub):
     WatchRun: _aio.UnaryStreamMultiCallable[_scenario_pb2.WatchRunRequest, _scenario_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Follows a run: its present state, then every change, until it ends. Fails with
     RUN_NOT_FOUND.
+    """
+    ForkRun: _aio.UnaryUnaryMultiCallable[_scenario_pb2.ForkRunRequest, _scenario_pb2.ForkRunResponse]  # type: ignore[assignment]
+    """Starts a run that has its past from another one: all that is of instants up to a cut, and
+    nothing that comes from later. From there it goes on with sessions of its own, and the other
+    run, which may be going on, does not feel it. Without changes it ends with the digest with
+    which that one ends, unless people have asked for something that takes effect after the cut.
+
+    Fails with RUN_NOT_FOUND, INSTANT_PASSED when the run is not settled up to the cut, the
+    horizon lies before it, or the run has its own past from another one (metadata `run`) beyond
+    it, JOURNAL_PRUNED, and SCENARIO_INVALID when the measure is unknown or
+    has other parameters than the run's: these are part of the past.
+    """
+    ReplayRun: _aio.UnaryUnaryMultiCallable[_scenario_pb2.ReplayRunRequest, _scenario_pb2.ReplayRunResponse]  # type: ignore[assignment]
+    """Goes through a run again, with the recordings of members in the place of some or all of
+    them, up to what is settled. It ends with the digest of the run, or fails with
+    REPLAY_DIFFERS, whose message has the first entry that is another one.
+
+    Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+    those who are live and those who are recorded are named.
     """
     CancelRun: _aio.UnaryUnaryMultiCallable[_scenario_pb2.CancelRunRequest, _scenario_pb2.CancelRunResponse]  # type: ignore[assignment]
     """Ends a run; what it recorded so far stays. Cancelling a run that has ended changes nothing.
@@ -112,6 +150,37 @@ class ScenariosServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_scenario_pb2.WatchRunResponse], _abc.AsyncIterator[_scenario_pb2.WatchRunResponse]]:
         """Follows a run: its present state, then every change, until it ends. Fails with
         RUN_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ForkRun(
+        self,
+        request: _scenario_pb2.ForkRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scenario_pb2.ForkRunResponse, _abc.Awaitable[_scenario_pb2.ForkRunResponse]]:
+        """Starts a run that has its past from another one: all that is of instants up to a cut, and
+        nothing that comes from later. From there it goes on with sessions of its own, and the other
+        run, which may be going on, does not feel it. Without changes it ends with the digest with
+        which that one ends, unless people have asked for something that takes effect after the cut.
+
+        Fails with RUN_NOT_FOUND, INSTANT_PASSED when the run is not settled up to the cut, the
+        horizon lies before it, or the run has its own past from another one (metadata `run`) beyond
+        it, JOURNAL_PRUNED, and SCENARIO_INVALID when the measure is unknown or
+        has other parameters than the run's: these are part of the past.
+        """
+
+    @_abc_1.abstractmethod
+    def ReplayRun(
+        self,
+        request: _scenario_pb2.ReplayRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scenario_pb2.ReplayRunResponse, _abc.Awaitable[_scenario_pb2.ReplayRunResponse]]:
+        """Goes through a run again, with the recordings of members in the place of some or all of
+        them, up to what is settled. It ends with the digest of the run, or fails with
+        REPLAY_DIFFERS, whose message has the first entry that is another one.
+
+        Fails with RUN_NOT_FOUND, UNKNOWN_MEMBER, JOURNAL_PRUNED, and SCENARIO_INVALID when both
+        those who are live and those who are recorded are named.
         """
 
     @_abc_1.abstractmethod

@@ -504,11 +504,16 @@ class SessionRequest(_message.Message):
         MEMBER_FIELD_NUMBER: _builtins.int
         SEED_FIELD_NUMBER: _builtins.int
         PARAMETERS_FIELD_NUMBER: _builtins.int
+        START_NS_FIELD_NUMBER: _builtins.int
         member: _builtins.str
         """The name that the federation has for this member; the twin's event ids begin with it."""
         seed: _builtins.int
         """The seed of all randomness, not negative. Same seed, same parameters, same inputs: same
         bits.
+        """
+        start_ns: _builtins.int
+        """The instant of the run at which the session begins; its first step covers the span since
+        then. 0 unless the member joins a run that is going on, or takes over in one.
         """
         @_builtins.property
         def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -520,10 +525,11 @@ class SessionRequest(_message.Message):
             member: _builtins.str = ...,
             seed: _builtins.int = ...,
             parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+            start_ns: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "parameters", b"parameters", "seed", b"seed"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "parameters", b"parameters", "seed", b"seed", "start_ns", b"start_ns"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -391,12 +391,17 @@ class Link:
         return Clock(offset_ns / 1e9, ((heard_ns - asked_ns) - (left_ns - came_ns)) / 1e9)
 
     async def session(
-        self, member: str, seed: int, parameters: Mapping[str, float], epoch: int
+        self,
+        member: str,
+        seed: int,
+        parameters: Mapping[str, float],
+        epoch: int,
+        start_ns: int = 0,
     ) -> LinkSession:
-        """Open a session at instant 0. Events are named `member/serial`."""
+        """Open a session that begins at `start_ns`. Events are named `member/serial`."""
         session_id = f"{self._prefix}-{next(self._serial)}"
         session = await self.resume(session_id, member, 0, epoch)
-        await session.open(seed, parameters)
+        await session.open(seed, parameters, start_ns)
         return session
 
     async def resume(self, session_id: str, member: str, frame: int, epoch: int) -> LinkSession:
@@ -549,9 +554,11 @@ class LinkSession:
                 {"member": self.member},
             )
 
-    async def open(self, seed: int, parameters: Mapping[str, float]) -> None:
-        """Begin at instant 0; `Link.session` does this."""
-        opened = twin_pb2.SessionRequest.Open(member=self.member, seed=seed, parameters=parameters)
+    async def open(self, seed: int, parameters: Mapping[str, float], start_ns: int = 0) -> None:
+        """Begin at `start_ns`; `Link.session` does this."""
+        opened = twin_pb2.SessionRequest.Open(
+            member=self.member, seed=seed, parameters=parameters, start_ns=start_ns
+        )
         await self._ask(twin_pb2.SessionRequest(open=opened), "opened")
 
     async def _ask(

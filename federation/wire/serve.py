@@ -568,7 +568,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                     {"parameter": parameter},
                 )
         session = ModelSession(self._factory(), opened.member)
-        session.open(opened.seed, dict(opened.parameters))
+        session.open(opened.seed, dict(opened.parameters), opened.start_ns)
         hosted.session, hosted.opened, hosted.failure = session, opened, None
 
     def _advance(
@@ -597,7 +597,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         assert hosted.opened is not None
         opened = hosted.opened
         session = ModelSession(self._factory(), opened.member)
-        session.open(opened.seed, dict(opened.parameters))
+        session.open(opened.seed, dict(opened.parameters), opened.start_ns)
         codec.restore_session(session, state)
         self._end(hosted)
         hosted.session, hosted.failure = session, None
