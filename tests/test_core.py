@@ -115,15 +115,20 @@ def _line(entry: Entry) -> str:
             return f"{at} acts {entry.action} {entry.refusal}"
 
 
-@given(worlds(), st.integers(0, 2**16), st.integers(1, 9))
+IN_FLIGHT = st.sampled_from([None, 1, 2, 3])
+"""How many grants may be out at a time."""
+
+
+@given(worlds(), st.integers(0, 2**16), st.integers(1, 9), IN_FLIGHT)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_message_order_gives_the_ledger_of_the_sequential_reference(
-    world: tuple[dict[str, Habit], Wiring], order: int, frame_steps: int
+    world: tuple[dict[str, Habit], Wiring], order: int, frame_steps: int, in_flight: int | None
 ) -> None:
     habits, wiring = world
     expected = Reference(wiring, open_sessions(habits), HORIZON_NS)
     digest = expected.run()
     coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
+    coordinator.in_flight = in_flight
     found, entries = drive(coordinator, open_sessions(habits), shuffled(order))
     assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]
     assert found == digest

@@ -18,6 +18,7 @@ from opentelemetry import trace
 
 from federation import telemetry
 from federation.broker.clocks import Clocks
+from federation.broker.flow import Flow
 from federation.broker.memory import Memory, write_degraded, write_order
 from federation.broker.pace import LateSeat, Pacer
 from federation.broker.registry import Lease
@@ -544,6 +545,8 @@ class _Shell:
         self._ages = ages
         self._pacer = pacer
         self._clocks: Clocks | None = None
+        # grants that wait for the wall clock would keep others from their turn
+        self._flow = Flow() if pacer is None else None
         self._last: critical.Frame | None = None
         """The answer that was taken last."""
         self._frames = self._fold_at = 0
@@ -767,12 +770,15 @@ class _Shell:
         place.ended_s = now_s = time.perf_counter()
         wall_s = now_s - place.began_s
         place.wall_s += wall_s
-        place.steps += place.granted
-        place.granted = 0
+        granted, place.granted = place.granted, 0
+        place.steps += granted
         frame = critical.Frame(
             place.unlocked_by, place.name, place.until_ns, place.began_s, now_s, 0.0, place.pace_s
         )
         telemetry.step_duration.record(wall_s, {"member": place.name})
+        if self._flow is not None:
+            self._flow.answered(granted, wall_s, now_s)
+            self._coordinator.in_flight = self._flow.limit
         if isinstance(place.seat, PlannerSession):
             place.cpu_s = place.seat.cpu_s
         answer: Stepped | Failed
@@ -978,6 +984,10 @@ class _Shell:
                     place.seat.look(now_s)
                 elif isinstance(place.seat, PlannerSession):
                     self._look_at_planner(place)
+                if self._flow is not None and place.granted:
+                    self._flow.owed(place.began_s, time.perf_counter())
+            if self._flow is not None and self._flow.limit != self._coordinator.in_flight:
+                self._do(partial(self._coordinator.limit, self._flow.limit), None)
             self._keep(())
 
     def _look_at_planner(self, place: _Place) -> None:
