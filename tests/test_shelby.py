@@ -15,6 +15,7 @@ import pytest
 
 from federation.__main__ import main, planner
 from federation.broker.fleet import fleet
+from federation.broker.live import show
 from federation.core.ledger import ActionRecord, EventRecord, Record
 from federation.loop import run as run_loop
 from federation.scenario.explain import Causes
@@ -215,3 +216,39 @@ def test_a_run_whose_processes_are_all_killed_once_ends_as_if_nothing_had_been(
     disturbed = run_loop(story())
     assert {member for member, _, _ in disturbed.recoveries} == set(recovering)
     assert disturbed.digest == outcome.digest
+
+
+def test_a_what_if_from_the_second_day_on_has_the_first_day_in_common(
+    outcome: Outcome, tmp_path: Path
+) -> None:
+    """Forked at 24 h: as it was, the run ends as it did; with crews sent to what is nearest, it
+    has the same first day and another end."""
+    scenario = load(SCENARIO)
+    day_ns = 24 * HOUR_NS
+
+    async def story() -> tuple[str, str, list[list[str]]]:
+        logs = tmp_path
+        async with fleet(scenario, tmp_path / "broker.sqlite", logs, planner) as crew:
+            broker = crew.broker
+            live = await broker.run(scenario, outcome.case, planner)
+            assert live.digest == outcome.digest
+            (run,), _ = broker.store.runs()
+            names = [await broker.fork(run.name, day_ns, measure) for measure in ("", "nearest")]
+            for name in names:
+                async for state in broker.follow_run(name):
+                    assert state.error is None, state.error
+            found = [broker.store.run(name) for name in names]
+            days = [
+                [
+                    show(stored.entry)
+                    for stored in broker.store.entries(name, limit=1 << 40)[0]
+                    if stored.entry.time_ns <= day_ns
+                ]
+                for name in (run.name, *names)
+            ]
+            return found[0].digest, found[1].digest, days
+
+    as_it_was, nearest, days = run_loop(story())
+    assert as_it_was == outcome.digest != nearest
+    assert len(days[0]) > 1000
+    assert days[0] == days[1] == days[2]

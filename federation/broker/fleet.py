@@ -83,11 +83,14 @@ def _row(
 
 
 @asynccontextmanager
-async def fleet(scenario: Scenario, store: str | Path, logs: Path) -> AsyncIterator[Fleet]:
+async def fleet(
+    scenario: Scenario, store: str | Path, logs: Path, factory: PlannerFactory | None = None
+) -> AsyncIterator[Fleet]:
     """Start a broker here and a process for each member that has a class; end them all after.
 
     Members with an address are used where they are. What a process writes goes to
-    `logs/NAME.log`. Fails with MEMBER_LOST when one does not come up.
+    `logs/NAME.log`. Runs that are forked have planners of `factory`. Fails with MEMBER_LOST when
+    one does not come up.
     """
     logs.mkdir(parents=True, exist_ok=True)
     started_s = time.perf_counter()
@@ -96,7 +99,10 @@ async def fleet(scenario: Scenario, store: str | Path, logs: Path) -> AsyncItera
         stand_in = member.on_failure.substitute
         if stand_in is not None and stand_in.twin:
             own[substitute_of(name)] = stand_in
-    async with BrokerServer(BrokerOptions(store=store, continues=False)) as broker:
+    options = BrokerOptions(
+        store=store, scenario_folder=scenario.folder, planner=factory, continues=False
+    )
+    async with BrokerServer(options) as broker:
         processes: dict[str, asyncio.subprocess.Process] = {}
         files = {name: logs / f"{name}.log" for name in own}
 

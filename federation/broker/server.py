@@ -480,6 +480,12 @@ class BrokerServer:
                 else:
                     asked.append(request)
             factory = None if PLANNER in over else self.options.planner
+            if factory is None and PLANNER in memory.descriptions and PLANNER not in over:
+                raise ScenarioError(
+                    Reason.UNSUPPORTED,
+                    "the run has a planner, and this broker was given none to go on with",
+                    {"member": PLANNER},
+                )
             known = memory.descriptions
             prepared = await prepare(scenario, memory.case, factory, links, known)
         except BaseException:
