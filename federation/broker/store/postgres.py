@@ -223,8 +223,16 @@ class Postgres:
         return _Statements(db.cursor(binary=True))
 
     def _committed(self, db: _Connection, number: str) -> bool:
+        """Whether a transaction of that number is in the database.
+
+        A server that crashed may not remember that it gave the number out: then nothing of the
+        transaction was kept.
+        """
         query = "SELECT pg_xact_status(%s::xid8)"
-        (known,) = db.execute(query, (number,)).fetchone() or (None,)
+        try:
+            (known,) = db.execute(query, (number,)).fetchone() or (None,)
+        except psycopg.errors.InvalidParameterValue:  # "is in the future"
+            return False
         if known == "in progress":
             raise psycopg.OperationalError(f"transaction {number} is still going on")
         return bool(known == "committed")
