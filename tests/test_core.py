@@ -57,6 +57,9 @@ from tests.worlds import Habit, Toy, drive, open_late, open_sessions, shuffled
 
 HORIZON_NS = 40
 
+IN_FLIGHT = st.sampled_from([None, 1, 2, 3])
+"""How many grants may be out at a time."""
+
 
 def _links(draw: st.DrawFn, size: int) -> tuple[tuple[str, str, float], ...] | None:
     """No map, or a random one: some rows unfed, some columns unread, some turned around."""
@@ -199,14 +202,15 @@ def _line(entry: Entry) -> str:
 
 
 @pytest.mark.property
-@given(worlds(), st.integers(0, 2**16), st.integers(1, 9))
+@given(worlds(), st.integers(0, 2**16), st.integers(1, 9), IN_FLIGHT)
 def test_any_message_order_gives_the_ledger_of_the_sequential_reference(
-    world: tuple[dict[str, Habit], Wiring], order: int, frame_steps: int
+    world: tuple[dict[str, Habit], Wiring], order: int, frame_steps: int, in_flight: int | None
 ) -> None:
     habits, wiring = world
     expected = Reference(wiring, open_sessions(habits), HORIZON_NS)
     digest = expected.run()
     coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
+    coordinator.in_flight = in_flight
     found, entries = drive(coordinator, open_sessions(habits), shuffled(order))
     assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]
     assert found == digest
@@ -243,11 +247,16 @@ class Story:
         return open_late(late, time_ns)
 
     def run(
-        self, said: Mapping[int, Request], choose: Callable[[int], int], frame_steps: int
+        self,
+        said: Mapping[int, Request],
+        choose: Callable[[int], int],
+        frame_steps: int,
+        in_flight: int | None,
     ) -> tuple[str, list[Entry]]:
         wiring = wire(described(self.world.only(0)), *self.world.ties(0))
         self.sessions = open_sessions(self.world.only(0))
         coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
+        coordinator.in_flight = in_flight
         return drive(coordinator, self.sessions, choose, said, self.hear)
 
     def cut(self, until_ns: int) -> Story:
@@ -276,13 +285,16 @@ class Story:
 
 
 @pytest.mark.property
-@given(changing_worlds(), st.integers(0, 2**16), st.integers(1, 9))
+@given(changing_worlds(), st.integers(0, 2**16), st.integers(1, 9), IN_FLIGHT)
 def test_members_that_come_and_go_leave_the_ledger_of_a_run_that_knew_it_from_the_start(
-    changing: tuple[World, dict[int, Request]], order: int, frame_steps: int
+    changing: tuple[World, dict[int, Request]],
+    order: int,
+    frame_steps: int,
+    in_flight: int | None,
 ) -> None:
     world, said = changing
     story = Story(world)
-    digest, entries = story.run(said, shuffled(order), frame_steps)
+    digest, entries = story.run(said, shuffled(order), frame_steps, in_flight)
     expected = story.reference()
     expected_digest = expected.run()
     assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]

@@ -21,8 +21,15 @@ from tests.worlds import Habit, open_sessions, shuffled
 class Federation:
     """A coordinator with its members, whose answers come when a test says so."""
 
-    def __init__(self, habits: dict[str, Habit], wiring: Wiring, horizon_ns: int) -> None:
+    def __init__(
+        self,
+        habits: dict[str, Habit],
+        wiring: Wiring,
+        horizon_ns: int,
+        in_flight: int | None = None,
+    ) -> None:
         self.coordinator = Coordinator(wiring, horizon_ns, frame_steps=1)
+        self.coordinator.in_flight = in_flight
         self.granted: dict[str, Grant] = {}
         self.is_over = False
         self._sessions: dict[str, Session] = open_sessions(habits)
@@ -179,11 +186,11 @@ def test_who_has_no_step_left_is_not_waited_for() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(worlds(), st.integers(0, 1 << 20))
+@given(worlds(), st.integers(0, 1 << 20), st.sampled_from([None, 1, 2]))
 def test_every_chain_ends_at_a_member_that_works_and_nobody_is_left_out(
-    world: tuple[dict[str, Habit], Wiring], seed: int
+    world: tuple[dict[str, Habit], Wiring], seed: int, in_flight: int | None
 ) -> None:
-    run = Federation(*world, 40)
+    run = Federation(*world, 40, in_flight)
     pick = shuffled(seed)
     while not run.is_over:
         waits = run.waits()

@@ -20,6 +20,7 @@ from opentelemetry import trace
 
 from federation import telemetry
 from federation.broker.clocks import Clocks
+from federation.broker.flow import Flow
 from federation.broker.memory import (
     Added,
     Memory,
@@ -613,8 +614,6 @@ class _Place:
     begin: Callable[[Sequence[StepInput], Callable[[Results], None]], None]
     """Where its grants go: to the seat, or to who answers for it while it is late."""
     late: LateSeat | None = None
-    ages: tuple[str, ...] = ()
-    """Of which of its variables the age is bounded."""
     began_s: float = 0.0
     ended_s: float = 0.0
     """When its last answer came."""
@@ -667,9 +666,11 @@ class _Shell:
         self._ages = ages
         self._pacer = pacer
         self._clocks: Clocks | None = None
+        # grants that wait for the wall clock would keep others from their turn
+        self._flow = Flow() if pacer is None else None
         self._last: critical.Frame | None = None
         """The answer that was taken last."""
-        self._frames = 0
+        self._frames = self._fold_at = 0
         self._drive_s = 0.0
         self._places: dict[str, _Place] = {}
         self._memory = memory
@@ -758,7 +759,6 @@ class _Shell:
         self._home.seats.append(seat)
         place = self._places[name] = _Place(name, seat, _ignore, seat.begin)
         place.answered = partial(self._answered, place)
-        place.ages = self._ages.of(name)
         if self._is_given_up_when_late(name):
             place.late = self._late_seat(place)
             place.begin = place.late.begin
@@ -819,6 +819,8 @@ class _Shell:
         )
 
     def _fold(self) -> None:
+        each = critical.FOLD_AFTER_EACH * len(self._places)
+        self._fold_at = self._frames + critical.FOLD_AFTER + each
         heads = [place.unlocked_by for place in self._places.values() if place.granted]
         heads += [frame for _, frame in self._held]
         critical.fold([head for head in (self._last, *heads) if head is not None])
@@ -965,12 +967,15 @@ class _Shell:
         place.ended_s = now_s = time.perf_counter()
         wall_s = now_s - place.began_s
         place.wall_s += wall_s
-        place.steps += place.granted
-        place.granted = 0
+        granted, place.granted = place.granted, 0
+        place.steps += granted
         frame = critical.Frame(
             place.unlocked_by, place.name, place.until_ns, place.began_s, now_s, 0.0, place.pace_s
         )
         telemetry.step_duration.record(wall_s, {"member": place.name})
+        if self._flow is not None:
+            self._flow.answered(granted, wall_s, now_s)
+            self._coordinator.in_flight = self._flow.limit
         if isinstance(place.seat, PlannerSession):
             place.cpu_s = place.seat.cpu_s
         answer: Stepped | Failed
@@ -991,13 +996,11 @@ class _Shell:
     def _handle(self, answer: Stepped | Failed, frame: critical.Frame) -> None:
         self._last = frame
         self._frames += 1
-        if self._frames % critical.FOLD_EVERY == 0:
+        if self._frames > self._fold_at:
             self._fold()
         if isinstance(answer, Stepped) and answer.results:
-            for variable in self._places[answer.member].ages:
-                for result in answer.results:
-                    if variable in result.outputs:
-                        self._ages.published_ns[answer.member, variable] = result.time_ns
+            if self._ages.bounds_ns:
+                self._ages.heard(answer.member, answer.results)
             if self._sink is not None:
                 now_ns = time.time_ns()
                 for result in answer.results:
@@ -1196,6 +1199,10 @@ class _Shell:
                     place.seat.look(now_s)
                 elif isinstance(place.seat, PlannerSession):
                     self._look_at_planner(place)
+                if self._flow is not None and place.granted:
+                    self._flow.owed(place.began_s, time.perf_counter())
+            if self._flow is not None and self._flow.limit != self._coordinator.in_flight:
+                self._do(partial(self._coordinator.limit, self._flow.limit))
             self._keep(())
 
     def _look_at_planner(self, place: _Place) -> None:

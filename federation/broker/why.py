@@ -98,6 +98,7 @@ _STATES = {
     Doing.WORKING: _Member.STATE_WORKING,
     Doing.HELD_BACK: _Member.STATE_HELD_BACK,
     Doing.SLEEPING: _Member.STATE_SLEEPING,
+    Doing.READY: _Member.STATE_READY,
 }
 
 
@@ -266,6 +267,7 @@ def _decode(message: control_pb2.MemberWait) -> Wait:
     doing = {
         _Member.STATE_HELD_BACK: Doing.HELD_BACK,
         _Member.STATE_SLEEPING: Doing.SLEEPING,
+        _Member.STATE_READY: Doing.READY,
     }.get(message.state, Doing.WORKING)
     return Wait(
         message.member,

@@ -6,8 +6,10 @@ as its publication; so ages are counted from publications and not from records.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from federation.twin import StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,12 @@ class Ages:
     bounds_ns: Mapping[tuple[str, str], int]
     published_ns: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    def of(self, member: str) -> tuple[str, ...]:
-        """The variables of a member whose age is bounded."""
-        return tuple(variable for owner, variable in self.bounds_ns if owner == member)
+    def heard(self, member: str, results: Iterable[StepResult]) -> None:
+        """Note what a member has published, changed or not."""
+        for result in results:
+            for variable in result.outputs:
+                if (member, variable) in self.bounds_ns:
+                    self.published_ns[member, variable] = result.time_ns
 
     def stale(self, now_ns: int) -> Iterator[Stale]:
         """The values that are too old at an instant of the run."""

@@ -105,6 +105,8 @@ class _Unit:
     """The earliest step that is already sure to be possible."""
     earliest_ns: int = 0
     """The earliest step that is possible at all: nothing can be published before."""
+    parked: int = 0
+    """How many steps it could be granted when it was last put off for others."""
 
     def sure_ns(self) -> int:
         """What `own_ns` should be now."""
@@ -153,6 +155,13 @@ class Coordinator:
         self._build()
         self._leaving: list[Member] = []
         """Members that have an end ahead of them."""
+        self.in_flight: int | None = None
+        """How many grants may be out at a time, None for any number. With fewer, a grant waits
+        until it carries more steps: what the frames of quick members cost is shared by more. It
+        changes no result. See `limit`."""
+        self._flying = 0
+        self._parked: list[tuple[int, int]] = []
+        """A heap of units that were put off, those with most steps first; see `_Unit.parked`."""
         self._settle_at = SETTLE_EVERY
         self._over = False
         self._orders_taken = 0
@@ -202,9 +211,15 @@ class Coordinator:
                 member.set_next(result)
             member.reached_ns = member.granted[-1].time_ns
             member.granted = ()
+            self._flying -= 1
             return self._advance(self._moved(unit))
         except FederationError as error:
             return self._abort(error)
+
+    def limit(self, in_flight: int | None) -> tuple[Effect, ...]:
+        """Change how many grants may be out; what may be granted now."""
+        self.in_flight = in_flight
+        return () if self._over else self._advance(())
 
     @property
     def now_ns(self) -> int:
@@ -323,11 +338,25 @@ class Coordinator:
     def _advance(self, candidates: Iterable[_Unit]) -> tuple[Effect, ...]:
         """Grant whatever can be granted among `candidates` and commit what is settled."""
         effects: list[Effect] = []
-        again: list[_Unit] = []
-        for unit in candidates:
-            again.extend(self._try(unit, effects))
-        while again:
-            again.extend(self._try(again.pop(), effects))
+        limit = self.in_flight
+        if limit is None:
+            again = list(candidates)
+            if self._parked:
+                again += [self._units[index] for _, index in self._parked]
+                self._parked.clear()
+            again.reverse()
+            while again:
+                again.extend(self._try(again.pop(), effects))
+        else:
+            for unit in candidates:
+                self._park(unit)
+            while self._flying < limit and self._parked:
+                room, index = heapq.heappop(self._parked)
+                unit = self._units[index]
+                if unit.parked == -room:
+                    unit.parked = 0
+                    for other in self._try(unit, effects):
+                        self._park(other)
         now_ns = self.now_ns
         if now_ns > self.horizon_ns:
             self._over = True
@@ -348,9 +377,16 @@ class Coordinator:
             self._leaving = [m for m in self._leaving if m.until_ns >= before_ns]
         return self.ledger.settle(before_ns)
 
-    def _try(self, unit: _Unit, effects: list[Effect]) -> Iterable[_Unit]:
-        """Grant `unit` what it may do now; the units to look at again if it only caught up."""
-        time_ns = unit.own_ns
+    def _park(self, unit: _Unit) -> None:
+        """Put off what a unit may do now, if anything, behind those that may do more."""
+        room = self._room(unit)
+        if room != unit.parked:
+            unit.parked = room
+            if room:
+                heapq.heappush(self._parked, (-room, unit.index))
+
+    def _bound_ns(self, unit: _Unit) -> int:
+        """A unit may step at every instant before this."""
         bound_ns = min(self.horizon_ns + 1, unit.until_ns)
         for source, delay_ns, since_ns in unit.inward:
             limit_ns = source.earliest_ns + delay_ns
@@ -358,6 +394,29 @@ class Coordinator:
                 limit_ns = since_ns
             if limit_ns < bound_ns:
                 bound_ns = limit_ns
+        return bound_ns
+
+    def _room(self, unit: _Unit) -> int:
+        """How many steps a grant to this unit would carry now."""
+        member = unit.members[0]
+        if unit.loop is not None or member.granted:
+            return 0
+        own_ns, bound_ns = unit.own_ns, self._bound_ns(unit)
+        if own_ns >= bound_ns:
+            return 0
+        if unit.is_loop or not member.period_ns or member.wakes or member.acts:
+            return 1
+        span_ns = min(bound_ns - own_ns, unit.echo_ns)
+        return min(-(-span_ns // member.period_ns), self._frame_steps)
+
+    def _grant(self, member: Member, steps: tuple[StepInput, ...], effects: list[Effect]) -> None:
+        member.granted = steps
+        self._flying += 1
+        effects.append(Grant(member.name, steps))
+
+    def _try(self, unit: _Unit, effects: list[Effect]) -> Iterable[_Unit]:
+        """Grant `unit` what it may do now; the units to look at again if it only caught up."""
+        time_ns, bound_ns = unit.own_ns, self._bound_ns(unit)
         if time_ns >= bound_ns or unit.loop is not None:
             return ()
         if unit.is_loop:
@@ -373,16 +432,15 @@ class Coordinator:
             if member.wakes and member.next_ns != time_ns and _is_empty(given):
                 member.put_off(given)
                 return self._moved(unit)
-            member.granted = (given,)
-        else:
-            steps = [given]
-            bound_ns = min(bound_ns, time_ns + unit.echo_ns)
+            self._grant(member, (given,), effects)
+            return ()
+        steps = [given]
+        bound_ns = min(bound_ns, time_ns + unit.echo_ns)
+        time_ns += member.period_ns
+        while time_ns < bound_ns and len(steps) < self._frame_steps:
+            steps.append(member.collect(time_ns))
             time_ns += member.period_ns
-            while time_ns < bound_ns and len(steps) < self._frame_steps:
-                steps.append(member.collect(time_ns))
-                time_ns += member.period_ns
-            member.granted = tuple(steps)
-        effects.append(Grant(member.name, member.granted))
+        self._grant(member, tuple(steps), effects)
         return ()
 
     # -- what a member answers -----------------------------------------------------------
@@ -574,8 +632,7 @@ class Coordinator:
                 orders = loop.actions.setdefault(member.name, step.actions)
                 step = StepInput(step.time_ns, micro, step.inputs, step.causes, orders)
                 loop.given[member.name] = micro + 1
-                member.granted = (step,)
-                effects.append(Grant(member.name, member.granted))
+                self._grant(member, (step,), effects)
                 return ()
             unsettled = [m for m in unit.members if self._is_unsettled(m, loop)]
             if not unsettled:
@@ -615,6 +672,7 @@ class Coordinator:
         self._exchange.publish(member, result, NOTHING)
         loop.stepped[member.name] = result
         member.granted = ()
+        self._flying -= 1
         effects: list[Effect] = []
         again = self._next_in_loop(unit, loop, effects)
         return (*effects, *self._advance(again))

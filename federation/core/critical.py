@@ -16,8 +16,10 @@ from typing import NamedTuple
 LONGEST = 10
 """How many of the longest frames of the path are told one by one."""
 
-FOLD_EVERY = 4096
-"""Frames after which what nobody can change any more of the chains is summed up."""
+FOLD_AFTER = 1024
+FOLD_AFTER_EACH = 16
+"""Chains are summed up after so many frames and as many again for each member: seldom enough that
+it costs little per frame, often enough that they are short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,41 +124,64 @@ class _Sum:
     def reach(self, frame: Frame | None, kept: Container[Frame] = ()) -> Frame | None:
         """Add the frames from this one back to the next that is kept, which is returned."""
         held, began_s, pace_s = self.first
+        between_s = store_s = paced_s = 0.0
+        known = self.held
+        longest = self.longest
+        least_s = longest[0][0] if len(longest) == LONGEST else -1.0
         while frame is not None and frame not in kept:
-            self.add(frame, held)
-            self.store_s += frame.store_s
-            self.pace_s += pace_s
-            self.between_s += began_s - pace_s - frame.ended_s - frame.store_s
-            held, began_s, pace_s = frame.member, frame.began_s, frame.pace_s
+            member, frame_s = frame.member, frame.began_s
+            seconds = frame.ended_s - frame_s
+            pair = (member, held)
+            if (count := known.get(pair)) is None:
+                known[pair] = [1, seconds]
+            else:
+                count[0] += 1
+                count[1] += seconds
+            if seconds >= least_s:
+                least_s = self._note(seconds, frame.time_ns, *pair)
+            store_s += frame.store_s
+            paced_s += pace_s
+            between_s += began_s - pace_s - frame.ended_s - frame.store_s
+            held, began_s, pace_s = member, frame_s, frame.pace_s
             if frame.before is not None:
                 self._merge(frame.before)
                 held, began_s, pace_s = frame.before.first
+                known = self.held
+                least_s = self.longest[0][0] if len(self.longest) == LONGEST else -1.0
             frame = frame.unlocked_by
         self.first = _Begin(held, began_s, pace_s)
+        self.between_s += between_s
+        self.store_s += store_s
+        self.pace_s += paced_s
         return frame
 
-    def add(self, frame: Frame, held: str) -> None:
-        seconds = frame.ended_s - frame.began_s
-        pair = (frame.member, held)
-        known = self.held.get(pair)
-        if known is None:
-            self.held[pair] = [1, seconds]
-        else:
-            known[0] += 1
-            known[1] += seconds
+    def end_with(self, last: Frame) -> None:
+        """Add the last frame of a chain, for which nobody waited."""
+        seconds = last.ended_s - last.began_s
+        self.held[last.member, ""] = [1, seconds]
+        self._note(seconds, last.time_ns, last.member, "")
+
+    def _note(self, seconds: float, time_ns: int, holder: str, held: str) -> float:
+        """Keep a frame if it is among the longest; how long a frame must be for that by now."""
         longest = self.longest
         if len(longest) < LONGEST:
-            heapq.heappush(longest, (seconds, frame.time_ns, *pair))
-        elif seconds >= longest[0][0]:
-            heapq.heappushpop(longest, (seconds, frame.time_ns, *pair))
+            heapq.heappush(longest, (seconds, time_ns, holder, held))
+        else:
+            heapq.heappushpop(longest, (seconds, time_ns, holder, held))
+        return longest[0][0] if len(longest) == LONGEST else -1.0
 
     def _merge(self, earlier: _Sum) -> None:
-        for pair, (count, seconds) in earlier.held.items():
-            known = self.held.setdefault(pair, [0, 0.0])
+        """Add what lay before. Nobody needs the earlier sum any more."""
+        held, others = self.held, earlier.held
+        if len(held) < len(others):
+            held, others = others, held
+        for pair, (count, seconds) in others.items():
+            known = held.setdefault(pair, [0, 0.0])
             known[0] += count
             known[1] += seconds
-        self.longest = heapq.nlargest(LONGEST, self.longest + earlier.longest)
-        heapq.heapify(self.longest)
+        self.held = held
+        for noted in earlier.longest:
+            self._note(*noted)
         self.between_s += earlier.between_s
         self.store_s += earlier.store_s
         self.pace_s += earlier.pace_s
@@ -219,7 +244,7 @@ def critical_path(
     if last is None:
         return CriticalPath((), (), (), ended_s - drive_s, opening_s=opening_s)
     total = _sum_before(last)
-    total.add(last, "")
+    total.end_with(last)
     total.reach(last.unlocked_by)
     frames: dict[str, int] = {}
     seconds: dict[str, float] = {}

@@ -30,6 +30,8 @@ class Doing(StrEnum):
     """It has been granted steps and owes their answer."""
     HELD_BACK = "held back"
     """It has a next step, which may not be granted yet."""
+    READY = "ready"
+    """It may step, and waits its turn, to do more steps at a time."""
     SLEEPING = "sleeping"
     """It has no next step of its own, and steps when somebody wakes it."""
 
@@ -62,6 +64,11 @@ class Wait:
                 return (
                     f"{self.member} waits to step at {at} for {self.by}, "
                     f"at {instant(self.by_ns)}, through {self.through}"
+                )
+            case Doing.READY:
+                return (
+                    f"{self.member} may step at {at} and waits for the answer of {self.by}: "
+                    "no more grants are given out at a time"
                 )
             case Doing.SLEEPING:
                 return (
@@ -98,7 +105,16 @@ def find_waits(
 ) -> tuple[Wait, ...]:
     """What every member is doing that has anything left to do, in the order of units."""
     ways = find_ways(wiring)
-    found = (_wait(unit, m, next_step, ways, horizon_ns) for unit in units for m in unit.members)
+    at_work = [m.name for unit in units for m in unit.members if m.granted]
+    found: list[Wait | None] = []
+    for unit in units:
+        for member in unit.members:
+            if at_work and unit.parked:
+                time_ns = next_step(member)
+                ready = Wait(member.name, Doing.READY, time_ns, time_ns, at_work[0], "", time_ns)
+                found.append(ready)
+            else:
+                found.append(_wait(unit, member, next_step, ways, horizon_ns))
     return tuple(wait for wait in found if wait is not None)
 
 

@@ -472,6 +472,10 @@ class MemberWait(_message.Message):
         """It was lost while it owed an answer, and is being brought back."""
         STATE_PACED: MemberWait._State.ValueType  # 5
         """Its grant waits for its instant on the wall clock."""
+        STATE_READY: MemberWait._State.ValueType  # 6
+        """It may step, and waits its turn: only so many grants are out at a time, so that each carries
+        more steps.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """What a member does."""
@@ -488,6 +492,10 @@ class MemberWait(_message.Message):
     """It was lost while it owed an answer, and is being brought back."""
     STATE_PACED: MemberWait.State.ValueType  # 5
     """Its grant waits for its instant on the wall clock."""
+    STATE_READY: MemberWait.State.ValueType  # 6
+    """It may step, and waits its turn: only so many grants are out at a time, so that each carries
+    more steps.
+    """
 
     MEMBER_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
