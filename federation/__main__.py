@@ -150,6 +150,7 @@ async def _on_fleet(
     out.mkdir(parents=True, exist_ok=True)
     telemetry.configure("broker")
     async with fleet(scenario, out / "broker.sqlite", out / "logs") as crew:
+        say(f"broker at {crew.broker.address}")
         at_once = 1 if options.members == "both" else options.workers
         outcomes = await run_cases(
             crew, scenario, todo, planner, keep=_is_reference, at_once=at_once, progress=Progress()

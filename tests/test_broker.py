@@ -915,6 +915,9 @@ def test_one_trace_follows_a_run_into_the_processes_of_its_twins(tmp_path: Path)
         by_name.setdefault(f"{service} {span['name']}", []).append(span)
     (root,) = by_name["broker run"]
     trace = root["context"]["trace_id"]
+    path = root["attributes"]
+    assert float(path["multitwin.critical_path.member.dams_s"]) > 0
+    assert path["multitwin.critical_path.longest"]
     grants = {s["context"]["span_id"]: s for s in by_name["broker grant"]}
     assert {s["context"]["trace_id"] for s in grants.values()} == {trace}
     assert {s["attributes"]["member"] for s in grants.values()} == {*VALLEY, "planner"}

@@ -701,7 +701,7 @@ def test_a_whole_initial_value_does_not_cut_the_values_that_follow() -> None:
     described["b"] = replace(described["b"], variables=(whole, described["b"].variables[1]))
     coordinator = Coordinator(wire(described, [Coupling("a", "x", "b", "u")]), 5)
     drive(coordinator, sessions)
-    assert sessions["b"].values["u"][0] == pytest.approx(0.25)
+    assert sessions["b"].values["u"][0] == pytest.approx(0.26)
 
 
 class Says(Twin):

@@ -37,7 +37,7 @@ from tests.test_broker import (
     scenario_of,
     valley,
 )
-from tests.test_wire import bounded
+from tests.test_wire import ROOT, bounded, process
 from tests.valley import SCENARIO, Dams, Foreman, Town, Weather, foreman
 
 MEMBER = control_pb2.MemberWait
@@ -451,6 +451,10 @@ def test_the_clock_of_a_twin_is_known_within_half_the_round_trip() -> None:
             assert clock is not None
             assert abs(clock.offset_s) <= clock.round_trip_s / 2 + 1e-6
             assert 0 <= clock.round_trip_s < 5
+        with process(str(ROOT / "tests" / "rawtwin.py"), "--port", "0") as (_, old):
+            link = await Link.connect(old, "old")
+            assert await link.clock() is None
+            await link.close()
 
     bounded(story)
 

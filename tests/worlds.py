@@ -94,7 +94,7 @@ class Toy(Twin):
         for action in step.actions:
             self.memory += action.value
             reasons.append(action.cause)
-        self.memory = 0.5 * self.memory + 0.1 * (self.count % 5) + 0.01 * (step.span_ns % 5)
+        self.memory = 0.5 * self.memory + 0.1 * (self.count % 5) + 0.01 * (step.span_ns % 4)
         value = habit.gain * total + self.memory + np.arange(habit.size)
         if habit.is_coarse:
             value = np.floor(value)

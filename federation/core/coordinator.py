@@ -152,9 +152,6 @@ class Coordinator:
         self._units: list[_Unit] = []
         self._front: list[tuple[int, int]] = []
         """A heap of (earliest instant, unit); entries that are out of date are passed over."""
-        self._build()
-        self._leaving: list[Member] = []
-        """Members that have an end ahead of them."""
         self.in_flight: int | None = None
         """How many grants may be out at a time, None for any number. With fewer, a grant waits
         until it carries more steps: what the frames of quick members cost is shared by more. It
@@ -162,6 +159,9 @@ class Coordinator:
         self._flying = 0
         self._parked: list[tuple[int, int]] = []
         """A heap of units that were put off, those with most steps first; see `_Unit.parked`."""
+        self._build()
+        self._leaving: list[Member] = []
+        """Members that have an end ahead of them."""
         self._settle_at = SETTLE_EVERY
         self._over = False
         self._orders_taken = 0

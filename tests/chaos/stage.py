@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import resource
@@ -320,12 +321,17 @@ class Stage:
             if process is None or process.ended.done():
                 self._begin(name)
         self._free_disk()
-        async with asyncio.timeout(READY_S):
-            while True:
-                with suppress(grpc.aio.AioRpcError):
-                    if await self._members() == self.addresses:
-                        return
-                await asyncio.sleep(0.05)
+        found: dict[str, str] = {}
+        try:
+            async with asyncio.timeout(READY_S):
+                while found != self.addresses:
+                    with suppress(grpc.aio.AioRpcError):
+                        found = await self._members()
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            away = {name for name in self.addresses if found.get(name) != self.addresses[name]}
+            said = [(self.folder / f"{n}.log").read_text()[-300:] for n in (BROKER, *away)]
+            raise RuntimeError(f"{', '.join(sorted(away))} did not come up: {said}") from None
 
     # -- a take ------------------------------------------------------------------------
 
@@ -723,10 +729,16 @@ class _away:  # noqa: N801 - reads as a statement
 _SUBSTITUTES = {substitute_of(name): player for name, player in world.SPARES.items()}
 
 
+_ports = itertools.count(20_000 + os.getpid() % 10_000)
+"""Below those that systems give to outgoing connections, so that one stays free for a restart."""
+
+
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    for port in _ports:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("there is always another number")
 
 
 def _place(entry: broker_pb2.LedgerEntry) -> tuple[int, int, int]:
