@@ -26,6 +26,7 @@ from federation.core.coupling import (
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
 from federation.core.messages import (
     Accepted,
+    Effect,
     Finished,
     Grant,
     Joined,
@@ -56,6 +57,9 @@ from tests.reference import Reference
 from tests.worlds import Habit, Toy, drive, open_late, open_sessions, shuffled
 
 HORIZON_NS = 40
+
+IN_FLIGHT = st.sampled_from([None, 1, 2, 3])
+"""How many grants may be out at a time."""
 
 
 def _links(draw: st.DrawFn, size: int) -> tuple[tuple[str, str, float], ...] | None:
@@ -198,10 +202,6 @@ def _line(entry: Entry) -> str:
             return f"{at} acts {entry.action} {entry.refusal}"
 
 
-IN_FLIGHT = st.sampled_from([None, 1, 2, 3])
-"""How many grants may be out at a time."""
-
-
 @pytest.mark.property
 @given(worlds(), st.integers(0, 2**16), st.integers(1, 9), IN_FLIGHT)
 def test_any_message_order_gives_the_ledger_of_the_sequential_reference(
@@ -248,11 +248,16 @@ class Story:
         return open_late(late, time_ns)
 
     def run(
-        self, said: Mapping[int, Request], choose: Callable[[int], int], frame_steps: int
+        self,
+        said: Mapping[int, Request],
+        choose: Callable[[int], int],
+        frame_steps: int,
+        in_flight: int | None,
     ) -> tuple[str, list[Entry]]:
         wiring = wire(described(self.world.only(0)), *self.world.ties(0))
         self.sessions = open_sessions(self.world.only(0))
         coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
+        coordinator.in_flight = in_flight
         return drive(coordinator, self.sessions, choose, said, self.hear)
 
     def cut(self, until_ns: int) -> Story:
@@ -281,13 +286,16 @@ class Story:
 
 
 @pytest.mark.property
-@given(changing_worlds(), st.integers(0, 2**16), st.integers(1, 9))
+@given(changing_worlds(), st.integers(0, 2**16), st.integers(1, 9), IN_FLIGHT)
 def test_members_that_come_and_go_leave_the_ledger_of_a_run_that_knew_it_from_the_start(
-    changing: tuple[World, dict[int, Request]], order: int, frame_steps: int
+    changing: tuple[World, dict[int, Request]],
+    order: int,
+    frame_steps: int,
+    in_flight: int | None,
 ) -> None:
     world, said = changing
     story = Story(world)
-    digest, entries = story.run(said, shuffled(order), frame_steps)
+    digest, entries = story.run(said, shuffled(order), frame_steps, in_flight)
     expected = story.reference()
     expected_digest = expected.run()
     assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]
@@ -472,6 +480,84 @@ def test_a_fast_member_gets_all_steps_up_to_its_source_in_one_frame() -> None:
     assert second.member == "b"
     assert [s.time_ns for s in second.steps] == [0, 1, 2, 3, 4, 5]
     assert [sorted(s.inputs) for s in second.steps] == [["u"], [], [], [], [], ["u"]]
+
+
+def answer(
+    coordinator: Coordinator, sessions: Mapping[str, Session], grant: Effect
+) -> list[Effect]:
+    """What follows when a member does what it was granted."""
+    assert isinstance(grant, Grant), grant
+    results = tuple(sessions[grant.member].advance(step) for step in grant.steps)
+    return list(coordinator.handle(Stepped(grant.member, results)))
+
+
+def test_who_joins_waits_for_what_its_sources_have_in_hand() -> None:
+    """What a does at 0 is visible to b at 1, when it joins, and not at 5 as the delay says."""
+    habits = {"a": Habit(TimePolicy(), (), 1, False, 0.4, jumps=(0,))}
+    late = {"b": Habit(TimePolicy(period_ns=4), ("u",), 1, False, 0.4)}
+    sessions = open_sessions(habits)
+    coordinator = Coordinator(wire(described(habits), []), 9)
+    (grant,) = coordinator.start()
+    (verdict,) = coordinator.handle(Joined(described(late), (Coupling("a", "x", "b", "u", 5),)))
+    assert isinstance(verdict, Accepted)
+    assert verdict.time_ns == 1
+    (first, *_) = answer(coordinator, sessions, grant)
+    assert isinstance(first, Grant)
+    assert [(s.time_ns, sorted(s.inputs)) for s in first.steps] == [(1, ["u"]), (5, []), (9, [])]
+
+
+def test_who_is_asked_to_join_later_does_not_join_before() -> None:
+    """A cut between the two would else lack the one and change the rank of the other."""
+    habits = {"a": Habit(TimePolicy(period_ns=5), (), 1, False, 0.4)}
+    one, other, third = (described({name: habits["a"]}) for name in ("b", "c", "d"))
+    coordinator = Coordinator(wire(described(habits), []), 40)
+    coordinator.start()
+    (first, *_) = coordinator.handle(Joined(one, time_ns=20))
+    (early,) = coordinator.handle(Joined(other, time_ns=10))
+    (soon, *_) = coordinator.handle(Joined(third))
+    assert isinstance(first, Accepted)
+    assert isinstance(early, Refused)
+    assert isinstance(soon, Accepted)
+    assert (early.reason, early.metadata) == (Reason.INSTANT_PASSED, {"earliest_ns": "20"})
+    assert (first.time_ns, soon.time_ns) == (20, 20)
+
+
+def test_an_operator_is_heard_before_members_whose_word_comes_at_the_same_instant() -> None:
+    """b acts at 0, and Ann orders at 2 for the same instant, after that was known."""
+    habits = {
+        "a": Habit(TimePolicy(period_ns=2), (), 1, False, 0.4),
+        "b": Habit(TimePolicy(), (), 1, False, 0.4, acts_on=("a",), jumps=(0,), event_every=1),
+    }
+    sessions = open_sessions(habits)
+    wiring = wire(described(habits), [], [Actuation("b", "a", 2)])
+    coordinator = Coordinator(wiring, 2, frame_steps=1)
+    grants = {g.member: g for g in coordinator.start() if isinstance(g, Grant)}
+    assert answer(coordinator, sessions, grants["b"]) == []
+    order = Ordered("Ann", Action("a", "kick", "e0", 0.25), 2)
+    assert isinstance(coordinator.handle(order)[0], Accepted)
+    (second, *_) = answer(coordinator, sessions, grants["a"])
+    assert isinstance(second, Grant)
+    assert [a.cause for a in second.steps[0].actions] == ["operator/1", "b/1"]
+
+
+def test_an_order_that_wakes_a_member_comes_after_what_that_would_reach() -> None:
+    """w sleeps, and x, which hears it at once, was granted its steps up to 4: an order to w for
+    0, though w and the run are there, would change what x has done."""
+    habits = {
+        "w": Habit(TimePolicy(wakes_on_input=True), (), 1, False, 0.4, jumps=(0,)),
+        "x": Habit(TimePolicy(period_ns=1), ("u",), 1, False, 0.4),
+        "z": Habit(TimePolicy(period_ns=9), (), 1, False, 0.4),
+    }
+    sessions = open_sessions(habits)
+    wiring = wire(described(habits), [Coupling("w", "x", "x", "u")])
+    coordinator = Coordinator(wiring, 40, frame_steps=5)
+    grants = {g.member: g for g in coordinator.start() if isinstance(g, Grant)}
+    (ahead, *_) = answer(coordinator, sessions, grants["w"])
+    assert isinstance(ahead, Grant)
+    assert (ahead.member, ahead.steps[-1].time_ns, coordinator.now_ns) == ("x", 4, 0)
+    (verdict, *_) = coordinator.handle(Ordered("Ann", Action("w", "kick", "e0", 0.25)))
+    assert isinstance(verdict, Accepted)
+    assert verdict.time_ns == 5
 
 
 def two_in_a_loop(gain_a: float, gain_b: float) -> tuple[dict[str, Habit], Wiring]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 
 from federation.__main__ import main, planner
@@ -119,11 +120,18 @@ class People:
         )
         return (await self.services.control.RemoveMember(request)).time_ns
 
-    async def replace(self, member: str, service: str, time_ns: int | None = None) -> int:
+    async def replace(
+        self,
+        member: str,
+        service: str,
+        time_ns: int | None = None,
+        patience_s: float | None = None,
+    ) -> int:
         request = control_pb2.ReplaceMemberRequest(
             run=self.run, member=member, service=service, time_ns=time_ns, operator="Ann"
         )
-        return (await self.services.control.ReplaceMember(request)).time_ns
+        answer = await self.services.control.ReplaceMember(request, timeout=patience_s)
+        return answer.time_ns
 
     async def fork(self, **changes: object) -> str:
         request = scenario_pb2.ForkRunRequest(name=self.run, **changes)  # type: ignore[arg-type]
@@ -200,6 +208,7 @@ def waiting(gate: threading.Event) -> type[Twin]:
 
 
 def test_a_later_version_goes_on_afresh_and_is_shown_every_input() -> None:
+    """At 3 h it was to, and whoever asked gave it up; at 6 h it does."""
     gate = threading.Event()
     text = "town 2 goes on for town 1, afresh, as Ann asked"
     digest = expected(heirs={"town": (6 * HOUR_NS, NewTown, text)})
@@ -210,9 +219,10 @@ def test_a_later_version_goes_on_afresh_and_is_shown_every_input() -> None:
         async with valley(None, **twins) as (_, services):
             run = await services.create(DOCUMENT)
             people = People(services, run.name)
+            with pytest.raises(grpc.aio.AioRpcError) as given_up:
+                await people.replace("town", "new", 3 * HOUR_NS, patience_s=0.3)
+            assert given_up.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             replacing = asyncio.create_task(people.replace("town", "new", 6 * HOUR_NS))
-            await asyncio.sleep(0.1)
-            assert not replacing.done()
             gate.set()
             assert await replacing == 6 * HOUR_NS
             assert (await services.ended(run.name)).digest == digest

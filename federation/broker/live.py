@@ -1202,7 +1202,7 @@ class _Shell:
                 if self._flow is not None and place.granted:
                     self._flow.owed(place.began_s, time.perf_counter())
             if self._flow is not None and self._flow.limit != self._coordinator.in_flight:
-                self._do(partial(self._coordinator.limit, self._flow.limit), None)
+                self._do(partial(self._coordinator.limit, self._flow.limit))
             self._keep(())
 
     def _look_at_planner(self, place: _Place) -> None:

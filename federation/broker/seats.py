@@ -244,6 +244,8 @@ class MemberSeat:
             self._track.add(step, item)
             known.append(item)
         self._known, self._rest, self._done = tuple(known), tuple(steps[len(known) :]), done
+        if self._heir is not None and self._heir.done.cancelled():
+            self._heir = None
         if self._heir is not None:
             turn_ns = self._heir.time_ns
             self._later = tuple(step for step in self._rest if step.time_ns >= turn_ns)

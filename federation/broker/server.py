@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -540,7 +540,8 @@ class BrokerServer:
         places = _places(addition.members)
         here = {name: places[name] for name in addition.members}
         links = await self._connect(self._addresses(here, leases))
-        return await live.join(addition, links, leases, places, time_ns, operator)
+        async with _unless_refused(links):
+            return await live.join(addition, links, leases, places, time_ns, operator)
 
     async def part(self, run: str, member: str, time_ns: int | None, operator: str) -> Accepted:
         """Let a member leave a live run; fails as `Control.RemoveMember` does."""
@@ -553,9 +554,10 @@ class BrokerServer:
         live = await self._lively(run)
         leases: dict[str, Lease] = {}
         links = await self._connect(self._addresses({member: place}, leases))
-        return await live.replace(
-            member, links[member], leases.get(member), place, time_ns, operator
-        )
+        async with _unless_refused(links):
+            return await live.replace(
+                member, links[member], leases.get(member), place, time_ns, operator
+            )
 
     async def _lively(self, run: str) -> LiveRun:
         live = await self.live(run)
@@ -894,6 +896,16 @@ class BrokerServer:
             if changed is None or run.state.is_over:
                 return
             await changed.wait()
+
+
+@asynccontextmanager
+async def _unless_refused(links: Mapping[str, Link]) -> AsyncIterator[None]:
+    """Links that a run takes over, and that are closed when it does not want them."""
+    try:
+        yield
+    except FederationError:
+        await asyncio.gather(*(link.close() for link in links.values()))
+        raise
 
 
 async def _all_ended(tasks: set[asyncio.Task[None]]) -> None:
