@@ -24,6 +24,8 @@ class Destinations:
 
         -1 if none can be reached.
         """
+        if self.ways.leads_nowhere[origin]:
+            return -1
         best, least = -1, NO_WAY_MIN
         row = self.ways.hospital_min[origin]
         for index, (site, hospital) in enumerate(

@@ -176,11 +176,12 @@ class Dispatch:
                 continue
             minutes = ways.scene_min[scene]
             best, least = -1, NO_WAY_MIN
-            for ambulance, idle in enumerate(self.is_idle):
-                if idle:
-                    time = minutes[self.base[ambulance]]
-                    if time < least:
-                        best, least = ambulance, time
+            if minutes[ways.nearest_base(scene)] < NO_WAY_MIN:
+                for ambulance, idle in enumerate(self.is_idle):
+                    if idle:
+                        time = minutes[self.base[ambulance]]
+                        if time < least:
+                            best, least = ambulance, time
             call = heapq.heappop(calls)
             if best < 0:
                 self.out_of_reach.append(call)

@@ -32,6 +32,8 @@ class Ways:
         self.usual_scene_min: list[list[float]] = []
         self.hospital_min: list[list[float]] = []
         self.usual_hospital_min: list[list[float]] = []
+        self.leads_nowhere: list[bool] = []
+        """Per origin whether no hospital can be reached from it."""
         self._nearest_base: dict[int, int] = {}
         self.set_scene_times(np.full(layout.bases * layout.scenes, 8.0))
         self.set_hospital_times(np.full(layout.origins * layout.columns, 10.0))
@@ -50,8 +52,10 @@ class Ways:
         layout = self.records.layout
         columns = [site.column for site in layout.hospitals]
         table = minutes.reshape(layout.origins, layout.columns)[:, columns]
-        rows = (table + np.array(self.hospital_access_min)).tolist()
+        found = table + np.array(self.hospital_access_min)
+        rows = found.tolist()
         self.hospital_min = rows
+        self.leads_nowhere = (found.min(axis=1, initial=NO_WAY_MIN) >= NO_WAY_MIN).tolist()
         if usual or not self.usual_hospital_min:
             self.usual_hospital_min = rows
 
