@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -58,8 +58,21 @@ from tests.worlds import Habit, Toy, drive, open_late, open_sessions, shuffled
 
 HORIZON_NS = 40
 
-IN_FLIGHT = st.sampled_from([None, 1, 2, 3])
-"""How many grants may be out at a time."""
+IN_FLIGHT = st.lists(st.sampled_from([None, 1, 2, 3]), min_size=1, max_size=4)
+"""How many grants may be out at a time, which changes with every answer, in turn."""
+
+
+def limited(
+    coordinator: Coordinator, limits: Sequence[int | None], choose: Callable[[int], int]
+) -> Callable[[int], int]:
+    """Choose as `choose` does, under a limit that changes."""
+    turn = itertools.cycle(limits)
+
+    def chosen(count: int) -> int:
+        coordinator.in_flight = next(turn)
+        return choose(count)
+
+    return chosen
 
 
 def _links(draw: st.DrawFn, size: int) -> tuple[tuple[str, str, float], ...] | None:
@@ -205,14 +218,17 @@ def _line(entry: Entry) -> str:
 @pytest.mark.property
 @given(worlds(), st.integers(0, 2**16), st.integers(1, 9), IN_FLIGHT)
 def test_any_message_order_gives_the_ledger_of_the_sequential_reference(
-    world: tuple[dict[str, Habit], Wiring], order: int, frame_steps: int, in_flight: int | None
+    world: tuple[dict[str, Habit], Wiring],
+    order: int,
+    frame_steps: int,
+    in_flight: list[int | None],
 ) -> None:
     habits, wiring = world
     expected = Reference(wiring, open_sessions(habits), HORIZON_NS)
     digest = expected.run()
     coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
-    coordinator.in_flight = in_flight
-    found, entries = drive(coordinator, open_sessions(habits), shuffled(order))
+    choose = limited(coordinator, in_flight, shuffled(order))
+    found, entries = drive(coordinator, open_sessions(habits), choose)
     assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]
     assert found == digest
 
@@ -252,12 +268,12 @@ class Story:
         said: Mapping[int, Request],
         choose: Callable[[int], int],
         frame_steps: int,
-        in_flight: int | None,
+        in_flight: Sequence[int | None],
     ) -> tuple[str, list[Entry]]:
         wiring = wire(described(self.world.only(0)), *self.world.ties(0))
         self.sessions = open_sessions(self.world.only(0))
         coordinator = Coordinator(wiring, HORIZON_NS, frame_steps=frame_steps)
-        coordinator.in_flight = in_flight
+        choose = limited(coordinator, in_flight, choose)
         return drive(coordinator, self.sessions, choose, said, self.hear)
 
     def cut(self, until_ns: int) -> Story:
@@ -291,7 +307,7 @@ def test_members_that_come_and_go_leave_the_ledger_of_a_run_that_knew_it_from_th
     changing: tuple[World, dict[int, Request]],
     order: int,
     frame_steps: int,
-    in_flight: int | None,
+    in_flight: list[int | None],
 ) -> None:
     world, said = changing
     story = Story(world)

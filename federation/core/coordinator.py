@@ -341,9 +341,11 @@ class Coordinator:
         limit = self.in_flight
         if limit is None:
             again = list(candidates)
-            if self._parked:
-                again += [self._units[index] for _, index in self._parked]
-                self._parked.clear()
+            for _, index in self._parked:
+                unit = self._units[index]
+                unit.parked = 0
+                again.append(unit)
+            self._parked.clear()
             again.reverse()
             while again:
                 again.extend(self._try(again.pop(), effects))
