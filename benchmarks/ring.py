@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import WARM_STEPS, Cost, Meter, print_seconds
 from federation.broker.fleet import fleet, run_cases
-from federation.broker.live import run_live
+from federation.broker.shell import run_live
 from federation.loop import run
 from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import Scenario

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from federation.broker.live import run_live
+from federation.broker.shell import run_live
 from federation.core.ledger import EventRecord, Quality, Record
 from federation.errors import FederationError, Reason
 from federation.loop import run

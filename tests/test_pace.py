@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from federation.__main__ import main, planner
-from federation.broker import live
+from federation.broker import home, live, shell
 from federation.broker.client import print_why
 from federation.broker.pace import Pacer
 from federation.broker.server import BrokerOptions, BrokerServer
@@ -84,7 +84,9 @@ def test_a_run_says_who_holds_back_whom_since_when_and_by_when_that_ends(
             while True:
                 found = await why(services, run.name)
                 states = {m.member: m for m in found.members}
-                if set(states) == {"dams", "town", "planner"} and states["planner"].by == "town":
+                if set(states) == {"dams", "town", "planner"} and (
+                    states["planner"].by == "town" and states["dams"].time_ns == 3 * HOUR_NS
+                ):
                     break
                 await asyncio.sleep(0.01)
             assert found.run.state == scenario_pb2.Run.STATE_RUNNING
@@ -178,7 +180,8 @@ def test_a_member_that_is_brought_back_says_since_when_and_why_it_was_lost() -> 
 
 
 def test_a_planner_that_does_not_come_back_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "PLAN_WITHIN_S", 0.5)
+    for room in (home, shell):
+        monkeypatch.setattr(room, "PLAN_WITHIN_S", 0.5)
     gate = threading.Event()
 
     class Pondering(Foreman):

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from federation.broker.live import substitute_of
+from federation.broker.home import substitute_of
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.errors import PlanError, Reason, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory

@@ -21,18 +21,8 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from federation.broker.live import (
-    AWAY,
-    CONNECT_AGAIN_S,
-    TURN_WITHIN_S,
-    Asked,
-    Find,
-    LiveRun,
-    Prepared,
-    entrance,
-    prepare,
-    substitute_of,
-)
+from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, substitute_of
+from federation.broker.live import TURN_WITHIN_S, LiveRun, entrance
 from federation.broker.memory import (
     Added,
     Memory,
@@ -48,6 +38,7 @@ from federation.broker.memory import (
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
 from federation.broker.seats import Place, Succession
 from federation.broker.service import BrokerService
+from federation.broker.shell import Asked, Prepared, prepare
 from federation.broker.store import Frame, Item, Note, Run, State, Store, Stored
 from federation.broker.why import read_results
 from federation.core.ledger import ActionRecord, EventRecord, Quality, Record

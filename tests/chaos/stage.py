@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 
-from federation.broker.live import substitute_of
+from federation.broker.home import substitute_of
 from federation.core.ledger import ActionRecord, Entry
 from federation.core.messages import Ordered
 from federation.errors import Reason
