@@ -69,10 +69,12 @@ def test_an_interrupted_benchmark_leaves_no_process_behind(by: signal.Signals) -
     try:
         below = psutil.Process(harness.pid)
         deadline_s = time.monotonic() + 60
-        while len(family := below.children(recursive=True)) < 3:
+        family: list[psutil.Process] = []
+        while len(family) < 3 or family != below.children(recursive=True):
             assert time.monotonic() < deadline_s
             assert harness.poll() is None
-            time.sleep(0.05)
+            family = below.children(recursive=True)
+            time.sleep(0.2)  # nobody is just being started
         os.kill(harness.pid, by)
         assert harness.wait(30) != 0
         _, left = psutil.wait_procs(family, timeout=10)
