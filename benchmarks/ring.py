@@ -34,7 +34,7 @@ def ring(n: int, m: int, t: int) -> Scenario:
         {
             "name": "ring",
             "region": "nowhere",
-            "horizon_h": (t - 1) / 60,
+            "horizon_h": (t - 0.5) / 60,  # hours are floats: not at the edge of a step
             "members": {f"m{i}": {"class": TWIN, "config": {"size": m}} for i in range(n)},
             "couplings": [
                 {"from": f"m{i}.after", "to": f"m{(i + 1) % n}.before", "delay_min": 1}

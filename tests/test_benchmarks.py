@@ -65,6 +65,8 @@ def test_an_interrupted_benchmark_leaves_no_process_behind(by: signal.Signals) -
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # who runs in the background of a shell is born deaf to SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         below = psutil.Process(harness.pid)
