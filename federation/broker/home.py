@@ -12,26 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from federation.broker.clocks import Clocks
-from federation.broker.memory import (
-    Added,
-)
-from federation.broker.seats import Place
-from federation.core.messages import (
-    Joined,
-)
+from federation.broker.memory import Added
+from federation.broker.seats import Done, Place
+from federation.core.messages import Joined
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
-from federation.scenario.run import (
-    Case,
-    blame,
-)
+from federation.scenario.run import Case, blame
 from federation.scenario.spec import PLANNER, Addition, Member, OnFailure, Scenario
-from federation.twin import (
-    LinearBlock,
-    Planner,
-    Session,
-    StepInput,
-    StepResult,
-)
+from federation.twin import LinearBlock, Planner, Session, StepInput, StepResult
 from federation.wire import codec
 from federation.wire.link import Link, LinkSession
 
@@ -49,10 +36,6 @@ _T = TypeVar("_T")
 
 # Planners take turns in one thread: their solver borrows the process's output while it works.
 _planning = ThreadPoolExecutor(1, thread_name_prefix="planner")
-
-
-Results = Sequence[StepResult] | FederationError
-"""What became of a grant: a result for each step, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +65,7 @@ class Takeover:
 class Seat(Protocol):
     """A member's place in a run, wherever its model is."""
 
-    def begin(self, steps: Sequence[StepInput], done: Callable[[Results], None]) -> None:
+    def begin(self, steps: Sequence[StepInput], done: Done) -> None:
         """Have the member do these steps, which are those of one grant.
 
         `done` is called once from the event loop, never from inside `begin`: with a result for
@@ -111,7 +94,7 @@ class PlannerSession:
     async def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
         await self._work(lambda: self.planner.prepare(blocks))
 
-    def begin(self, steps: Sequence[StepInput], done: Callable[[Results], None]) -> None:
+    def begin(self, steps: Sequence[StepInput], done: Done) -> None:
         def ended(work: asyncio.Future[list[StepResult]]) -> None:
             if work.cancelled():
                 return

@@ -13,34 +13,18 @@ from itertools import zip_longest
 import numpy as np
 
 from federation.broker.home import Entrance, Find, Takeover
-from federation.broker.memory import (
-    Memory,
-    Origin,
-)
+from federation.broker.memory import Memory, Origin
 from federation.broker.registry import Lease
 from federation.broker.seats import Place
 from federation.broker.shell import Asked, Batch, Inbox, Prepared, run_live
 from federation.broker.store import NOT_SETTLED, State, Store
 from federation.broker.why import Lookout, write_results
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
-from federation.core.messages import (
-    Accepted,
-    Failed,
-    Joined,
-    Left,
-    Ordered,
-)
+from federation.core.messages import Accepted, Failed, Joined, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
-from federation.scenario.run import (
-    Case,
-    Outcome,
-)
+from federation.scenario.run import Case, Outcome
 from federation.scenario.spec import PLANNER, Addition, Scenario
-from federation.twin import (
-    NOTHING,
-    Action,
-    Description,
-)
+from federation.twin import NOTHING, Action, Description
 from federation.wire.link import Link
 
 TURN_WITHIN_S = 86_400.0

@@ -37,7 +37,10 @@ ATTEMPTS = 3
 """How often a step is tried in fresh sessions before its error is believed."""
 
 Answer = Sequence[StepResult] | FederationError
+"""What became of a grant: a result for each step, or why there is none."""
+
 Done = Callable[[Answer], None]
+"""Hears it."""
 
 
 class Session(Protocol):

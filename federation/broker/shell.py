@@ -22,7 +22,6 @@ from federation.broker.home import (
     Entrance,
     Find,
     PlannerSession,
-    Results,
     RunHome,
     Seat,
     Takeover,
@@ -38,7 +37,7 @@ from federation.broker.memory import (
     write_replaced,
 )
 from federation.broker.pace import LateSeat, Pacer
-from federation.broker.seats import Degradation, Heir, MemberSeat, Saved, Succession
+from federation.broker.seats import Answer, Degradation, Done, Heir, MemberSeat, Saved, Succession
 from federation.broker.store import Frame, Item
 from federation.broker.why import Lookout, Standing
 from federation.core import critical
@@ -75,13 +74,7 @@ from federation.scenario.run import (
     plan_member,
 )
 from federation.scenario.spec import PLANNER, OnFailure, Scenario
-from federation.twin import (
-    NOTHING,
-    Description,
-    Planner,
-    StepInput,
-    StepResult,
-)
+from federation.twin import NOTHING, Description, Planner, StepInput, StepResult
 from federation.wire import codec
 from federation.wire.link import Link, LinkSession
 
@@ -297,8 +290,8 @@ class _Place:
 
     name: str
     seat: Seat
-    answered: Callable[[Results], None]
-    begin: Callable[[Sequence[StepInput], Callable[[Results], None]], None]
+    answered: Done
+    begin: Callable[[Sequence[StepInput], Done], None]
     """Where its grants go: to the seat, or to who answers for it while it is late."""
     late: LateSeat | None = None
     began_s: float = 0.0
@@ -647,7 +640,7 @@ class Shell:
         heir = Heir(time_ns, takeover.text, takeover.is_same, takeover.place, ear)
         seat.replace(heir, present, events)
 
-    def _answered(self, place: _Place, results: Results) -> None:
+    def _answered(self, place: _Place, results: Answer) -> None:
         """Take what became of a grant."""
         if self._verdict is not None:
             return
@@ -912,7 +905,7 @@ def _tell(ear: Ear, what: Effect) -> None:
         ear.set_result(what)
 
 
-def _ignore(results: Results) -> None:
+def _ignore(results: Answer) -> None:
     """Nothing was asked."""
 
 
