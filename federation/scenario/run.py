@@ -41,6 +41,9 @@ from federation.twin import (
     failed,
 )
 
+WEIGHTED = "weighted"
+"""The KPI that weighs the others as the scenario says; smaller is better."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -241,6 +244,7 @@ class Recorder:
             self.outcome.descriptions = experiment.descriptions
         self._keep_ledger = keep_ledger
         self._kpis = experiment.kpis
+        self._weighted = experiment.scenario.weighted
         self._scalars = _scalars(experiment.descriptions)
 
     def admit(self, descriptions: Mapping[str, Description]) -> None:
@@ -277,6 +281,11 @@ class Recorder:
             name.partition(".")[2]: outcome.series[name][-1][1] if name in outcome.series else 0.0
             for name in self._kpis
         }
+        if self._weighted:
+            outcome.kpis[WEIGHTED] = sum(
+                weight * outcome.kpis[name.partition(".")[2]]
+                for name, weight in self._weighted.items()
+            )
         return outcome
 
 

@@ -199,6 +199,9 @@ class Scenario(Part):
     uncertainty: dict[str, Distribution] = {}
     measures: dict[str, Measure] = {"none": Measure()}
     kpis: tuple[Variable, ...] = ()
+    weighted: dict[Variable, float] = Field(
+        default={}, description="what a unit of each KPI counts in the KPI `weighted`"
+    )
     sensitivity: dict[str, tuple[float, float]] = {}
     pace: Pace | None = None
     staleness: dict[Variable, PositiveFloat] = Field(
@@ -213,6 +216,8 @@ class Scenario(Part):
             raise ValueError(f"{PLANNER!r} is the name of the built-in member; choose another")
         if any(m.crews != "none" for m in self.measures.values()) and self.repairs is None:
             raise ValueError("a measure sends crews, but the scenario has no repairs")
+        if missing := [name for name in self.weighted if self.kpis and name not in self.kpis]:
+            raise ValueError(f"{missing[0]} is weighted and not among the kpis")
         if self.pace is not None and self.pace.when_late == "degrade":
             for name, member in self.members.items():
                 if member.on_failure.do in ("hold", "substitute"):
@@ -417,6 +422,7 @@ def _references(scenario: Scenario) -> Mapping[str, list[str]]:
         "parameters": [*scenario.parameters],
         "uncertainty": [*scenario.uncertainty],
         "kpis": [*scenario.kpis],
+        "weighted": [*scenario.weighted],
         "sensitivity": [*scenario.sensitivity],
         "staleness": [*scenario.staleness],
         "measures": [p for m in scenario.measures.values() for p in m.parameters],

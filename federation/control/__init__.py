@@ -1,0 +1,1 @@
+"""The level-5 loop, its guard, actuation and the audit trail."""
