@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 
 from benchmarks import check
 from federation.twin import (
@@ -18,6 +19,11 @@ from federation.twin import (
 )
 
 
+@lru_cache(maxsize=8)
+def _cells(size: int) -> tuple[Entity, ...]:
+    return tuple(Entity(f"e{i}", "cell") for i in range(size))
+
+
 class RingTwin(Twin):
     """One place in the ring; a step is a minute."""
 
@@ -29,7 +35,7 @@ class RingTwin(Twin):
             model="ring",
             version="1",
             domain="benchmark",
-            entities=tuple(Entity(f"e{i}", "cell") for i in range(self.size)),
+            entities=_cells(self.size),
             variables=(
                 Variable("before", "cell", "1", Causality.INPUT),
                 Variable("after", "cell", "1", Causality.OUTPUT),

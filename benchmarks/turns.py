@@ -21,6 +21,9 @@ OWN = "multitwin"
 Row = dict[str, Any]
 """A JSON line."""
 
+FEWEST_STEPS = 20
+"""So that a bad guess from the run before does not leave a run of nothing but its opening."""
+
 SPAN_S = 1.0
 """About how long the steps of one run should take."""
 
@@ -132,7 +135,7 @@ class Runner:
     def turn(self) -> None:
         """One run more that is long enough; its cost is kept as that of a single round."""
         for is_last in (False, True):
-            self.t = min(MOST_STEPS, max(3, math.ceil(SPAN_S / self._round_s)))
+            self.t = min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(SPAN_S / self._round_s)))
             contender = self._contender
             size = (self._n, self._m, self.t, *self._more)
             cost = measure(contender.module, contender.mode, *size)

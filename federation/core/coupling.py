@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
+from typing import TypeVar
 
 import networkx as nx
 import numpy as np
@@ -195,6 +196,38 @@ class Slot:
         return result
 
 
+_T = TypeVar("_T")
+
+
+class _Each(Mapping[int, _T]):
+    """Something for every entity, made when it is asked for: of 100,000, few ever are."""
+
+    def __init__(self, size: int, make: Callable[[int], _T]) -> None:
+        self._entities = range(size)
+        self._make = make
+
+    def __getitem__(self, index: int) -> _T:
+        if index not in self._entities:
+            raise KeyError(index)
+        return self._make(index)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entities)
+
+    def __len__(self) -> int:
+        return len(self._entities)
+
+
+def _alike(column: int) -> tuple[int, ...]:
+    """`targets_of` of a wire that is an identity."""
+    return (column,)
+
+
+def _alone(row: int) -> tuple[tuple[int, int], ...]:
+    """`sources_of` of an input that such a wire alone feeds."""
+    return ((0, row),)
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Members that step together at an instant: one, or a loop of instant couplings."""
@@ -333,6 +366,8 @@ def _slot(
     wires = tuple(by_input.get((name, variable.name), ()))
     rule = combine.get((name, variable.name), Combine.ERROR)
     ids = description.ids(variable.kind)
+    if len(wires) == 1 and wires[0].is_identity:
+        return Slot(name, variable, len(ids), rule, wires, _Each(len(ids), _alone))
     sources: dict[int, list[tuple[int, int]]] = {}
     for index, wire_ in enumerate(wires):
         for row, column in zip(wire_.rows.tolist(), wire_.columns.tolist(), strict=True):
@@ -396,9 +431,13 @@ def _resolve(descriptions: Mapping[str, Description], coupling: Coupling) -> Wir
         raise ScenarioError(
             error.reason, f"{what}: {error.message}", {**error.metadata, "coupling": coupling.name}
         ) from None
-    source_ids = {id_: i for i, id_ in enumerate(source.ids(output.kind))}
-    target_ids = {id_: i for i, id_ in enumerate(target.ids(input_.kind))}
     links = coupling.links
+    ids = target.ids(input_.kind)
+    if links is None and source.ids(output.kind) == ids and (factor, offset) == (1.0, 0.0):
+        every = np.arange(len(ids), dtype=np.int64)
+        return Wire(coupling, every, every, np.ones(len(ids)), 0.0, _Each(len(ids), _alike), True)
+    source_ids = {id_: i for i, id_ in enumerate(source.ids(output.kind))}
+    target_ids = {id_: i for i, id_ in enumerate(ids)}
     if links is None:
         if output.kind == SYSTEM:
             links = tuple((SYSTEM, id_, 1.0) for id_ in target_ids)
