@@ -11,7 +11,7 @@ from federation.errors import FederationError
 from federation.scenario.design import Design
 from federation.scenario.engine import Progress, remark
 from federation.scenario.finding import PASSING, Finding
-from federation.scenario.results import Intake, read_table
+from federation.scenario.results import Intake, has_runs, read_table
 from federation.scenario.run import Case
 from federation.scenario.stopping import Stopping
 from federation.scenario.study import Rows, kpis_of
@@ -45,7 +45,8 @@ class Course:
         self._any_good = False
         if resumed:
             self._intake.resume()
-            for row in read_table(folder, "runs").to_pylist():
+            rows = read_table(folder, "runs").to_pylist() if has_runs(folder) else ()
+            for row in rows:
                 if row["reason"] not in PASSING:
                     self._heard(row["run"], row["measure"], None if row["error"] else kpis_of(row))
 

@@ -8,10 +8,11 @@ import math
 import os
 import pickle
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -109,13 +110,14 @@ class Engine:
             return
         ray = _ray()
         mine = not ray.is_initialized()
-        if mine:
-            start_ray(self.workers, self.address)
-        try:
-            yield
-        finally:
+        with redirect_stdout(sys.stderr):  # where Ray tells of lost workers; ours is for results
             if mine:
-                ray.shutdown()
+                start_ray(self.workers, self.address)
+            try:
+                yield
+            finally:
+                if mine:
+                    ray.shutdown()
 
     @property
     def _is_spread(self) -> bool:

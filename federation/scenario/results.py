@@ -75,11 +75,11 @@ class Intake:
         """Make the folder that of this study; what another left there goes."""
         clear(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, text in self._documents.items():
-            write_text(self.folder / name, text)
         columns = dict.fromkeys(name for sample in self._samples for name in sample)
         table = pa.table({name: [s.get(name) for s in self._samples] for name in columns})
         write_table(table, self.folder / "samples.parquet")
+        for name, text in self._documents.items():  # with the last of them it can be resumed
+            write_text(self.folder / name, text)
         self._is_begun = True
 
     def resume(self) -> None:
@@ -225,6 +225,10 @@ def _pieces(folder: Path, kind: str) -> Iterator[pa.Table]:
             pairs = zip(table["run"].to_pylist(), table["measure"].to_pylist(), strict=True)
             table = table.filter(pa.array([pair not in gone for pair in pairs]))
         yield table
+
+
+def has_runs(folder: Path) -> bool:
+    return bool(_part_numbers(folder)) or (folder / "runs.parquet").is_file()
 
 
 def read_table(folder: Path, kind: str) -> pa.Table:

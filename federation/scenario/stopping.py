@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import Stop
@@ -31,7 +31,7 @@ class Spread:
         if self.count < 2:
             return math.inf
         deviation = math.sqrt(self._squares / (self.count - 1))
-        return float(stats.t.ppf(0.975, self.count - 1)) * deviation / math.sqrt(self.count)
+        return float(stdtrit(self.count - 1, 0.975)) * deviation / math.sqrt(self.count)
 
 
 class Stopping:
