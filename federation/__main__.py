@@ -124,6 +124,7 @@ def command_serve(options: argparse.Namespace) -> int:
                 advertise=options.advertise,
                 inline_s=INLINE_S,
                 max_message_bytes=options.max_message_mib << 20,
+                max_sessions=options.max_sessions,
             ),
         )
     )
@@ -280,6 +281,13 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--broker", metavar="ADDRESS", help="register with the broker there")
     server.add_argument(
         "--config", metavar="KEY=VALUE", action="append", default=[], help="for its constructor"
+    )
+    server.add_argument(
+        "--max-sessions",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="refuse more at a time; a study then does no more runs at a time (no limit)",
     )
     server.add_argument("--advertise", metavar="ADDRESS", help="what the broker calls (host:port)")
     _server_options(server)
