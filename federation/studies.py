@@ -111,12 +111,12 @@ def _carry_out(course: Course, out: Path, options: argparse.Namespace) -> dict[s
         if design.members != "local":
             served = course.todo(lambda case: _is_served(case, design.members))
             members = run(_on_fleet(course, served, options, out))
-        if design.members != "grpc" and not course.is_over:
+        if design.members != "grpc" and not course.is_over():
             engine = _engine(scenario, options)
             local = course.todo(lambda case: not _is_served(case, design.members))
             for finding in engine.findings(local, keep=_is_reference):
                 course.take(finding)
-                if course.is_over:
+                if course.is_over():
                     break
     rows = course.gather()
     summary = {
@@ -377,23 +377,25 @@ def command_quantiles(options: argparse.Namespace) -> int:
     study = Study(options.run)
     measure, kpi = study.measure(options.measure), study.kpi(options.kpi)
     values = study.good(measure)[f"kpi.{kpi}"]
+    told = []
     for percent in options.at:
         number = study.nearest(kpi, measure, percent / 100)
         folder = study.folder / "explained" / f"{number}-{measure}"
         if not (folder / "reference" / measure / "actions.parquet").is_file():
-            design = study.design
-            outcome = _alone(design, design.case(number, measure), folder)
+            outcome = _alone(study.design, study.design.case(number, measure), folder)
             if outcome.failure is not None:
                 raise outcome.failure
             results.write_reference(folder, [outcome])
-        print(f"{percent:g} %: {kpi} = {values[number]:g} in run {number} under {measure}\n")
         causes = Causes(results.read_events(folder, measure), results.read_domains(folder))
-        cascade = causes.cascade()
-        if not cascade.longest_chain:
-            print("nothing led to anything else\n")
-            continue
-        print(f"{cascade.events} linked events in {', '.join(cascade.domains)}\n")
-        print(causes.tree_text(cascade.longest_chain[0], options.lines) + "\n")
+        chain = causes.cascade().longest_chain
+        tree = causes.tree_text(chain[0], options.lines) if chain else "nothing led to anything"
+        value = float(values[number])
+        print(f"{percent:g} %: {kpi} = {value:g} in run {number} under {measure}\n\n{tree}\n")
+        told.append({"kpi": kpi, "percent": percent, "run": number, "value": value, "tree": tree})
+    path = study.folder / "quantiles.json"
+    kept = results.read_json(path) if path.is_file() else {}
+    kept.setdefault(measure, {})[kpi] = told
+    results.write_text(path, json.dumps(kept, indent=2) + "\n")
     return 0
 
 
@@ -661,7 +663,8 @@ def _worker_options(command: argparse.ArgumentParser, workers: int | None = None
     command.add_argument(
         "--ray",
         metavar="auto|ADDRESS",
-        help="use the Ray cluster at ADDRESS; auto: the one of this machine, or a new one",
+        help="use the Ray cluster at ADDRESS; auto: the one of this machine, or else one of its "
+        "own, as without this option",
     )
 
 

@@ -152,7 +152,9 @@ def test_samples_that_can_not_be_used_are_refused(tmp_path: Path, text: str, sai
 
 @given(st.integers(0, 2**32), st.integers(0, 2**32))
 def test_a_study_stops_at_the_same_run_in_whatever_order_runs_end(seed: int, order: int) -> None:
-    rule = Stop(kpi="sum.y", half_width=0.4, least_runs=5, most_runs=60)
+    rule = Stop.model_validate(
+        {"kpi": "sum.y", "half_width": 0.4, "least_runs": 5, "most_runs": 60}
+    )
     rng = np.random.default_rng(seed)
     runs = [(run, m) for run in range(60) for m in ("none", "other")]
     values = {key: float(rng.standard_normal()) for key in runs}
@@ -262,7 +264,7 @@ def test_a_study_that_is_cut_anywhere_ends_with_the_same_digest(
             course.take(whole[case.run, case.measure])
             if data.draw(st.booleans()):
                 course.pause()
-        if course.is_over:
+        if course.is_over():
             break
         if (folder / "study.json").is_file():
             parts = folder / "parts"

@@ -21,6 +21,7 @@ from federation.scenario.cascade import frequent, graph
 from federation.scenario.compare import compare, sides
 from federation.scenario.engine import Engine
 from federation.scenario.rare import rarity, subset_simulation
+from federation.scenario.report import write_report
 from federation.scenario.sensitivity import DUMMY, pawn, sobol
 from federation.studies import PLANNER_FACTORY
 from tests.test_study import sums, written
@@ -289,6 +290,14 @@ def test_runs_at_quantiles_are_explained_by_their_causes(
     assert abs(dry[bad] - np.quantile(dry, 0.95)) == (dry - np.quantile(dry, 0.95)).abs().min()
     assert "[plant.power -> tower.pump_power]" in said
     assert (town / "explained" / f"{bad}-none").is_dir()
+    assert main(["sensitivity", str(town)]) == 0
+    page = write_report(town).read_text(encoding="utf-8")
+    for section in ("paths", "explained", "indices"):
+        assert f'<section id="{section}">' in page
+    assert "Outage <small>" not in page  # kinds are words
+    assert "outage <small>(power)</small> &rarr; tower empty <small>(water)</small>" in page
+    assert f"in run {bad} (" in page
+    assert "Chance alone" in page
     with pytest.raises(ScenarioError) as caught:
         study.nearest("wet_hours", "none", 0.5)
     assert caught.value.reason is Reason.UNKNOWN_VARIABLE

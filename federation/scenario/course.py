@@ -63,7 +63,6 @@ class Course:
             if (case.run, case.measure) not in self._is_done and wanted(case):
                 yield case
 
-    @property
     def is_over(self) -> bool:
         """Whether every run that belongs to the study has come."""
         return self._stopping.is_over

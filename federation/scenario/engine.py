@@ -64,8 +64,9 @@ class Engine:
     """How runs are done: in this process, or on Ray with some workers.
 
     `planner` is the `module:function` of a `PlannerFactory`, by name so that a worker in
-    another process can find it. Without an `address` one worker is this process; `auto` is a
-    cluster of this machine if there is one. 0 workers are as many as the cluster has processors.
+    another process can find it. Without an `address` one worker is this process; `local` is a
+    Ray of this study's own, `auto` a cluster of this machine if there is one. 0 workers are as
+    many as the cluster has processors.
     """
 
     scenario: Scenario
@@ -241,7 +242,7 @@ def start_ray(workers: int, address: str | None) -> None:
     ray = _ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is not None:
+    if address is not None and address != "local":
         where = {"address": address}
         host, _, port = address.rpartition(":")
         try:
@@ -253,13 +254,22 @@ def start_ray(workers: int, address: str | None) -> None:
             if address != "auto":
                 text = f"there is no Ray cluster at {address}: {error}".splitlines()[0]
                 raise ScenarioError(Reason.UNREACHABLE, text, where) from None
-    ray.init(
-        num_cpus=workers or None,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    for attempts_left in (1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=workers or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+            return
+        except Exception as error:  # Ray says no more of a start that took too long
+            ray.shutdown()
+            if not attempts_left:
+                text = f"Ray does not start on this machine: {error}".splitlines()[0]
+                raise ScenarioError(Reason.UNREACHABLE, text) from None
 
 
 def attempt(

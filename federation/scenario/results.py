@@ -260,7 +260,14 @@ def _measures(folder: Path) -> Sequence[str]:
 
 def clear(folder: Path) -> None:
     """Remove what a study left in a folder, the summary first, and nothing else."""
-    for name in (SUMMARY, DESIGN, "sensitivity.json", "indices.json", "samples.parquet"):
+    for name in (
+        SUMMARY,
+        DESIGN,
+        "sensitivity.json",
+        "indices.json",
+        "quantiles.json",
+        "samples.parquet",
+    ):
         (folder / name).unlink(missing_ok=True)
     for kind in TABLES:
         (folder / f"{kind}.parquet").unlink(missing_ok=True)
