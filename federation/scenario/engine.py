@@ -254,7 +254,7 @@ def start_ray(workers: int, address: str | None) -> None:
             if address != "auto":
                 text = f"there is no Ray cluster at {address}: {error}".splitlines()[0]
                 raise ScenarioError(Reason.UNREACHABLE, text, where) from None
-    for attempts_left in (1, 0):
+    for attempts_left in (2, 1, 0):
         try:
             ray.init(
                 address="local",
