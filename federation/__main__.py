@@ -5,26 +5,23 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from federation import telemetry
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.loop import run
+from federation.studies import add_run, add_studies, execute, say, sensitivity, study_options
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
-    from federation.scenario.run import Case, Outcome
     from federation.scenario.spec import Policy, Scenario
     from federation.twin import Description, Planner
 
 DEMO = "regions/shelby/earthquake.yaml"
-PLANNER_FACTORY = "federation.__main__:planner"
 
 
 def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy) -> Planner:
@@ -61,22 +58,6 @@ def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy:
 # -- commands --------------------------------------------------------------------------
 
 
-def command_run(options: argparse.Namespace) -> int:
-    from federation.scenario.spec import load
-
-    scenario = load(options.scenario)
-    if options.pace is not None:
-        if options.members != "grpc":
-            raise ScenarioError(
-                Reason.SCENARIO_INVALID, "only members that are services are paced: --members grpc"
-            )
-        scenario = scenario.paced(options.pace)
-    summary = execute(scenario, options, Path(options.out or f"runs/{scenario.name}"))
-    if options.json:
-        print(json.dumps(summary, indent=2))
-    return 0
-
-
 def command_demo(options: argparse.Namespace) -> int:
     """Run 0 in five processes, the other runs on workers, then sensitivity and the report."""
     from federation.scenario.report import write_report
@@ -95,83 +76,6 @@ def command_demo(options: argparse.Namespace) -> int:
     say(f"report in {write_report(out)}")
     say(f"next: multitwin explain {out}")
     return 0
-
-
-def execute(scenario: Scenario, options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Run a study as asked, write its folder, and return the summary."""
-    from federation.scenario import results, study
-
-    started_s = time.perf_counter()
-    seed = scenario.seed if options.seed is None else options.seed
-    measures = options.measures.split(",") if options.measures else list(scenario.measures)
-    todo = study.cases(scenario, measures, options.runs, seed)
-    say(f"{scenario.name}: {len(todo)} runs of {scenario.horizon_h:g} h")
-    by_grpc = [c for c in todo if _is_served(c, options.members)]
-    by_worker = [c for c in todo if not _is_served(c, options.members)]
-    members: list[dict[str, Any]] = []
-    outcomes: list[Outcome] = []
-    if by_grpc:
-        found, members = run(_on_fleet(scenario, by_grpc, options, out))
-        outcomes += found
-    if by_worker:
-        engine = study.Engine(scenario, PLANNER_FACTORY, options.workers, options.ray)
-        outcomes += engine.run(by_worker, keep=_is_reference, progress=Progress())
-        members = members or study.local_members(scenario, outcomes)
-    place = {(case.run, case.measure): i for i, case in enumerate(todo)}
-    outcomes.sort(key=lambda o: place[o.case.run, o.case.measure])
-    failures = [o.failure for o in outcomes if o.failure is not None]
-    if len(failures) == len(outcomes):
-        raise failures[0]
-    summary = {
-        **study.summarise(scenario, seed, measures, outcomes),
-        "members": members,
-        "timing": study.timing(outcomes, started_s),
-    }
-    results.write_study(out, scenario, outcomes, summary)
-    say(f"results in {out}")
-    return summary
-
-
-def _is_reference(case: Case) -> bool:
-    return case.run == 0
-
-
-def _is_served(case: Case, members: str) -> bool:
-    """Whether a run is done by members that are services of their own."""
-    return members == "grpc" or (members == "both" and _is_reference(case))
-
-
-async def _on_fleet(
-    scenario: Scenario, todo: list[Case], options: argparse.Namespace, out: Path
-) -> tuple[list[Outcome], list[dict[str, Any]]]:
-    from federation.broker.fleet import fleet, run_cases
-
-    say("starting the members, each in a process of its own")
-    out.mkdir(parents=True, exist_ok=True)
-    telemetry.configure("broker")
-    async with fleet(scenario, out / "broker.sqlite", out / "logs") as crew:
-        say(f"broker at {crew.broker.address}")
-        at_once = 1 if options.members == "both" else options.workers
-        outcomes = await run_cases(
-            crew, scenario, todo, planner, keep=_is_reference, at_once=at_once, progress=Progress()
-        )
-        return outcomes, crew.members(scenario)
-
-
-def sensitivity(scenario: Scenario, options: argparse.Namespace, out: Path) -> None:
-    """Move one assumption at a time and see how the effect of the best measure moves."""
-    from federation.scenario import results, study
-
-    measures = [study.BASELINE, options.sensitivity_measure]
-    seed = scenario.seed if options.seed is None else options.seed
-    moved = list(study.shifted(scenario, measures, options.sensitivity_runs, options.runs, seed))
-    todo = [case for _, _, cases in moved for case in cases]
-    say(f"sensitivity: {len(scenario.sensitivity)} assumptions, {len(todo)} runs")
-    engine = study.Engine(scenario, PLANNER_FACTORY, options.workers, options.ray)
-    outcomes = engine.run(todo, progress=Progress())
-    results.write_sensitivity(
-        out, study.effects(scenario, moved, outcomes, results.read_runs(out), measures[1])
-    )
 
 
 def command_explain(options: argparse.Namespace) -> int:
@@ -220,6 +124,7 @@ def command_serve(options: argparse.Namespace) -> int:
                 advertise=options.advertise,
                 inline_s=INLINE_S,
                 max_message_bytes=options.max_message_mib << 20,
+                max_sessions=options.max_sessions,
             ),
         )
     )
@@ -331,27 +236,6 @@ def _setting(text: str) -> tuple[str, str | int | float]:
     return key, value
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class Progress:
-    """One line on standard error that says how far the work is and how long it will take."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._live = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int, remark: str) -> None:
-        spent_s = time.perf_counter() - self._started
-        left_s = spent_s / done * (total - done)
-        line = f"  {done}/{total}  {remark}  ({left_s:.0f} s left)"
-        if self._live and done < total:
-            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
-        else:
-            print(f"\r{line:<100}" if self._live else line, file=sys.stderr, flush=True)
-
-
 # -- the command line ------------------------------------------------------------------
 
 
@@ -364,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the whole story, from a shock to a report")
-    _study_options(demo, runs=12, workers=2, members="both", out="runs/demo")
+    study_options(demo, runs=12, workers=2, members="both", out="runs/demo")
     demo.add_argument(
         "--sensitivity-runs",
         type=int,
@@ -374,17 +258,8 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(do=command_demo, sensitivity_measure="plan")
 
-    run = commands.add_parser("run", help="run a scenario, once or as an ensemble")
-    run.add_argument("scenario", help="the scenario's YAML file")
-    _study_options(run)
-    run.add_argument(
-        "--pace",
-        type=float,
-        metavar="F",
-        help="F seconds of the run per second, 0 for as fast as it can (as the scenario says)",
-    )
-    run.add_argument("--json", action="store_true", help="print summary.json on standard output")
-    run.set_defaults(do=command_run)
+    add_run(commands)
+    add_studies(commands)
 
     explain = commands.add_parser("explain", help="print why a run went as it did")
     explain.add_argument("run", help="the folder of a run, such as runs/demo")
@@ -406,6 +281,13 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--broker", metavar="ADDRESS", help="register with the broker there")
     server.add_argument(
         "--config", metavar="KEY=VALUE", action="append", default=[], help="for its constructor"
+    )
+    server.add_argument(
+        "--max-sessions",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="refuse more at a time; a study then does no more runs at a time (no limit)",
     )
     server.add_argument("--advertise", metavar="ADDRESS", help="what the broker calls (host:port)")
     _server_options(server)
@@ -534,34 +416,6 @@ def _server_options(command: argparse.ArgumentParser, port: int = 0) -> None:
     )
     command.add_argument(
         "--max-message-mib", type=_positive, default=64, metavar="N", help="largest message (64)"
-    )
-
-
-def _study_options(
-    command: argparse.ArgumentParser,
-    runs: int = 1,
-    workers: int = 1,
-    members: str = "local",
-    out: str | None = None,
-) -> None:
-    command.add_argument(
-        "--members",
-        choices=("local", "grpc", "both"),
-        default=members,
-        help="twins in this process, each as a service of its own, or run 0 as services and the "
-        f"others on workers ({members})",
-    )
-    command.add_argument(
-        "--runs", type=_positive, default=runs, metavar="N", help=f"runs per measure ({runs})"
-    )
-    command.add_argument(
-        "--workers", type=_positive, default=workers, metavar="N", help=f"processes ({workers})"
-    )
-    command.add_argument("--ray", metavar="ADDRESS", help="use the Ray cluster at ADDRESS")
-    command.add_argument("--seed", type=int, help="seed of everything random (the scenario's)")
-    command.add_argument("--measures", metavar="A,B", help="only these measures (all)")
-    command.add_argument(
-        "--out", metavar="DIR", default=out, help=f"folder for the results ({out or 'runs/NAME'})"
     )
 
 

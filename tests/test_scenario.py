@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from federation.__main__ import main
 from federation.errors import Reason, ScenarioError
 from federation.scenario.run import Case, run_local
+from federation.scenario.sampling import draws, quantile
 from federation.scenario.spec import Distribution, parse
-from federation.scenario.study import cases, draws, interval, quantile
+from federation.scenario.study import cases, interval
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,15 @@ from federation.broker.server import BrokerOptions, BrokerServer
 from federation.errors import PlanError, Reason, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
 from federation.scenario.spec import Scenario, Service
+from federation.wire.link import Link
 
 START_TIMEOUT_S = 180.0
 """How long members may take to start; twins compile code the first time."""
 
 STOP_TIMEOUT_S = 10.0
+
+SESSION_TIMEOUT_S = 600.0
+"""How long a run waits for a service that has no session to spare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,63 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
+async def sessions_at_once(scenario: Scenario) -> int:
+    """How many runs the services of a scenario take at a time; 0 when none says.
+
+    Asks the members that are services of others. Fails with UNREACHABLE when one is not there.
+    """
+    limits = []
+    for name, member in scenario.members.items():
+        if member.address is not None:
+            async with await Link.connect(member.address, name) as link:
+                limits.append(link.max_sessions)
+    return min((limit for limit in limits if limit), default=0)
+
+
+async def each_case(
+    crew: Fleet,
+    scenario: Scenario,
+    todo: Iterator[Case],
+    factory: PlannerFactory | None,
+    take: Callable[[Outcome], None],
+    *,
+    keep: Callable[[Case], bool] = lambda case: False,
+    at_once: int = 1,
+) -> None:
+    """Do the cases with sessions of their own, asked for as they are needed; `take` hears each.
+
+    Failures of members and plans are part of an outcome; a wrong request is raised. A case for
+    which a service has no session to spare waits for one, up to `SESSION_TIMEOUT_S`.
+    """
+
+    async def work() -> None:
+        for case in todo:
+            take(await _attempt(crew, scenario, case, factory, keep(case)))
+
+    workers = [asyncio.create_task(work()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*workers)
+    finally:  # after an error or an interruption, nobody goes on
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _attempt(
+    crew: Fleet, scenario: Scenario, case: Case, factory: PlannerFactory | None, keep: bool
+) -> Outcome:
+    give_up_s, pause_s = time.monotonic() + SESSION_TIMEOUT_S, 0.05
+    while True:
+        try:
+            return await crew.broker.run(scenario, case, factory, keep_ledger=keep)
+        except (TwinError, PlanError) as failure:
+            is_full = failure.reason is Reason.TOO_MANY_SESSIONS
+            if not is_full or time.monotonic() + pause_s > give_up_s:
+                return Outcome(case, failure=failure)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, 5.0)
+
+
 async def run_cases(
     crew: Fleet,
     scenario: Scenario,
@@ -177,24 +238,15 @@ async def run_cases(
     at_once: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Outcome]:
-    """Do every case with sessions of its own, in the order asked for.
+    """Do every case as `each_case` does, and give the outcomes in the order asked for."""
+    found: dict[tuple[int, str], Outcome] = {}
 
-    Failures of members and plans are collected; a wrong request is raised.
-    """
-    turn = asyncio.Semaphore(at_once)
-    done = 0
-
-    async def one(case: Case) -> Outcome:
-        nonlocal done
-        async with turn:
-            try:
-                outcome = await crew.broker.run(scenario, case, factory, keep_ledger=keep(case))
-            except (TwinError, PlanError) as failure:
-                outcome = Outcome(case, failure=failure)
-        done += 1
+    def take(outcome: Outcome) -> None:
+        case = outcome.case
+        found[case.run, case.measure] = outcome
         if progress:
             what = outcome.error or f"{outcome.wall_s:.1f} s"
-            progress(done, len(todo), f"run {case.run} {case.measure}: {what}")
-        return outcome
+            progress(len(found), len(todo), f"run {case.run} {case.measure}: {what}")
 
-    return list(await asyncio.gather(*(one(case) for case in todo)))
+    await each_case(crew, scenario, iter(todo), factory, take, keep=keep, at_once=at_once)
+    return [found[case.run, case.measure] for case in todo]

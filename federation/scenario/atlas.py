@@ -92,9 +92,10 @@ def layers(
             }
         )
     drawn = [layer for layer in found.values() if layer.variables]
-    halfway = Halfway(
-        np.concatenate([e.places for e in found.values() if len(e.places) <= MOST_ENDS])
-    )
+    ends = [e.places for e in found.values() if len(e.places) <= MOST_ENDS]
+    if not ends:
+        return [layer.packed() for layer in drawn]
+    halfway = Halfway(np.concatenate(ends))
     for layer in drawn:
         layer.lines = halfway.lines(layer.places)
     return [layer.packed() for layer in drawn]

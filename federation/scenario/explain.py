@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,33 @@ class Causes:
             if best:
                 return best
         raise ScenarioError(Reason.RUN_NOT_FOUND, "the run has no events to explain")
+
+    def kind(self, event_id: str) -> str:
+        """What an event is, apart from where and when, as `domain/kind`."""
+        return f"{self.domain(event_id)}/{self.events[event_id].event.kind}"
+
+    def links(self) -> Counter[tuple[str, ...]]:
+        """How often an event of one kind caused one of another."""
+        return Counter(
+            (self.kind(cause), self.kind(effect))
+            for effect, record in self.events.items()
+            for cause in record.event.causes
+            if cause in self.events
+        )
+
+    def paths(self) -> Counter[tuple[str, ...]]:
+        """By how many last consequences each path ends: the kinds of events along the longest
+        chain to an event that caused no other, repetitions of one kind taken together.
+        """
+        counted: Counter[tuple[str, ...]] = Counter()
+        kinds: dict[str, tuple[str, ...]] = {}
+        for event_id in self.events:  # causes come before their effects
+            kind = self.kind(event_id)
+            before = kinds.get(self._deepest.get(event_id, ""), ())
+            kinds[event_id] = before if before[-1:] == (kind,) else (*before, kind)
+            if event_id not in self.effects and event_id in self._deepest:
+                counted[kinds[event_id]] += 1
+        return counted
 
     def line(self, event_id: str) -> str:
         """One event as a reader wants it: when, where, what."""

@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 from federation.core.ledger import EventRecord
 from federation.errors import Reason, ScenarioError
 from federation.scenario import atlas
+from federation.scenario.archive import Study as Archive
+from federation.scenario.cascade import frequent
 from federation.scenario.explain import Causes
-from federation.scenario.results import read_events, read_summary
+from federation.scenario.results import read_events, read_json, read_summary, read_table
 from federation.scenario.study import BASELINE, interval
 from federation.twin import HOUR_NS, MINUTE_NS, SYSTEM
 
@@ -28,6 +30,9 @@ PAGE = "report.html"
 
 MOST_EVENTS = 6_000
 """Of a longer run the page keeps the first so many events."""
+
+MOST_PATHS = 12
+"""The page shows so many of the paths that a study has taken."""
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -171,7 +176,7 @@ class Study:
         text = (folder / "reference" / "descriptions.json").read_text(encoding="utf-8")
         self.descriptions: dict[str, dict[str, Any]] = json.loads(text)
         self.domains = {name: d["domain"] for name, d in self.descriptions.items()}
-        self.runs = pq.read_table(folder / "runs.parquet")
+        self.runs = read_table(folder, "runs")
         self.kept = [
             m for m in self.measures if (folder / "reference" / m / "events.parquet").is_file()
         ]
@@ -236,6 +241,9 @@ class Study:
             "members": self.members(),
             "scenario_text": self.scenario_text(),
             "sensitivity": self.sensitivity(),
+            "paths": self.paths(),
+            "indices": self.indices(),
+            "explained": self.explained(),
             "version": _version(),
         }
 
@@ -608,6 +616,78 @@ class Study:
             "charts": charts,
         }
 
+    # -- over all runs
+
+    def paths(self) -> dict[str, list[dict[str, Any]]]:
+        """Per measure the paths of causes that most runs have, as words with their domains."""
+        if self.is_single or not (self.folder / "cascade.parquet").is_file():
+            return {}
+        study = Archive(self.folder)
+        found = {}
+        for measure in self.measures:
+            told = frequent(study, measure, MOST_PATHS)
+            found[measure] = [
+                {
+                    "steps": [dict(zip(("domain", "kind"), _kind(k), strict=True)) for k in kinds],
+                    "runs": path["runs"],
+                    "share": path["runs"] / max(told["runs"], 1),
+                    "count": path["count"],
+                }
+                for path in told["paths"]
+                if (kinds := path["kinds"])
+            ]
+        return {measure: paths for measure, paths in found.items() if paths}
+
+    def indices(self) -> list[dict[str, Any]]:
+        """`indices.json` as tables: a row per KPI, a cell per uncertain input, largest first."""
+        path = self.folder / "indices.json"
+        if not path.is_file():
+            return []
+        found = []
+        for method, measures in read_json(path).items():
+            for measure, told in measures.items():
+                key = {"pawn": "median", "sobol": "ST"}[method]
+                names = list(dict.fromkeys(n for kpi in told["kpis"].values() for n in kpi))
+                names.sort(key=lambda n: n.startswith("("))  # chance comes last
+                rows = [
+                    {
+                        "label": self.figure(kpi)[0],
+                        "cells": [inputs[name][key] for name in names],
+                        "floor": inputs.get(names[-1], {}).get(key, 0.0)
+                        if names[-1].startswith("(")
+                        else _floor(inputs),
+                    }
+                    for kpi, inputs in told["kpis"].items()
+                ]
+                found.append(
+                    {
+                        "method": method,
+                        "measure": self.measure_name(measure),
+                        "runs": told["runs"],
+                        "names": [self._input(name) for name in names],
+                        "rows": rows,
+                    }
+                )
+        return found
+
+    def explained(self) -> list[dict[str, Any]]:
+        """`quantiles.json`: runs at quantiles of a KPI, each with its tree of causes as text."""
+        path = self.folder / "quantiles.json"
+        if not path.is_file():
+            return []
+        return [
+            {**told, "label": self.figure(told["kpi"])[0], "measure": self.measure_name(measure)}
+            for measure, kpis in read_json(path).items()
+            for runs in kpis.values()
+            for told in runs
+        ]
+
+    def _input(self, name: str) -> str:
+        member, dot, parameter = name.partition(".")
+        if not dot:
+            return "Chance alone"
+        return f"{words(UNIT_SUFFIX.sub('', parameter))} ({self.domains.get(member, member)})"
+
     # -- provenance
 
     def drawn(self) -> list[dict[str, Any]]:
@@ -643,6 +723,17 @@ class Study:
         """The scenario document, when the study kept a copy."""
         path = self.folder / "scenario.yaml"
         return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _floor(inputs: Mapping[str, Mapping[str, float]]) -> float:
+    """Below what a Sobol index may be 0: the widest of the bootstrap's half intervals."""
+    return max(figures["ST_conf"] for figures in inputs.values())
+
+
+def _kind(text: str) -> tuple[str, str]:
+    """A kind of event, `domain/kind`, as words."""
+    domain, _, kind = text.partition("/")
+    return domain, words(kind).lower()
 
 
 def _sentence(text: str) -> str:

@@ -201,6 +201,12 @@ def bind(
     return experiment
 
 
+Binding = Callable[
+    [Scenario, Mapping[str, Description], Description | None, Case | None], Experiment
+]
+"""What wires a scenario: `bind`, or something that remembers what it said."""
+
+
 def crews_of(usual: float, case: Case | None) -> float:
     """The number of crews in a case: the scenario's, or the planner's parameter `crews`."""
     return case.parameters.get(PLANNER, {}).get("crews", usual) if case else usual
@@ -348,18 +354,20 @@ def run_local(
     *,
     keep_ledger: bool = False,
     on_commit: Callable[[int], None] | None = None,
+    binder: Binding | None = None,
 ) -> Outcome:
     """Do one run in this process and in one thread.
 
-    `on_commit` hears the time up to which the run is settled. A member that fails is held when
-    its policy says so; there is nothing here to recover it with, nor anybody to stand in. Raises
-    what aborts the run.
+    `on_commit` hears the time up to which the run is settled; `binder` does what `bind` does, for
+    callers that have done so before. A member that fails is held when its policy says so; there is
+    nothing here to recover it with, nor anybody to stand in. Raises what aborts the run.
     """
     started, started_cpu = time.perf_counter(), time.process_time()
     sessions = local_sessions(scenario)
     descriptions = {name: s.description for name, s in sessions.items()}
     planner = plan_member(scenario, descriptions, case, factory)
-    experiment = bind(scenario, descriptions, planner.describe() if planner else None, case)
+    described = planner.describe() if planner else None
+    experiment = (binder or bind)(scenario, descriptions, described, case)
     if planner is not None:
         sessions[PLANNER] = Session(planner, PLANNER)
     for name, session in sessions.items():

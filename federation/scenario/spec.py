@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
+import numpy as np
 import yaml
 from pydantic import (
     BaseModel,
@@ -26,6 +27,9 @@ from pydantic import (
 from federation.core.coupling import Combine, Coupling
 from federation.errors import Reason, ScenarioError
 from federation.twin import HOUR_NS, MINUTE_NS
+
+LATIN_HYPERCUBE = "latin-hypercube"
+SOBOL = "sobol"
 
 PLANNER = "planner"
 """The member that sends repair crews; it exists in every run and may do nothing."""
@@ -173,6 +177,46 @@ class Distribution(Part):
         return self
 
 
+class Correlation(Part):
+    """How two uncertain parameters go together: the correlation of the standard normal variables
+    behind them (a Gaussian copula). Pairs that are not named are independent."""
+
+    of: tuple[Variable, Variable]
+    rho: float = Field(gt=-1.0, lt=1.0)
+
+
+class Stop(Part):
+    """When a study has enough runs: after `runs` of each measure, or once the 95 % interval of
+    the mean of `kpi` reaches no further than `half_width` (or the share `relative` of the mean)
+    to either side, under every measure.
+
+    The interval is looked at after each run in the order of runs, whatever order they end in,
+    from `least_runs` on; after `most_runs` the study ends in any case.
+    """
+
+    runs: PositiveInt | None = None
+    kpi: str | None = Field(None, description="member.variable, or `weighted`")
+    half_width: PositiveFloat | None = Field(None, description="in the unit of the KPI")
+    relative: PositiveFloat | None = Field(None, description="share of the mean")
+    least_runs: int = Field(20, ge=2)
+    most_runs: PositiveInt = 1000
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        width = [self.half_width, self.relative].count(None) == 1
+        if self.runs is not None and not self.model_fields_set - {"runs"}:
+            return self
+        if self.runs is not None or self.kpi is None or not width:
+            raise ValueError("give runs, or kpi with half_width or relative")
+        if self.least_runs > self.most_runs:
+            raise ValueError(f"{self.most_runs} runs at most are fewer than {self.least_runs}")
+        return self
+
+    @property
+    def most(self) -> int:
+        return self.most_runs if self.runs is None else self.runs
+
+
 Policy = Literal["none", "nearest", "plan"]
 
 
@@ -197,6 +241,11 @@ class Scenario(Part):
     repairs: Repairs | None = None
     parameters: dict[str, float] = {}
     uncertainty: dict[str, Distribution] = {}
+    correlation: tuple[Correlation, ...] = ()
+    sampling: str = Field(
+        LATIN_HYPERCUBE, description="latin-hypercube, sobol, or a CSV file with a row per run"
+    )
+    stop: Stop | None = None
     measures: dict[str, Measure] = {"none": Measure()}
     kpis: tuple[Variable, ...] = ()
     weighted: dict[Variable, float] = Field(
@@ -218,6 +267,20 @@ class Scenario(Part):
             raise ValueError("a measure sends crews, but the scenario has no repairs")
         if missing := [name for name in self.weighted if self.kpis and name not in self.kpis]:
             raise ValueError(f"{missing[0]} is weighted and not among the kpis")
+        judged = self.stop.kpi if self.stop is not None else None
+        if judged == "weighted" and not self.weighted:
+            raise ValueError("stop: the KPI weighted needs weights: weighted: {member.kpi: 1.0}")
+        if judged not in (None, "weighted", *self.kpis) and (self.kpis or "." not in str(judged)):
+            raise ValueError(f"stop: {judged} is not among the kpis")
+        if self.sampling not in (LATIN_HYPERCUBE, SOBOL):
+            if not self.sampling.endswith(".csv"):
+                raise ValueError(
+                    f"sampling: {self.sampling!r} is neither {LATIN_HYPERCUBE} nor {SOBOL} nor a "
+                    "file that ends in .csv"
+                )
+            if self.correlation:
+                raise ValueError("correlation: given samples have the correlation that they have")
+        self.copula()
         if self.pace is not None and self.pace.when_late == "degrade":
             for name, member in self.members.items():
                 if member.on_failure.do in ("hold", "substitute"):
@@ -240,6 +303,31 @@ class Scenario(Part):
         pace = self.pace or Pace(factor=1.0)
         changed = pace.model_copy(update={"factor": factor}) if factor else None
         return self.model_copy(update={"pace": changed})
+
+    def copula(self) -> np.ndarray | None:
+        """The correlation matrix over the uncertain parameters in the order of their names.
+
+        None without correlation. Raises `ValueError` when no variables can go together so.
+        """
+        if not self.correlation:
+            return None
+        names = sorted(self.uncertainty)
+        matrix = np.eye(len(names))
+        for pair in self.correlation:
+            for name in pair.of:
+                if name not in self.uncertainty:
+                    raise ValueError(f"correlation: {name} is not uncertain")
+            i, j = (names.index(name) for name in pair.of)
+            if i == j or matrix[i, j] != 0.0:
+                raise ValueError(f"correlation: {' and '.join(pair.of)} are no pair, or twice one")
+            matrix[i, j] = matrix[j, i] = pair.rho
+        least = float(np.linalg.eigvalsh(matrix)[0])
+        if least <= 1e-12:
+            raise ValueError(
+                "correlation: no variables can be correlated so; the matrix is not positive "
+                f"definite (its least eigenvalue is {least:.3g})"
+            )
+        return matrix
 
     def staleness_ns(self) -> dict[tuple[str, str], int]:
         """Per member and variable how old a value may be, in nanoseconds of the run."""
@@ -421,6 +509,7 @@ def _references(scenario: Scenario) -> Mapping[str, list[str]]:
         "couplings": [v for c in scenario.couplings for v in (c.source, c.target)],
         "parameters": [*scenario.parameters],
         "uncertainty": [*scenario.uncertainty],
+        "correlation": [name for pair in scenario.correlation for name in pair.of],
         "kpis": [*scenario.kpis],
         "weighted": [*scenario.weighted],
         "sensitivity": [*scenario.sensitivity],

@@ -48,10 +48,16 @@ class DescribeResponse(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     TAKES_BATCHES_FIELD_NUMBER: _builtins.int
+    MAX_SESSIONS_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     """The largest message that this process takes, in bytes; 0 when it does not say."""
     takes_batches: _builtins.bool
     """Session takes several frames in one message (`SessionRequest.frames`)."""
+    max_sessions: _builtins.int
+    """How many sessions this process hosts at a time, those of all callers together; 0 when it does
+    not say. An Open beyond that is refused with TOO_MANY_SESSIONS and may be tried again later,
+    in a new session.
+    """
     @_builtins.property
     def description(self) -> Global___Description:
         """The description."""
@@ -62,10 +68,11 @@ class DescribeResponse(_message.Message):
         description: Global___Description | None = ...,
         max_message_bytes: _builtins.int = ...,
         takes_batches: _builtins.bool = ...,
+        max_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["description", b"description"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "max_message_bytes", b"max_message_bytes", "takes_batches", b"takes_batches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "max_message_bytes", b"max_message_bytes", "max_sessions", b"max_sessions", "takes_batches", b"takes_batches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,7 +483,7 @@ class SessionRequest(_message.Message):
         """Begins a session at instant 0. Always frame 1. An existing session can be opened anew only
         under a higher epoch, and then forgets everything.
 
-        Fails with UNKNOWN_PARAMETER, NOT_FINITE, TWIN_FAILED.
+        Fails with UNKNOWN_PARAMETER, NOT_FINITE, TWIN_FAILED, TOO_MANY_SESSIONS.
         """
 
         DESCRIPTOR: _descriptor.Descriptor

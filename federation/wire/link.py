@@ -304,6 +304,8 @@ class Link:
         self.line = line
         self.limit_bytes = line.options.max_message_bytes
         """The largest frame that both sides take."""
+        self.max_sessions = 0
+        """How many sessions the process hosts at a time; 0 when it does not say."""
         self._stub: twin_pb2_grpc.TwinAsyncStub = twin_pb2_grpc.TwinStub(line.channel)
         self._description: Description | None = None
         self._sizes: dict[str, int] = {}
@@ -362,6 +364,7 @@ class Link:
                 )
             description = codec.decode_description(answer.description)
             self.line.takes_batches = answer.takes_batches
+            self.max_sessions = answer.max_sessions
             if answer.max_message_bytes:
                 self.limit_bytes = min(self.limit_bytes, answer.max_message_bytes)
             self._sizes = description.output_sizes()

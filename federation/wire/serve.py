@@ -24,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from federation.errors import FederationError, Reason, ScenarioError
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.telemetry import is_tracing, tracer
 from federation.twin import Description, Twin, failed
 from federation.twin import Session as ModelSession
@@ -74,6 +74,8 @@ class ServeOptions:
     grace_s: float = 2.0
     inline_s: float = 0.0
     max_message_bytes: int = 64 * MEBIBYTE
+    max_sessions: int = 0
+    """Open at a time, more are refused with TOO_MANY_SESSIONS; 0: no limit."""
 
 
 @dataclass(slots=True, eq=False)
@@ -275,6 +277,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             description=codec.encode_description(self.description),
             max_message_bytes=options.max_message_bytes,
             takes_batches=True,
+            max_sessions=options.max_sessions,
         )
         self._factory = factory
         self._options = options
@@ -404,6 +407,9 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         if hosted is None:
             hosted = _Hosted()
             if hosted.refusal(request) is None:
+                if (full := self._fullness()) is not None:
+                    stream.answer(_refused(request, full))
+                    return
                 self._sessions[request.session] = hosted
         if hosted.is_busy:
             stream.owed += 1
@@ -415,6 +421,21 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             self._hand_over(hosted, request, stream)
         else:
             stream.answer(answer)
+
+    def _fullness(self) -> FederationError | None:
+        """Why no session more can be opened now."""
+        limit = self._options.max_sessions
+        if not limit:
+            return None
+        # a session that is being opened has no answer yet
+        hosted = self._sessions.values()
+        if sum(one.session is not None or one.answer is None for one in hosted) < limit:
+            return None
+        return TwinError(
+            Reason.TOO_MANY_SESSIONS,
+            f"{self.name} hosts {limit} sessions at a time, and all are in use",
+            {"max_sessions": str(limit)},
+        )
 
     def _take_owed(
         self, hosted: _Hosted, request: twin_pb2.SessionRequest, stream: _Stream
