@@ -22,7 +22,7 @@ import grpc
 from federation.core.bundle import Priority
 from federation.core.desk import NEVER, Desk, Receipt, Stop
 from federation.errors import FederationError, Reason, ScenarioError
-from federation.twin import Description, DeskStep, Session, StepInput, StepResult, Vector
+from federation.twin import NO_DESK, Description, DeskStep, Session, StepInput, StepResult, Vector
 from federation.v1 import twin_pb2, twin_pb2_grpc
 from federation.wire import codec, status
 from federation.wire.credentials import Keyring, permit
@@ -69,7 +69,7 @@ class SeatedDesk:
             self.is_behind = True
             self.take_up(given.desk.state)
             desk.now_ns = given.time_ns
-            told = given.desk if given.desk.operated or given.desk.state else None
+            told = given.desk
         elif given.micro:
             told = self._last  # a redone step acts on the same orders
         else:
@@ -100,7 +100,7 @@ class SeatedDesk:
 
 def done_with(session: Session, given: StepInput, told: DeskStep | None) -> StepResult:
     """A step with the setpoints of a desk, after its actions; the result says so."""
-    if told is None:
+    if told is None or told == NO_DESK:
         return session.advance(given)
     more = tuple(each.action for each in told.operated)
     result = session.advance(given._replace(actions=given.actions + more))
