@@ -203,6 +203,7 @@ def command_report(options: argparse.Namespace) -> int:
 
 def command_serve(options: argparse.Namespace) -> int:
     from federation.scenario.run import build_twin
+    from federation.wire.credentials import Keyring
     from federation.wire.serve import INLINE_S, ServeOptions, serve
 
     config = dict(_setting(text) for text in options.config)
@@ -220,6 +221,8 @@ def command_serve(options: argparse.Namespace) -> int:
                 advertise=options.advertise,
                 inline_s=INLINE_S,
                 max_message_bytes=options.max_message_mib << 20,
+                keyring=Keyring() if options.keyring is None else Keyring.load(options.keyring),
+                stops_file=options.stops,
             ),
         )
     )
@@ -406,6 +409,15 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--broker", metavar="ADDRESS", help="register with the broker there")
     server.add_argument(
         "--config", metavar="KEY=VALUE", action="append", default=[], help="for its constructor"
+    )
+    server.add_argument(
+        "--keyring",
+        type=Path,
+        metavar="FILE",
+        help="who may act on it, see: multitwin keys (nobody)",
+    )
+    server.add_argument(
+        "--stops", type=Path, metavar="FILE", help="where it keeps what is stopped, over restarts"
     )
     server.add_argument("--advertise", metavar="ADDRESS", help="what the broker calls (host:port)")
     _server_options(server)
