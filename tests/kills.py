@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -61,6 +62,8 @@ STRIDE = 7
 """From one point to the next that is tried, so that few kills see every stage too."""
 
 PATIENCE_S = 20.0
+
+_ADDRESS = re.compile(r"(?<= at )[\d.]+:\d+")
 
 
 # -- the coordinator: a process that forks one that is to be killed ------------------------
@@ -188,7 +191,7 @@ async def kill(count: int) -> Tally:
             "domains: ['*']}]\n"
         )
         nursery = await stack.enter_async_context(
-            _process(sys.executable, "-m", "tests.kills", "--coordinators")
+            _nursery(sys.executable, "-m", "tests.kills", "--coordinators")
         )
         assert await _heard(nursery) == "ready"
         sites = [await stack.enter_async_context(_site(name, folder)) for name in NAMES]
@@ -295,7 +298,7 @@ async def _heard(process: asyncio.subprocess.Process) -> Any:
 
 
 @asynccontextmanager
-async def _process(*argv: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _nursery(*argv: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.PIPE,
@@ -311,29 +314,30 @@ async def _process(*argv: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 @asynccontextmanager
-async def serving_process(
-    name: str, *more: str, twin: str = "tests.waterworks:Pump"
-) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
-    """A twin in a process of its own; its address."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "federation", "serve", twin, "--name", name, *more),
-        stderr=asyncio.subprocess.PIPE,
+async def process(*argv: str) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    """A `multitwin` command that serves, in a process of its own; where it listens."""
+    started = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "federation", *argv), stderr=asyncio.subprocess.PIPE
     )
     try:
-        assert process.stderr is not None
+        assert started.stderr is not None
         async with asyncio.timeout(60):
-            while True:
-                line = (await process.stderr.readline()).decode()
-                if not line:
-                    raise RuntimeError(f"{name} did not come up")
-                if line.startswith("serving "):
-                    break
-        yield line.split()[3], process
+            while not (address := _ADDRESS.search((await started.stderr.readline()).decode())):
+                if started.stderr.at_eof():
+                    raise RuntimeError(f"{' '.join(argv)} did not come up")
+        yield address[0], started
     finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
+        if started.returncode is None:
+            started.terminate()
+        await started.wait()
+
+
+@asynccontextmanager
+async def serving_process(
+    name: str, *more: str
+) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    async with process("serve", "tests.waterworks:Pump", "--name", name, *more) as found:
+        yield found
 
 
 @asynccontextmanager

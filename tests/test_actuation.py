@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from federation.__main__ import main
 from federation.broker.shell import run_live
 from federation.control.actuation import (
     Actuation,
@@ -31,6 +32,7 @@ from federation.control.actuation import (
     take_up,
     unfinished,
 )
+from federation.control.stop import find_posts, of_domain, stop
 from federation.core.bundle import Condition, Priority
 from federation.core.desk import DESK
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
@@ -42,6 +44,7 @@ from federation.wire.credentials import Identity, Keyring, Known, Role
 from federation.wire.link import Link
 from federation.wire.orders import Hand
 from federation.wire.serve import ServeOptions, serving
+from tests.kills import kill, process, serving_process
 from tests.waterworks import (
     EPOCH,
     GUARD,
@@ -363,7 +366,7 @@ def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Pa
             step = asyncio.create_task(north.run())
             await asyncio.to_thread(Pump.at_gate.wait, 10.0)
             began_s = time.perf_counter()
-            stop = await kim.halt("smoke")
+            stop_id = await kim.halt("smoke")
             took_s = time.perf_counter() - began_s
             Pump.gate.set()
             await step
@@ -371,9 +374,9 @@ def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Pa
             assert await north.speed() == SAFE
             asked = guard.select(bundle("b2"), "north", EPOCH, WINDOW_NS)
             assert await refusal(asked) is Reason.HALTED
-            assert await refusal(guard.lift([stop])) is Reason.NOT_AUTHORISED
+            assert await refusal(guard.lift([stop_id])) is Reason.NOT_AUTHORISED
             (found,) = (await guard.look()).stops
-            assert (found.id, found.by, found.reason) == (stop, "kim", "smoke")
+            assert (found.id, found.by, found.reason) == (stop_id, "kim", "smoke")
         # the process is started again, and is still stopped
         async with (
             site(stops_file=file) as north,
@@ -382,8 +385,8 @@ def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Pa
         ):
             asked = guard.select(bundle("b3"), "north", EPOCH, WINDOW_NS)
             assert await refusal(asked) is Reason.HALTED
-            await kim.lift([stop])
-            assert await refusal(kim.halt("smoke", request=stop)) is Reason.REQUEST_DIFFERS
+            await kim.lift([stop_id])
+            assert await refusal(kim.halt("smoke", request=stop_id)) is Reason.REQUEST_DIFFERS
             await put(guard, bundle("b4"))
             assert await north.speed() == 7.0
 
@@ -391,6 +394,62 @@ def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Pa
         story(tell)
     finally:
         Pump.gate = None
+
+
+def test_a_domain_is_stopped_within_a_second_when_the_broker_is_dead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roster = tmp_path / "broker.sqlite.roster.json"
+    key, keyring = tmp_path / "kim.pem", tmp_path / "keyring.yaml"
+    KIM.save(key)
+    keyring.write_text(
+        "identities:\n"
+        f"  - {{name: kim, public_key: {KIM.public_key}, roles: [operator], domains: [water]}}\n"
+        f"  - {{name: guard-1, public_key: {GUARD.public_key}, roles: [guard], domains: ['*']}}\n"
+    )
+
+    async def tell() -> None:
+        async with (
+            process("broker", "--port", "0", "--store", str(tmp_path / "broker.sqlite")) as (
+                broker,
+                broker_process,
+            ),
+            serving_process("north", "--keyring", str(keyring), "--broker", broker) as (at, _),
+            await Link.connect(at, "north") as link,
+            Hand(at, GUARD) as guard,
+        ):
+            session = await link.session("north", 1, {}, EPOCH, run=RUN)
+            north = Site("north", at, link, session)
+            await put(guard, bundle())
+            assert await north.speed() == 7.0
+            while not (roster.is_file() and at in roster.read_text()):
+                await asyncio.sleep(0.05)
+            broker_process.kill()
+            await broker_process.wait()
+            posts = of_domain(await find_posts((), broker, roster), "water")
+            began_s = time.perf_counter()
+            (verdict,) = await stop(posts, KIM, "smoke")
+            took_s = time.perf_counter() - began_s
+            assert verdict.error is None
+            assert took_s < 1.0
+            assert await north.speed() == SAFE
+            asked = guard.select(bundle("b2"), "north", EPOCH, WINDOW_NS)
+            assert await refusal(asked) is Reason.HALTED
+            told = ["--roster", str(roster), "--domain", "water", "--as", "kim", "--key", str(key)]
+            assert await asyncio.to_thread(main, ["release", *told]) == 0
+            await put(guard, bundle("b3"))
+            assert await north.speed() == 7.0
+            again = ["stop", "--reason", "more smoke", "--twin", at, *told[4:]]
+            assert await asyncio.to_thread(main, again) == 0
+            assert await north.speed() == SAFE
+        # and who was not reached is said
+        assert await asyncio.to_thread(main, again) == 3
+
+    story(tell)
+    said = capsys.readouterr()
+    assert "lifted: north" in said.out
+    assert "stopped: " in said.out
+    assert "NOT stopped" in said.err
 
 
 # -- several twins -----------------------------------------------------------------------
@@ -617,6 +676,15 @@ def test_an_actuation_ends_one_way_or_the_other_and_writes_before_it_asks(
         assert not released
     else:
         assert released | set(ended.unreached) == set(FOUR)
+
+
+def test_a_coordinator_that_is_killed_leaves_no_bundle_half_applied() -> None:
+    """The few of `make kills` that fit in here; that has 200."""
+    tally = run(kill(8))
+    assert tally.kills >= 8
+    assert (tally.half_applied, tally.half, tally.unended) == (0, [], 0)
+    assert tally.committed
+    assert tally.compensated
 
 
 # -- a live run --------------------------------------------------------------------------
