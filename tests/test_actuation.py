@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federation.__main__ import main
+from federation.broker.server import BrokerOptions, BrokerServer
 from federation.broker.shell import run_live
 from federation.control.actuation import (
     Actuation,
@@ -41,10 +43,12 @@ from federation.scenario.run import Case, Outcome
 from federation.scenario.spec import parse
 from federation.twin import NO_DESK, SECOND_NS, SYSTEM, StepInput
 from federation.wire.credentials import Identity, Keyring, Known, Role
+from federation.wire.enrol import keep_name
 from federation.wire.link import Link
 from federation.wire.orders import Hand
 from federation.wire.serve import ServeOptions, serving
 from tests.kills import kill, process, serving_process
+from tests.test_broker import client
 from tests.waterworks import (
     EPOCH,
     GUARD,
@@ -768,6 +772,49 @@ def test_a_setpoint_of_a_desk_is_in_the_ledger_and_survives_the_member_that_had_
     (cause,) = first.event.causes
     assert by_id[cause].owner == "guard-1"
     assert "loop sets north.speed[system] to 7" in by_id[cause].event.text
+
+
+def test_a_run_that_was_acted_on_is_forked_and_gone_through_again_with_what_was_done() -> None:
+    """The fork's desk goes on where the cut left it: the lease ends there as well."""
+
+    async def tell() -> None:
+        options = ServeOptions(keyring=KEYRING, grace_s=0.1)
+        Pump.gate, Pump.gate_ns = threading.Event(), 20 * SECOND_NS
+        Pump.at_gate.clear()
+        async with (
+            BrokerServer(BrokerOptions(grace_s=0.2)) as broker,
+            serving(Pump, "north", options) as (address, description),
+            client(broker.address) as services,
+            Hand(address, GUARD) as guard,
+        ):
+            stay = asyncio.create_task(
+                keep_name(broker.address, "north", address, description, lambda _: None)
+            )
+            await broker.members_ready(["north"], 10)
+            first = await services.create(PUMP_RUN % "recover")
+            await asyncio.to_thread(Pump.at_gate.wait, 10.0)
+            (desk,) = (await guard.look()).desks
+            assert (desk.run, desk.member) == (first.name, "north")
+            what = replace(bundle(lease_s=60), run=first.name)
+            await put(guard, what, epoch=desk.epoch)
+            Pump.gate.set()
+            Pump.gate = None
+            ended = await services.ended(first.name)
+            names = [
+                await broker.fork(first.name, 40 * SECOND_NS, "", None),
+                await broker.replay(first.name, []),
+                await broker.replay(first.name, ["north"]),
+            ]
+            for name in names:
+                again = await services.ended(name)
+                assert again.digest == ended.digest, again.error
+            stay.cancel()
+            await asyncio.gather(stay, return_exceptions=True)
+
+    try:
+        story(tell)
+    finally:
+        Pump.gate = None
 
 
 def test_a_step_that_is_done_again_takes_nothing_from_the_present_desk() -> None:
