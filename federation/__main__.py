@@ -225,7 +225,7 @@ def command_serve(options: argparse.Namespace) -> int:
                 inline_s=INLINE_S,
                 max_message_bytes=options.max_message_mib << 20,
                 keyring=Keyring() if options.keyring is None else Keyring.load(options.keyring),
-                stops_file=options.stops,
+                state_file=options.state,
             ),
         )
     )
@@ -491,7 +491,10 @@ def parser() -> argparse.ArgumentParser:
         help="who may act on it, see: multitwin keys (nobody)",
     )
     server.add_argument(
-        "--stops", type=Path, metavar="FILE", help="where it keeps what is stopped, over restarts"
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="where it keeps stops and confirmations, over restarts",
     )
     server.add_argument("--advertise", metavar="ADDRESS", help="what the broker calls (host:port)")
     _server_options(server)

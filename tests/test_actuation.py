@@ -355,11 +355,11 @@ def test_a_keyring_is_read_from_a_file_and_keeps_guard_and_optimiser_apart(
 
 
 def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Path) -> None:
-    file = tmp_path / "stops.json"
+    file = tmp_path / "state.json"
 
     async def tell() -> None:
         async with (
-            site(stops_file=file) as north,
+            site(state_file=file) as north,
             Hand(north.address, GUARD) as guard,
             Hand(north.address, KIM) as kim,
         ):
@@ -383,7 +383,7 @@ def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Pa
             assert (found.id, found.by, found.reason) == (stop_id, "kim", "smoke")
         # the process is started again, and is still stopped
         async with (
-            site(stops_file=file) as north,
+            site(state_file=file) as north,
             Hand(north.address, GUARD) as guard,
             Hand(north.address, KIM) as kim,
         ):
@@ -539,10 +539,6 @@ def test_a_condition_on_a_twin_that_is_not_set_counts_as_well(tmp_path: Path) ->
     story(tell)
 
 
-class Dies(BaseException):
-    """The coordinator was killed."""
-
-
 @pytest.mark.parametrize("stage", list(Stage)[:4])
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_who_brings_a_bundle_may_die_in_any_stage(
@@ -599,6 +595,30 @@ def test_who_brings_a_bundle_may_die_in_any_stage(
             assert await speeds(at) == expected
 
     story(tell)
+
+
+@pytest.mark.parametrize("keeps_state", [True, False])
+def test_what_an_arbiter_has_confirmed_outlives_its_process(
+    tmp_path: Path, keeps_state: bool
+) -> None:
+    """It is killed when it has said so, before a step has told of it."""
+    file = tmp_path / "state.json" if keeps_state else None
+
+    async def tell() -> Any:
+        what = bundle(speeds={"north": 7.0, "south": 3.0})
+        async with site(state_file=file) as north, Hand(north.address, GUARD) as guard:
+            await guard.select(what, "north", EPOCH, WINDOW_NS)
+            await guard.operate(what, "north", EPOCH)
+            (begun,) = await north.run()
+            await guard.confirm(what, "north", EPOCH)
+        assert begun.desk is not None
+        async with site(state_file=file) as north:
+            await north.session.advance([StepInput(SECOND_NS, desk=begun.desk)])
+            north.now_s = 1
+            await north.run(2 * WINDOW_NS // SECOND_NS)
+            return (await north.run())[0].outputs["speed_now"][0]
+
+    assert story(tell) == (7.0 if keeps_state else SAFE)
 
 
 def test_a_line_of_the_journal_that_was_being_written_never_counted(tmp_path: Path) -> None:

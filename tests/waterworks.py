@@ -137,11 +137,11 @@ async def site(
     name: str = "north",
     *,
     keyring: Keyring = KEYRING,
-    stops_file: Path | None = None,
+    state_file: Path | None = None,
     linger_s: float = 600.0,
 ) -> AsyncIterator[Site]:
     """A pump that is served, with a session for the run."""
-    options = ServeOptions(keyring=keyring, stops_file=stops_file, grace_s=0.1, linger_s=linger_s)
+    options = ServeOptions(keyring=keyring, state_file=state_file, grace_s=0.1, linger_s=linger_s)
     async with (
         serving(Pump, name, options) as (address, _),
         await Link.connect(address, name) as link,
