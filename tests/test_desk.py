@@ -7,7 +7,13 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from federation.core.bundle import Bundle, Condition, Priority, Setpoint
 from federation.core.desk import DESK, NEVER, Desk, Phase, Read, Stop
@@ -294,6 +300,13 @@ def test_a_member_in_doubt_holds_on_until_it_is_told() -> None:
     assert held.phase is Phase.CONFIRMED
 
 
+def test_what_waits_for_its_first_step_is_not_forgotten_by_another_process() -> None:
+    on, again = desk(), desk()
+    put(on, bundle())
+    again.load(on.save())
+    assert given(again, 1) == [("speed[p1]", 7.0, "guard")]
+
+
 def test_a_desk_at_rest_costs_a_step_nothing() -> None:
     on = desk()
     assert on.step(1) is None
@@ -434,5 +447,10 @@ class AnyDesk(RuleBasedStateMachine):
             assert each.value in [v for priority, v in live[entity] if priority is strongest]
 
 
-TestAnyDesk = AnyDesk.TestCase
-TestAnyDesk.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+@pytest.mark.property
+def test_whatever_is_asked_the_strongest_that_lives_is_in_force() -> None:
+    # a story is some fifty steps long, so there are fewer than of other examples
+    examples = settings().max_examples // 3
+    run_state_machine_as_test(
+        AnyDesk, settings=settings(max_examples=examples, stateful_step_count=50)
+    )
