@@ -43,10 +43,10 @@ from federation.wire.orders import Hand
 from tests.waterworks import EPOCH, RUN, SAFE, bundle
 
 NAMES = ("east", "north", "south", "west")
-STEP_S = 0.002
+STEP_S = 0.005
 """Wall time per second of the run."""
 
-WINDOW_S = 150
+WINDOW_S = 60
 """The bundle's window, in seconds of the run; some 0.4 s of wall time."""
 
 ASK_S = 0.3
@@ -211,6 +211,8 @@ async def kill(count: int) -> Tally:
             while tally.kills < count:
                 await _one(number, folder, nursery, sites, hands, tally)
                 number += 1
+                if number % 20 == 0:
+                    print(f"  {tally.kills}/{count} kills", file=sys.stderr, flush=True)
                 for task in going:
                     if task.done():
                         task.result()
