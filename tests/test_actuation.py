@@ -483,7 +483,7 @@ class Going:
     async def _go(self, at: dict[str, Site]) -> None:
         while not self._is_over:
             await asyncio.gather(*(one.run() for one in at.values()))
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.005)
 
     async def end(self) -> None:
         self._is_over = True
@@ -593,7 +593,10 @@ def test_who_brings_a_bundle_may_die_in_any_stage(
             work = asyncio.create_task(
                 carry_out(task(bundle(speeds=FOUR), at), GUARD, journal, messengers=Deadly)
             )
-            await dead.wait()
+            waits = asyncio.create_task(dead.wait())
+            await asyncio.wait({waits, work}, return_when=asyncio.FIRST_COMPLETED)
+            waits.cancel()
+            assert not work.done()
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
             expected = FOUR if stage is Stage.CONFIRMING else dict.fromkeys(FOUR, SAFE)
