@@ -212,7 +212,8 @@ async def kill(count: int) -> Tally:
                 await _one(number, folder, nursery, sites, hands, tally)
                 number += 1
                 if number % 20 == 0:
-                    print(f"  {tally.kills}/{count} kills", file=sys.stderr, flush=True)
+                    far = f"  {tally.kills}/{count} kills, {tally.half_applied} half applied"
+                    print(far, file=sys.stderr, flush=True)
                 for task in going:
                     if task.done():
                         task.result()
