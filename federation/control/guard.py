@@ -110,7 +110,7 @@ class Guard:
         if rules.version <= self.rules.version:
             raise rules.error(("version",), f"version {self.rules.version} is already in force")
         limits = Limits(rules, self._descriptions, self._verify)
-        limits.monitor.since |= self._limits.monitor.since
+        limits.monitor.right_ns |= self._limits.monitor.right_ns
         self._limits = limits
 
     def snapshot(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Guard:
         return {
             "mode": self.mode.value,
             "memory": self._memory.snapshot(),
-            "since": [[*key, since_ns] for key, since_ns in self._limits.monitor.since.items()],
+            "right_ns": [[*key, at_ns] for key, at_ns in self._limits.monitor.right_ns.items()],
             "last_good_ns": self._last_good_ns,
             "good_in_row": self._good_in_row,
             "issued": self._issued,
@@ -128,7 +128,8 @@ class Guard:
         """Go on from a snapshot."""
         self.mode = Mode(plain["mode"])
         self._memory = Memory.restored(plain["memory"])
-        self._limits.monitor.since = {(name, row): at for name, row, at in plain["since"]}
+        right_ns = {(name, row): at_ns for name, row, at_ns in plain["right_ns"]}
+        self._limits.monitor.right_ns = right_ns
         self._last_good_ns = plain["last_good_ns"]
         self._good_in_row = plain["good_in_row"]
         self._issued = plain["issued"]

@@ -21,7 +21,7 @@ Verify = Callable[[str, bytes, bytes], bool]
 
 
 class Change(NamedTuple):
-    """A change that passed: to `value`, by `by`; it `turns` when it goes against the movement before.
+    """A change that passed: to `value`, by `by`; it `turns` when against the movement before.
 
     That is the one from the last value that the loop set to the one in force, such as the fall at
     the end of a lease, or if they are the same, the loop's last change.
@@ -433,7 +433,7 @@ def _place(setpoint: Setpoint) -> Place:
 
 
 def _planned(setpoint: RecoverySetpoint) -> Place:
-    member, _, actuator = setpoint.on.partition(".")
+    member, _, actuator = setpoint.of.partition(".")
     return (member, actuator, setpoint.entity)
 
 

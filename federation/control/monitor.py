@@ -13,7 +13,10 @@ from federation.twin import MINUTE_NS, Description
 
 
 class Monitor:
-    """Reads situations one after the other. What is not known counts as wrong."""
+    """Reads situations one after the other. What is not known counts as wrong.
+
+    How long something has been wrong is counted from when it was last known to be right.
+    """
 
     def __init__(self, rules: Rules, descriptions: Mapping[str, Description]) -> None:
         self._rules = rules
@@ -22,8 +25,9 @@ class Monitor:
             for member, d in descriptions.items()
             for v in d.outputs()
         }
-        self.since: dict[tuple[str, int], int] = {}
-        """By rule and row, since when what must never be for long has been so, in ns of the run."""
+        self.right_ns: dict[tuple[str, int], int] = {}
+        """By rule and row, when what must never be wrong for long was last known to be right."""
+        self._wrong: set[tuple[str, int]] = set()
 
     def value(self, situation: Situation, name: str) -> tuple[Reading | None, str]:
         """The reading of an output if it may be acted on, else why not."""
@@ -55,12 +59,12 @@ class Monitor:
 
     def holds(self, situation: Situation, term: Term) -> bool:
         """Whether a term over an output holds, or may hold."""
-        reading, _ = self.value(situation, term.on)
+        reading, _ = self.value(situation, term.of)
         if reading is None:
             return True
         values = reading.values
         if term.entity:
-            values = values[[self._rows[term.on][term.entity]]]
+            values = values[[self._rows[term.of][term.entity]]]
         return bool(((term.low <= values) & (values <= term.high)).any())
 
     def observe(self, situation: Situation) -> tuple[Refusal, ...]:
@@ -68,14 +72,15 @@ class Monitor:
         found = []
         for never in self._rules.never:
             reading, fault = self.value(situation, never.variable)
-            told_ns = self._told_ns(situation, never)
             for entity, row in self._rows[never.variable].items():
                 key = (never.name, row)
                 if reading is not None and not _is_wrong(never, reading.values[row]):
-                    self.since.pop(key, None)
+                    self.right_ns[key] = reading.time_ns
+                    self._wrong.discard(key)
                     continue
-                since_ns = self.since.setdefault(key, told_ns)
-                lasted_min = (situation.time_ns - since_ns) / MINUTE_NS
+                self._wrong.add(key)
+                right_ns = self.right_ns.setdefault(key, self._told_ns(situation, never))
+                lasted_min = (situation.time_ns - right_ns) / MINUTE_NS
                 if lasted_min >= never.for_over_min - never.margin_min:
                     why = fault or f"{never.variable} is {reading and reading.values[row]:g}"
                     text = f"{entity}: {why}, for {lasted_min:.4g} min"
@@ -100,7 +105,8 @@ class Monitor:
             return f"the forecast of {never.variable} does not reach {never.forecast_min:g} min"
         most_ns = round(never.for_over_min * MINUTE_NS)
         for entity, row in rows.items():
-            since_ns = self.since.get((never.name, row))
+            key = (never.name, row)
+            since_ns = self.right_ns[key] if key in self._wrong else None
             for time_ns, value in zip(times_ns, values[:, row], strict=True):
                 if since_ns is not None and time_ns - since_ns > most_ns:
                     return f"{entity} would be without for over {never.for_over_min:g} min"

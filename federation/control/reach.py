@@ -82,11 +82,11 @@ class Reach:
         holds: Callable[[Term], bool],
     ) -> bool:
         for term in exclusion.terms:
-            if term.on not in self._actuators:
+            if term.of not in self._actuators:
                 if not holds(term):
                     return False
                 continue
-            actuator, size = self._actuators[term.on]
+            actuator, size = self._actuators[term.of]
             moved = {place: v for place, v in values.items() if _is_about(term, place)}
             possible = [value for some in moved.values() for value in some]
             if len(moved) < (1 if term.entity else size):
@@ -102,4 +102,4 @@ def name_of(place: Place) -> str:
 
 
 def _is_about(term: Term, place: Place) -> bool:
-    return term.on == name_of(place) and term.entity in ("", place[2])
+    return term.of == name_of(place) and term.entity in ("", place[2])

@@ -98,7 +98,7 @@ class Usable(Part):
 class Term(Part):
     """An actuator or output within `low` and `high`: of one entity, or of any."""
 
-    on: Variable
+    of: Variable
     entity: str = ""
     low: Bound = -math.inf
     high: Bound = math.inf
@@ -145,7 +145,7 @@ class Never(Part):
 class RecoverySetpoint(Part):
     """What the recovery plan sets instead of the safe default."""
 
-    on: Variable
+    of: Variable
     entity: str
     value: Finite
 
@@ -323,13 +323,13 @@ class Rules(Part):
             self._readable(never.variable, descriptions, ("never", i, "variable"))
         for i, setpoint in enumerate(self.recovery.setpoints):
             where_ = ("recovery", "setpoints", i)
-            actuator = self.actuator(setpoint.on, descriptions, where_)
-            if setpoint.on not in self.actuators:
-                raise self.error(where_, f"{setpoint.on} has no rule")
-            member = setpoint.on.partition(".")[0]
+            actuator = self.actuator(setpoint.of, descriptions, where_)
+            if setpoint.of not in self.actuators:
+                raise self.error(where_, f"{setpoint.of} has no rule")
+            member = setpoint.of.partition(".")[0]
             if setpoint.entity not in descriptions[member].ids(actuator.kind):
-                raise self.error(where_, f"{setpoint.on} has no entity {setpoint.entity!r}")
-            low, high = self.low(setpoint.on, actuator), self.high(setpoint.on, actuator)
+                raise self.error(where_, f"{setpoint.of} has no entity {setpoint.entity!r}")
+            low, high = self.low(setpoint.of, actuator), self.high(setpoint.of, actuator)
             if not low <= setpoint.value <= high:
                 raise self.error(where_, f"{setpoint.value:g} is outside {low:g}..{high:g}")
 
@@ -381,17 +381,17 @@ class Rules(Part):
         seen: set[tuple[str, str]] = set()
         for i, term in enumerate(exclusion.terms):
             there = (*where, "terms", i)
-            member, _, short = term.on.partition(".")
+            member, _, short = term.of.partition(".")
             actuators = descriptions[member].actuators if member in descriptions else ()
             kinds = [a.kind for a in actuators if a.name == short]
-            kind = kinds[0] if kinds else self._readable(term.on, descriptions, there)
+            kind = kinds[0] if kinds else self._readable(term.of, descriptions, there)
             if term.entity and term.entity not in descriptions[member].ids(kind):
-                raise self.error(there, f"{term.on} has no entity {term.entity!r}")
-            if {(term.on, ""), (term.on, term.entity)} & seen or (
-                not term.entity and any(on == term.on for on, _ in seen)
+                raise self.error(there, f"{term.of} has no entity {term.entity!r}")
+            if {(term.of, ""), (term.of, term.entity)} & seen or (
+                not term.entity and any(of == term.of for of, _ in seen)
             ):
-                raise self.error(there, f"two terms of {exclusion.name} are about {term.on}")
-            seen.add((term.on, term.entity))
+                raise self.error(there, f"two terms of {exclusion.name} are about {term.of}")
+            seen.add((term.of, term.entity))
 
 
 def _document(text: str, path: str) -> Document:

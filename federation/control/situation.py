@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
 from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.core.ledger import Quality
-from federation.twin import NOTHING, Vector
+from federation.twin import Vector
 
 NEVER = (1 << 63) - 1
 """Later than every instant of a run."""
@@ -52,8 +52,8 @@ class Situation:
 
     run: str
     time_ns: int
-    readings: Mapping[tuple[str, str], Reading] = NOTHING
-    standing: Mapping[Place, tuple[Standing, ...]] = NOTHING
+    readings: Mapping[tuple[str, str], Reading] = field(default_factory=dict)
+    standing: Mapping[Place, tuple[Standing, ...]] = field(default_factory=dict)
     reserved: tuple[Setpoint, ...] = ()
 
 
