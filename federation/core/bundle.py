@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class Priority(IntEnum):
@@ -76,6 +78,31 @@ class Bundle:
 
     def digest(self) -> str:
         return hashlib.sha256(self.canonical()).hexdigest()
+
+
+def plain_of(bundle: Bundle) -> dict[str, Any]:
+    """Its fields as plain data, as JSON has them."""
+    plain = asdict(bundle)
+    for name in ("setpoints", "conditions"):
+        plain[name] = list(plain[name])
+    return plain | {"priority": int(bundle.priority)}
+
+
+def bundle_of(plain: Mapping[str, Any]) -> Bundle:
+    """The bundle whose plain data these are; numbers that JSON lacks may be words ("nan")."""
+    setpoints = [Setpoint(**{**s, "value": float(s["value"])}) for s in plain["setpoints"]]
+    conditions = [
+        Condition(**{**c, "low": float(c["low"]), "high": float(c["high"])})
+        for c in plain["conditions"]
+    ]
+    return Bundle(
+        **{
+            **plain,
+            "setpoints": tuple(setpoints),
+            "priority": Priority(plain["priority"]),
+            "conditions": tuple(conditions),
+        }
+    )
 
 
 def _exact(value: object) -> object:
