@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ PUMPING = Key("water", "pump", "ida")
 NOON = 1_790_000_000.0
 
 
+@cache
 def rules(version: int = 7, old: str = "", new: str = "") -> Rules:
     text = TOWN.read_text(encoding="utf-8").replace("version: 7", f"version: {version}")
     return documents.parse(text + AUTONOMY.replace(old, new) if old else text + AUTONOMY)
@@ -238,7 +240,7 @@ happenings = st.one_of(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.lists(st.one_of(happenings, st.integers(2, 60)), max_size=20))
 def test_level45_19_no_story_takes_a_level_beyond_what_is_granted_and_earned(
     story: list[Any],
@@ -491,7 +493,7 @@ def test_a_docket_goes_on_from_its_snapshot() -> None:
     assert heir.answer(yes(found, "jon"), NOON + 20).state is State.CONFIRMED
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(
