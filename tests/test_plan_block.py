@@ -28,11 +28,11 @@ def ferry(fare_usd: float = 2.0) -> Any:
     model.carried = pyo.Var(model.piers, model.hours, bounds=(0, 9))
     model.idle = pyo.Var(bounds=(-1, None))
 
-    @model.Constraint(model.hours)
+    @model.Constraint(model.hours)  # type: ignore[untyped-decorator]
     def seats(m: Any, t: int) -> Any:
         return sum(m.carried[p, t] for p in m.piers) <= 4 * m.boats[t]
 
-    @model.Constraint(model.hours)
+    @model.Constraint(model.hours)  # type: ignore[untyped-decorator]
     def fair(m: Any, t: int) -> Any:
         return pyo.inequality(-1, m.carried["north", t] - m.carried["south", t] + 1, 2)
 

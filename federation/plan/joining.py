@@ -20,7 +20,7 @@ class Crossing:
 
     `rows` are the rows of the joined problem, period by period, and `received` the columns of
     the need port. `delivered[k]` are the columns of the k-th source, from `sources[k]`
-    (member, port, entity), which counts `weights[k]` units of the need for each of its own.
+    (member, port, entity, unit), which counts `weights[k]` units of the need for each of its own.
     """
 
     target: str
@@ -29,7 +29,7 @@ class Crossing:
     unit: str
     rows: Indices
     received: Indices
-    sources: tuple[tuple[str, str, str], ...]
+    sources: tuple[tuple[str, str, str, str], ...]
     delivered: Indices
     weights: Vector
     offset: float
@@ -113,7 +113,7 @@ def join(blocks: Mapping[str, LinearBlock], couplings: Sequence[Coupling]) -> Jo
                     place,
                     terms[0],
                     tuple(
-                        (coupling.source, supply.name, supply.entities[i])
+                        (coupling.source, supply.name, supply.entities[i], supply.unit)
                         for i, _ in feeding[entity]
                     ),
                     delivered,

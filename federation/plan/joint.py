@@ -105,14 +105,17 @@ class JointModel:
 
     def solve(self, tasks: Sequence[Task]) -> Schedule:
         """Plan for these tasks from now on; raises NO_PLAN or PLAN_INFEASIBLE."""
-        posed = self.pose(tasks)
-        engine, relaxed, visits = posed.engine, posed.relaxed, posed.visits
+        return self.settle(self.pose(tasks))[0]
+
+    def settle(self, posed: Posed) -> tuple[Schedule, Vector]:
+        """The plan of a posed problem, and the values of all its columns."""
+        engine, relaxed = posed.engine, posed.relaxed
         chosen = posed.choose(posed.kept)
         plan_usd, bound_usd = cost_usd(engine), relaxed.bound_usd
         if posed.kept.all() and posed.problem.integer.any():
             bound_usd = max(bound_usd, float(engine.getInfo().mip_dual_bound) * UNIT_USD)
         optimal = engine.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        return Schedule(
+        schedule = Schedule(
             "convergenceCriteriaSatisfied" if optimal else "iterationLimit",
             "optimal" if optimal else "feasible",
             relaxed.idle_cost_usd,
@@ -120,11 +123,12 @@ class JointModel:
             min(bound_usd, plan_usd),
             tuple(
                 sorted(
-                    (visits[k] for k in chosen.tolist()),
+                    (posed.visits[k] for k in chosen.tolist()),
                     key=lambda v: (v.start_h, v.end_h, v.task),
                 )
             ),
         )
+        return schedule, np.array(engine.getSolution().col_value)
 
     def pose(self, tasks: Sequence[Task]) -> Posed:
         """The problem of these tasks with its relaxation solved; raises as `solve` does."""
@@ -212,7 +216,7 @@ def with_visits(
         row_index=row[value != 0.0],
         column_index=place[value != 0.0],
         coefficient=value[value != 0.0],
-        columns=joined.columns + tuple(_called(tasks[v.task], v) for v in visits),
+        columns=joined.columns + tuple(called(tasks[v.task], v) for v in visits),
         rows=joined.rows
         + tuple(
             f"crews: {t.member} {t.component} works only once it is mended, period {p}"
@@ -224,7 +228,7 @@ def with_visits(
     )
 
 
-def _called(task: Task, visit: Visit) -> str:
+def called(task: Task, visit: Visit) -> str:
     """A visit in words, the name of its column; no two of one task are called alike."""
     if not visit.sent:
         return f"crews: those at {task.member} {task.component} go on"
