@@ -291,7 +291,7 @@ def _without(
     sent.sort(key=lambda k: _order(posed.visits[k]))
     chosen = {posed.visits[k] for k in places.tolist()}
     of_task = np.array([v.task for v in posed.visits], dtype=np.int64)
-    found = []
+    found, seen = [], set()
     for k in sent[:TRIED] if most else ():
         # what the plan does may now be done at other times than the relaxation thought of
         possible = posed.kept | np.isin(of_task, of_task[places])
@@ -300,6 +300,9 @@ def _without(
             other = posed.choose(possible)
         except PlanError:
             continue
+        if (plan := tuple(other.tolist())) in seen:
+            continue
+        seen.add(plan)
         usd = cost_usd(posed.engine)
         new = sorted((posed.visits[i] for i in other if posed.visits[i] not in chosen), key=_order)
         found.append(
