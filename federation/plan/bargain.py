@@ -110,14 +110,16 @@ class Offer:
 
 @dataclass(frozen=True)
 class Consent:
-    """What it costs an owner to keep to its quotas; None when it can't. Answers `Quotas`.
+    """What an owner would do within its quotas, as in an offer; None when it can't keep to them.
 
-    `worth_usd` is what one unit of each quota more, of what it receives, would save it.
+    `worth_usd` is what one unit of each quota more, of what it receives, would save it. Answers
+    `Quotas`.
     """
 
     round: int
     owner: str
-    cost_usd: float | None
+    cost_usd: Vector | None
+    quantity: Vector
     worth_usd: Vector
 
 
@@ -206,30 +208,32 @@ class Bargain:
         for stake, offer in zip(self.stakes, offers, strict=True):
             paid = stake.weight * asked.usd[stake.row] * offer.quantity[stake.quantity]
             usd += float(offer.cost_usd.sum() + paid.sum())
-            self._master.cut(stake, offer)
+            self._master.cut(stake, offer.cost_usd, offer.quantity)
         gained, promised = usd - self.bound_usd, self._promised - self.bound_usd
         if not np.isfinite(self.bound_usd) or gained >= ACCEPT * promised > 0.0:
             self._best = asked.usd
             if gained >= WIDEN * promised:
                 self._radius = min(2.0 * self._radius, 1.0)
         else:
-            self._radius *= 0.7
+            self._radius *= 0.5
         self.bound_usd = max(self.bound_usd, usd)
         self._since_quotas += 1
 
     def _sign(self, asked: Quotas, consents: list[Consent]) -> None:
         """A real plan, if everybody can; the first time also how high prices may go."""
         self._since_quotas = 0
-        costs = [c.cost_usd for c in consents if c.cost_usd is not None]
+        costs = [float(c.cost_usd.sum()) for c in consents if c.cost_usd is not None]
         if len(costs) == len(consents) and sum(costs) < self.cost_usd:
             self.cost_usd, self._agreed = sum(costs), asked.quantity
-        if asked.round == 1:
-            top = np.zeros(self.limit.size)
-            for stake, consent in zip(self.stakes, consents, strict=True):
-                takes = stake.weight > 0
-                worth = consent.worth_usd[stake.quantity[takes]] / stake.weight[takes]
-                np.maximum.at(top, stake.row[takes], worth)
-            self._master.bound_prices(top)
+        top = np.zeros(self.limit.size)
+        for stake, consent in zip(self.stakes, consents, strict=True):
+            takes = stake.weight > 0
+            worth = consent.worth_usd[stake.quantity[takes]] / stake.weight[takes]
+            np.maximum.at(top, stake.row[takes], worth)
+            # what an owner can do is a cut, whatever it was asked
+            if consent.cost_usd is not None:
+                self._master.cut(stake, consent.cost_usd, consent.quantity)
+        self._master.raise_prices(top)
 
     def _next(self) -> tuple[Question, ...]:
         if self.cost_usd - self.bound_usd <= self.tolerance * max(abs(self.cost_usd), 1e-9):
@@ -241,10 +245,13 @@ class Bargain:
         prices, promised = self._master.best_near(self._best, self._radius)
         spent = promised - self.bound_usd <= 0.3 * self.tolerance * max(abs(self.bound_usd), 1e-9)
         if self._since_quotas >= QUOTA_EVERY or (spent and self._since_quotas):
+            self._master.best_near(self._best, 1.0)
             return self._ask(Quotas(self.round + 1, self._master.blend()))
         if spent:
-            # the box has nothing more to give: look farther
-            self._radius = min(4.0 * self._radius, 1.0)
+            # the box has nothing more to give: look farther, and higher
+            self._radius = min(8.0 * self._radius, 1.0)
+            high = self._master.highest
+            self._master.raise_prices(np.where(self._best >= 0.99 * high, 2.0 * high, 0.0))
             prices, promised = self._master.best_near(self._best, self._radius)
         self._promised = promised
         return self._ask(Prices(self.round + 1, prices))
@@ -287,15 +294,17 @@ class _Master:
         engine.changeColsCost(width, np.arange(width, dtype=np.int32), cost)
         self._engine = engine
 
-    def bound_prices(self, top_usd: Vector) -> None:
-        """No price above what anybody would give for the first unit, with room for error."""
-        self.highest = np.where(top_usd > 0.0, 1.5 * top_usd, max(float(top_usd.max()), 1.0))
+    def raise_prices(self, top_usd: Vector) -> None:
+        """Look for prices up to what anybody would give for a unit, with room for error."""
+        if not self.highest.any():
+            self.highest = np.where(top_usd > 0.0, top_usd, max(float(top_usd.max()), 1.0))
+        self.highest = np.maximum(self.highest, 1.5 * top_usd)
 
-    def cut(self, stake: Stake, offer: Offer) -> None:
+    def cut(self, stake: Stake, cost_usd: Vector, quantity: Vector) -> None:
         """theta_part - sum of weight x quantity x price <= cost, for each part of an owner."""
         first = self._part[stake.owner]
-        slope = stake.weight * offer.quantity[stake.quantity]
-        for part, usd in enumerate(offer.cost_usd.tolist()):
+        slope = stake.weight * quantity[stake.quantity]
+        for part, usd in enumerate(cost_usd.tolist()):
             terms = np.flatnonzero((stake.part[stake.quantity] == part) & (slope != 0.0))
             rows, place = np.unique(stake.row[terms], return_inverse=True)
             value = np.bincount(place, -slope[terms], rows.size)
@@ -303,7 +312,7 @@ class _Master:
             self._engine.addRow(
                 -np.inf, usd / UNIT_USD, index.size, index, np.append(value, 1.0)
             )
-            self._rows.append((stake.owner, part, offer.quantity))
+            self._rows.append((stake.owner, part, quantity))
 
     def best_near(self, middle_usd: Vector, radius: float) -> tuple[Vector, float]:
         """The best prices of the model within the box, and what it promises there, USD."""
@@ -354,11 +363,11 @@ def _check(answer: Offer | Consent, stakes: dict[str, Stake]) -> None:
         raise TwinError(Reason.WRONG_SHAPE, f"{answer.owner!r} has no stake in this bargain")
     stake = stakes[answer.owner]
     size, parts = stake.part.size, int(stake.part.max(initial=-1)) + 2
-    vectors = (
-        ((answer.cost_usd, parts), (answer.quantity, size))
-        if isinstance(answer, Offer)
-        else ((answer.worth_usd, size), (np.array([answer.cost_usd or 0.0]), 1))
-    )
+    vectors = [(answer.quantity, size)]
+    if answer.cost_usd is not None:
+        vectors.append((answer.cost_usd, parts))
+    if isinstance(answer, Consent):
+        vectors.append((answer.worth_usd, size))
     for vector, wanted in vectors:
         if vector.shape != (wanted,):
             raise TwinError(

@@ -132,6 +132,15 @@ class JointModel:
 
     def pose(self, tasks: Sequence[Task]) -> Posed:
         """The problem of these tasks with its relaxation solved; raises as `solve` does."""
+        self.check(tasks)
+        problem, visits, engaged = self.stated(tasks)
+        engine = engine_of(problem)
+        relaxed = relax(engine, self.joined, visits, engaged)
+        kept = relaxed.used | np.array([not v.sent for v in visits], dtype=bool)
+        return Posed(problem, tuple(visits), engine, relaxed, kept)
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raises NO_PLAN for a component that no block knows."""
         for task in tasks:
             if (task.member, task.component) not in self.joined.available:
                 raise PlanError(
@@ -139,11 +148,6 @@ class JointModel:
                     f"no block of {task.member} knows the component {task.component!r}",
                     {"member": task.member, "component": task.component},
                 )
-        problem, visits, engaged = self.stated(tasks)
-        engine = engine_of(problem)
-        relaxed = relax(engine, self.joined, visits, engaged)
-        kept = relaxed.used | np.array([not v.sent for v in visits], dtype=bool)
-        return Posed(problem, tuple(visits), engine, relaxed, kept)
 
     def stated(self, tasks: Sequence[Task]) -> tuple[Joined, list[Visit], Vector]:
         """The whole problem, the visits that its last columns are, and whom they engage."""

@@ -49,13 +49,7 @@ class Owner:
         )
         self._charge(charge)
         optimum_usd(self._engine)
-        x = np.array(self._engine.getSolution().col_value)
-        return Offer(
-            prices.round,
-            self.name,
-            np.bincount(self._part, self._cost * x, self._parts),
-            x[self._columns],
-        )
+        return Offer(prices.round, self.name, *self._told())
 
     def _consent(self, quotas: Quotas) -> Consent:
         stake, quota = self.stake, quotas.quantity[self.name]
@@ -63,15 +57,20 @@ class Owner:
         self._charge(np.zeros(quota.size))
         self._limit(np.where(gives, quota, stake.low), np.where(gives, stake.high, quota))
         try:
-            usd = optimum_usd(self._engine)
+            optimum_usd(self._engine)
         except PlanError as error:
             if error.reason is not Reason.PLAN_INFEASIBLE:
                 raise
-            return Consent(quotas.round, self.name, None, np.zeros(quota.size))
+            nothing = np.zeros(quota.size)
+            return Consent(quotas.round, self.name, None, nothing, nothing)
         reduced = np.array(self._engine.getSolution().col_dual)[self._columns] * UNIT_USD
-        return Consent(
-            quotas.round, self.name, usd, np.where(gives, 0.0, np.maximum(-reduced, 0.0))
-        )
+        worth = np.where(gives, 0.0, np.maximum(-reduced, 0.0))
+        return Consent(quotas.round, self.name, *self._told(), worth)
+
+    def _told(self) -> tuple[Vector, Vector]:
+        """Cost per part, without prices, and the quantities of what the engine found."""
+        x = np.array(self._engine.getSolution().col_value)
+        return np.bincount(self._part, self._cost * x, self._parts), x[self._columns]
 
     def _limit(self, low: Vector, high: Vector) -> None:
         self._engine.changeColsBounds(self._columns.size, self._columns, low, high)
