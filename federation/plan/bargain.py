@@ -263,9 +263,7 @@ class Bargain:
                 Reason.NO_PLAN, f"in {self.round} rounds the owners agreed to no quotas"
             )
         return (
-            Agreed(
-                self.round, self._agreed, self._best, self.cost_usd, self.bound_usd, is_close
-            ),
+            Agreed(self.round, self._agreed, self._best, self.cost_usd, self.bound_usd, is_close),
         )
 
 
@@ -309,9 +307,7 @@ class _Master:
             rows, place = np.unique(stake.row[terms], return_inverse=True)
             value = np.bincount(place, -slope[terms], rows.size)
             index = np.append(rows, first + part).astype(np.int32)
-            self._engine.addRow(
-                -np.inf, usd / UNIT_USD, index.size, index, np.append(value, 1.0)
-            )
+            self._engine.addRow(-np.inf, usd / UNIT_USD, index.size, index, np.append(value, 1.0))
             self._rows.append((stake.owner, part, quantity))
 
     def best_near(self, middle_usd: Vector, radius: float) -> tuple[Vector, float]:

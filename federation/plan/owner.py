@@ -44,10 +44,8 @@ class Owner:
     def _offer(self, prices: Prices) -> Offer:
         stake = self.stake
         self._limit(stake.low, stake.high)
-        charge = np.bincount(
-            stake.quantity, stake.weight * prices.usd[stake.row], stake.part.size
-        )
-        self._charge(charge)
+        charge = np.bincount(stake.quantity, stake.weight * prices.usd[stake.row], stake.part.size)
+        self._charge(charge.astype(np.float64))
         optimum_usd(self._engine)
         return Offer(prices.round, self.name, *self._told())
 
@@ -70,7 +68,8 @@ class Owner:
     def _told(self) -> tuple[Vector, Vector]:
         """Cost per part, without prices, and the quantities of what the engine found."""
         x = np.array(self._engine.getSolution().col_value)
-        return np.bincount(self._part, self._cost * x, self._parts), x[self._columns]
+        usd = np.bincount(self._part, self._cost * x, self._parts)
+        return usd.astype(np.float64), x[self._columns]
 
     def _limit(self, low: Vector, high: Vector) -> None:
         self._engine.changeColsBounds(self._columns.size, self._columns, low, high)

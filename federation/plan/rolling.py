@@ -1,4 +1,4 @@
-"""Plans again and again in one engine, for a loop that has a deadline and no time for a bad plan."""
+"""Plans again and again in one engine, for a loop with a deadline and no time for a bad plan."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ class Rolling:
         self._clock = clock
         self._problem: Joined | None = None
         self._matrix: tuple[Indices, Indices, Vector] | None = None
-        self._engine: highspy.Highs = highspy.Highs()  # type: ignore[no-untyped-call]
-        self._usual = {name: self._engine.getOptionValue(name)[1] for name in _OPTIONS}
+        self.engine: highspy.Highs = highspy.Highs()  # type: ignore[no-untyped-call]
+        self._usual = {name: self.engine.getOptionValue(name)[1] for name in _OPTIONS}
+        self._start = highspy.HighsBasis()
         self._last: tuple[float, dict[tuple[str, str], Visit]] = 0.0, {}
 
     def plan(
@@ -94,12 +95,15 @@ class Rolling:
         best, source, why = self._fallback(problem, tasks, visits, now_h, until_s)
         try:
             self._allow(until_s)
-            relaxed = relax(self._engine, model.joined, visits, engaged)
+            idle_usd = None if best is None else best.idle_cost_usd
+            relaxed = relax(self.engine, model.joined, visits, engaged, idle_usd, self._start)
+            assert relaxed.basis is not None
+            self._start = relaxed.basis
             if best is not None:
                 best = replace(best, bound_usd=min(relaxed.bound_usd, best.cost_usd))
             kept = relaxed.used | np.array([not v.sent for v in visits], dtype=bool)
             self._allow(until_s)
-            found, x = model.settle(Posed(problem, tuple(visits), self._engine, relaxed, kept))
+            found, x = model.settle(Posed(problem, tuple(visits), self.engine, relaxed, kept))
             broken = breaches(problem, x)
             if broken:
                 why = f"the solver's plan breaks {len(broken)} limits, first {broken[0]}"
@@ -136,15 +140,13 @@ class Rolling:
         ):
             self._make_anew(before, problem)
             return problem.low.size * 3 + problem.row_low.size * 2 + matrix[2].size
-        engine = self._engine
+        engine = self.engine
         columns = np.flatnonzero((before.low != problem.low) | (before.high != problem.high))
         engine.changeColsBounds(
             columns.size, columns.astype(np.int32), problem.low[columns], problem.high[columns]
         )
         costs = np.flatnonzero(before.cost != problem.cost)
-        engine.changeColsCost(
-            costs.size, costs.astype(np.int32), problem.cost[costs] / UNIT_USD
-        )
+        engine.changeColsCost(costs.size, costs.astype(np.int32), problem.cost[costs] / UNIT_USD)
         rows = np.flatnonzero(
             (before.row_low != problem.row_low) | (before.row_high != problem.row_high)
         )
@@ -157,19 +159,21 @@ class Rolling:
         return 2 * columns.size + costs.size + 2 * rows.size + entries.size
 
     def _make_anew(self, before: Joined | None, problem: Joined) -> None:
+        """Another model; what is called as before keeps its place where the solver starts from."""
         if before is None:
-            self._engine = engine_of(problem)
+            self.engine = engine_of(problem)
             return
-        basis = self._engine.getBasis()
-        self._engine.passModel(stated(problem))
-        if basis.valid:
-            status = highspy.HighsBasisStatus
-            basis.col_status = _carried(
-                before.columns, basis.col_status, problem.columns, status.kLower
+        self.engine.passModel(stated(problem))
+        status = highspy.HighsBasisStatus
+        columns, rows = _common(before.columns, problem.columns), _common(before.rows, problem.rows)
+        if self._start.valid:
+            self._start.col_status = _carried(
+                before.columns, self._start.col_status, problem.columns, columns, status.kLower
             )
-            basis.row_status = _carried(before.rows, basis.row_status, problem.rows, status.kBasic)
-            basis.alien = True  # there may be too many in it, or too few
-            self._engine.setBasis(basis)
+            self._start.row_status = _carried(
+                before.rows, self._start.row_status, problem.rows, rows, status.kBasic
+            )
+            self._start.alien = True  # there may be too many in it, or too few
 
     def _fallback(
         self,
@@ -220,18 +224,18 @@ class Rolling:
         part = np.zeros(count)
         part[list(chosen)] = 1.0
         places = np.arange(len(problem.low) - count, len(problem.low), dtype=np.int32)
-        self._engine.changeColsBounds(count, places, part, part)
+        self.engine.changeColsBounds(count, places, part, part)
         whole = np.flatnonzero(problem.integer[: len(problem.low) - count])
-        make_whole(self._engine, whole)
+        make_whole(self.engine, whole)
         try:
-            usd = optimum_usd(self._engine)
+            usd = optimum_usd(self.engine)
         except PlanError as error:
             if error.reason is not Reason.PLAN_INFEASIBLE:
                 raise
             return None
         finally:
-            make_whole(self._engine, whole, False)
-        x = np.array(self._engine.getSolution().col_value)
+            make_whole(self.engine, whole, False)
+        x = np.array(self.engine.getSolution().col_value)
         return None if breaches(problem, x) else usd
 
     def _allow(self, until_s: float) -> None:
@@ -239,17 +243,17 @@ class Rolling:
         left_s = max(until_s - self._clock(), 0.0)
         if left_s == 0.0:
             raise PlanError(Reason.NO_PLAN, "the deadline has passed")
-        limit_s = self._engine.getRunTime() + left_s if np.isfinite(left_s) else np.inf
-        self._engine.setOptionValue("time_limit", limit_s)
+        limit_s = self.engine.getRunTime() + left_s if np.isfinite(left_s) else np.inf
+        self.engine.setOptionValue("time_limit", limit_s)
 
     def _tidy(self, first: int, count: int) -> None:
         """Take back what planning changed, so that the engine holds the problem again."""
         places = np.arange(first, first + count, dtype=np.int32)
-        self._engine.changeColsCost(count, places, np.zeros(count))
-        self._engine.changeColsBounds(count, places, np.zeros(count), np.ones(count))
-        make_whole(self._engine, np.arange(first + count), False)
+        self.engine.changeColsCost(count, places, np.zeros(count))
+        self.engine.changeColsBounds(count, places, np.zeros(count), np.ones(count))
+        make_whole(self.engine, np.arange(first + count), False)
         for name, value in self._usual.items():
-            self._engine.setOptionValue(name, value)
+            self.engine.setOptionValue(name, value)
 
 
 def breaches(problem: Joined, x: Vector, tolerance: float = TOLERANCE) -> tuple[str, ...]:
@@ -265,7 +269,7 @@ def breaches(problem: Joined, x: Vector, tolerance: float = TOLERANCE) -> tuple[
     terms = problem.coefficient * x[problem.column_index]
     activity = np.bincount(problem.row_index, terms, rows)
     scale = np.ones(rows)
-    np.maximum.at(scale, problem.row_index, np.abs(terms))
+    np.fmax.at(scale, problem.row_index, np.abs(terms))
     room = tolerance * scale
     kept = (activity >= problem.row_low - room) & (activity <= problem.row_high + room)
     size = tolerance * np.maximum(np.abs(x), 1.0)
@@ -292,8 +296,14 @@ def _again(was: Visit, visits: Sequence[Visit], task: int, passed_h: float) -> f
     )
 
 
+def _common(before: tuple[str, ...], after: tuple[str, ...]) -> int:
+    """How many names at the beginning are the same: those of the members, as a rule."""
+    short = min(len(before), len(after))
+    return next((k for k in range(short) if before[k] != after[k]), short)
+
+
 def _carried(
-    before: tuple[str, ...], status: list[Any], after: tuple[str, ...], new: Any
+    before: tuple[str, ...], status: list[Any], after: tuple[str, ...], common: int, new: Any
 ) -> list[Any]:
-    known = dict(zip(before, status, strict=True))
-    return [known.get(name, new) for name in after]
+    known = dict(zip(before[common:], status[common:], strict=True))
+    return status[:common] + [known.get(name, new) for name in after[common:]]
