@@ -16,6 +16,10 @@ from federation.plan.joining import Indices, Joined, join
 from federation.twin import LinearBlock, Vector
 
 
+QUOTA_SLACK = 1e-9
+"""By how much a quota may miss a bound of its column: the last digits of a weighed mean."""
+
+
 class Owner:
     """One owner's block in an engine of its own; answers prices and quotas.
 
@@ -52,15 +56,18 @@ class Owner:
     def _consent(self, quotas: Quotas) -> Consent:
         stake, quota = self.stake, quotas.quantity[self.name]
         gives = stake.delivers
+        low = np.where(gives, quota, stake.low)
+        high = np.where(gives, stake.high, quota)
+        if (low > high + QUOTA_SLACK).any():
+            return Consent(quotas.round, self.name, None, 0.0 * quota, 0.0 * quota)
         self._charge(np.zeros(quota.size))
-        self._limit(np.where(gives, quota, stake.low), np.where(gives, stake.high, quota))
+        self._limit(np.minimum(low, high), high)
         try:
             optimum_usd(self._engine)
         except PlanError as error:
             if error.reason is not Reason.PLAN_INFEASIBLE:
                 raise
-            nothing = np.zeros(quota.size)
-            return Consent(quotas.round, self.name, None, nothing, nothing)
+            return Consent(quotas.round, self.name, None, 0.0 * quota, 0.0 * quota)
         reduced = np.array(self._engine.getSolution().col_dual)[self._columns] * UNIT_USD
         worth = np.where(gives, 0.0, np.maximum(-reduced, 0.0))
         return Consent(quotas.round, self.name, *self._told(), worth)
