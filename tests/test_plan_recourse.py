@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from federation.errors import PlanError, Reason
 from federation.plan.engine import engine_of, optimum_usd
 from federation.plan.joining import join
-from federation.plan.recourse import Future, RayPool, extensive, hedge, with_recourse
+from federation.plan.recourse import Future, extensive, hedge, with_recourse
 from tests.blocks import block
 
 INF = np.inf
@@ -117,14 +117,3 @@ def test_what_makes_no_sense_is_refused() -> None:
         with pytest.raises(PlanError) as caught:
             with_recourse(futures, first)
         assert caught.value.reason is Reason.NO_PLAN
-
-
-@pytest.mark.published
-def test_ray_gives_the_same_as_one_process() -> None:
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        futures = newsvendor()
-        assert hedge(futures, BUY, RayPool(futures, BUY)) == hedge(futures, BUY)
-    finally:
-        ray.shutdown()

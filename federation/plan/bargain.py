@@ -223,7 +223,8 @@ class Bargain:
         """A real plan, if everybody can; the first time also how high prices may go."""
         self._since_quotas = 0
         costs = [float(c.cost_usd.sum()) for c in consents if c.cost_usd is not None]
-        if len(costs) == len(consents) and sum(costs) < self.cost_usd:
+        agreed = len(costs) == len(consents) and self._fits(asked.quantity)
+        if agreed and sum(costs) < self.cost_usd:
             self.cost_usd, self._agreed = sum(costs), asked.quantity
         top = np.zeros(self.limit.size)
         for stake, consent in zip(self.stakes, consents, strict=True):
@@ -234,6 +235,13 @@ class Bargain:
             if consent.cost_usd is not None:
                 self._master.cut(stake, consent.cost_usd, consent.quantity)
         self._master.raise_prices(top)
+
+    def _fits(self, quantity: dict[str, Vector]) -> bool:
+        """Whether nothing is received that nobody delivers; the first quotas may not fit."""
+        used = np.zeros(self.limit.size)
+        for stake in self.stakes:
+            np.add.at(used, stake.row, stake.weight * quantity[stake.owner][stake.quantity])
+        return bool((used <= self.limit + 1e-7 * np.maximum(np.abs(self.limit), 1.0)).all())
 
     def _next(self) -> tuple[Question, ...]:
         if self.cost_usd - self.bound_usd <= self.tolerance * max(abs(self.cost_usd), 1e-9):

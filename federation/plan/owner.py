@@ -15,7 +15,6 @@ from federation.plan.engine import UNIT_USD, engine_of, optimum_usd
 from federation.plan.joining import Indices, Joined, join
 from federation.twin import LinearBlock, Vector
 
-
 QUOTA_SLACK = 1e-9
 """By how much a quota may miss a bound of its column: the last digits of a weighed mean."""
 
