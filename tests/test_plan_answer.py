@@ -14,8 +14,10 @@ from federation.plan.answer import Answer, Extra, answer
 from federation.plan.conflict import conflict_of, relax_rows
 from federation.plan.joining import Joined, join
 from federation.plan.joint import joint_model
+from federation.plan.message import encode_answer
 from federation.plan.visits import Task
-from federation.twin import LinearBlock
+from federation.twin import HOUR_NS, LinearBlock
+from federation.v1 import plan_pb2
 from tests.blocks import block
 from tests.test_plan import PERIODS_NS, STARTS_NS, feeders, ward
 
@@ -214,3 +216,34 @@ def test_every_limit_of_a_conflict_is_needed_and_all_are_enough(data: st.DataObj
     for k, name in enumerate(problem.rows + problem.columns):
         if name in named:
             assert feasible(alone, without=k), name
+
+
+def test_an_answer_goes_over_the_wire_with_all_that_it_says() -> None:
+    found = ask(feeders([1.0, 5.0], [[0], [1]]), TWO)
+    sent = plan_pb2.Plan.FromString(
+        encode_answer(found, TWO, "runs/r/plans/1", HOUR_NS).SerializeToString()
+    )
+    assert sent.termination == plan_pb2.Plan.TERMINATION_OPTIMAL
+    assert found.schedule is not None
+    assert sent.objective == found.schedule.cost_usd
+    assert [(a.component, a.crews, a.start_ns // HOUR_NS) for a in sent.assignments] == [
+        ("f1", 1, 1),
+        ("f0", 1, 13),
+    ]
+    assert [b.limit for b in sent.bindings] == [b.limit for b in found.bindings]
+    assert len(sent.prices) == len(found.prices) == 4
+    assert [list(a.instead) for a in sent.alternatives] == [
+        list(a.instead) for a in found.alternatives
+    ]
+    assert sent.worths[0].relaxed_usd == found.worth[0].relaxed_usd
+
+
+def test_that_there_is_no_plan_goes_over_the_wire_with_the_reason() -> None:
+    grid = feeders([1.0], [[0]])
+    grid.row_high[:] = -5.0
+    sent = encode_answer(ask(grid, TWO[:1], care=SOLE), TWO[:1])
+    assert sent.termination == plan_pb2.Plan.TERMINATION_INFEASIBLE
+    assert not sent.HasField("objective")
+    assert sent.conflicts_minimal
+    assert len(sent.conflicts) == 3
+    assert sum(s.amount for s in sent.relaxation) == pytest.approx(8.5)
