@@ -227,8 +227,9 @@ def questions(region: Region, repeat: int) -> Iterator[dict[str, Any]]:
             }
         )
     yield _rolling(region, repeat)
-    for name, periods in (("72 h", TWO), ("24 h by fours", FOURS), ("24 h", DAY)):
-        yield _bargain(region, name, periods)
+    horizons: dict[str, Sequence[int]] = {"72 h": TWO, "24 h by fours": FOURS, "24 h": DAY}
+    for name, spans in horizons.items():
+        yield _bargain(region, name, spans)
 
 
 def _rolling(region: Region, repeat: int) -> dict[str, Any]:
