@@ -46,6 +46,9 @@ ACCEPT = 0.1
 WIDEN = 0.5
 """From this share on, the box doubles."""
 
+SPENT = 3e-5
+"""The model has nothing more to say when it promises less than this share of the bound."""
+
 QUOTA_EVERY = 4
 """After so many rounds of prices there is one of quotas, and whenever the model is spent."""
 
@@ -251,7 +254,7 @@ class Bargain:
         if not np.isfinite(self.bound_usd):
             return self._ask(Prices(self.round + 1, self._master.highest / 2.0))
         prices, promised = self._master.best_near(self._best, self._radius)
-        spent = promised - self.bound_usd <= 0.3 * self.tolerance * max(abs(self.bound_usd), 1e-9)
+        spent = promised - self.bound_usd <= SPENT * max(abs(self.bound_usd), 1e-9)
         if self._since_quotas >= QUOTA_EVERY or (spent and self._since_quotas):
             self._master.best_near(self._best, 1.0)
             return self._ask(Quotas(self.round + 1, self._master.blend()))
