@@ -7,9 +7,37 @@ import numpy as np
 
 from federation.errors import PlanError, Reason
 from federation.plan.joining import Indices, Joined
+from federation.twin import Vector
 
 UNIT_USD = 1e6
 """The solver counts in millions of dollars; its tolerances are made for such numbers."""
+
+
+def stated(problem: Joined) -> highspy.HighsLp:
+    """The problem as HiGHS takes it, column by column, without whole numbers yet."""
+    rows, width = len(problem.row_low), len(problem.low)
+    given = highspy.HighsLp()
+    given.num_col_, given.num_row_ = width, rows
+    given.col_lower_, given.col_upper_ = problem.low, problem.high
+    given.col_cost_ = problem.cost / UNIT_USD
+    given.row_lower_, given.row_upper_ = problem.row_low, problem.row_high
+    start, index, value = by_column(problem)
+    given.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    given.a_matrix_.start_ = start
+    given.a_matrix_.index_ = index
+    given.a_matrix_.value_ = value
+    return given
+
+
+def by_column(problem: Joined) -> tuple[Indices, Indices, Vector]:
+    """Where each column starts, the rows and the coefficients, those of one place added up."""
+    rows, width = len(problem.row_low), len(problem.low)
+    place, entry = np.unique(problem.column_index * rows + problem.row_index, return_inverse=True)
+    return (
+        np.searchsorted(place, np.arange(width + 1) * rows),
+        place % max(rows, 1),
+        np.asarray(np.bincount(entry, problem.coefficient, len(place)), np.float64),
+    )
 
 
 def engine_of(problem: Joined) -> highspy.Highs:
@@ -17,25 +45,11 @@ def engine_of(problem: Joined) -> highspy.Highs:
 
     A new one for each plan: what an engine remembers chooses among equal plans.
     """
-    rows, width = len(problem.row_low), len(problem.low)
-    given = highspy.HighsLp()
-    given.num_col_, given.num_row_ = width, rows
-    given.col_lower_, given.col_upper_ = problem.low, problem.high
-    given.col_cost_ = problem.cost / UNIT_USD
-    given.row_lower_, given.row_upper_ = problem.row_low, problem.row_high
-    # column by column, with what stands twice in one place added up
-    place, entry = np.unique(problem.column_index * rows + problem.row_index, return_inverse=True)
-    given.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    given.a_matrix_.start_ = np.searchsorted(place, np.arange(width + 1) * rows)
-    given.a_matrix_.index_ = place % max(rows, 1)
-    given.a_matrix_.value_ = np.asarray(
-        np.bincount(entry, problem.coefficient, len(place)), np.float64
-    )
     engine = highspy.Highs()  # type: ignore[no-untyped-call]
     engine.setOptionValue("output_flag", False)
     engine.setOptionValue("threads", 1)
     engine.setOptionValue("random_seed", 0)
-    engine.passModel(given)
+    engine.passModel(stated(problem))
     return engine
 
 
@@ -51,7 +65,8 @@ def make_whole(engine: highspy.Highs, columns: Indices, whole: bool = True) -> N
 def optimum_usd(engine: highspy.Highs) -> float:
     """Solve to the end; raises NO_PLAN or PLAN_INFEASIBLE."""
     engine.run()
-    if engine.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+    done = (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit)
+    if engine.getModelStatus() not in done:
         # the last solution may have been a bad start
         engine.clearSolver()
         engine.run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,27 @@ from federation.core.coupling import Coupling, conversion
 from federation.twin import LinearBlock, Port, Vector
 
 Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """Where a port of one member receives what ports of others deliver: one entity.
+
+    `rows` are the rows of the joined problem, period by period, and `received` the columns of
+    the need port. `delivered[k]` are the columns of the k-th source, from `sources[k]`
+    (member, port, entity, unit), which counts `weights[k]` units of the need for each of its own.
+    """
+
+    target: str
+    port: str
+    entity: str
+    unit: str
+    rows: Indices
+    received: Indices
+    sources: tuple[tuple[str, str, str, str], ...]
+    delivered: Indices
+    weights: Vector
+    offset: float
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,8 @@ class Joined:
         n_{hp} \le \sum_{e \to h} weight_{eh} \, s_{ep} + offset
 
     so that nothing is received that is not delivered. `available[member, component]` are
-    the columns of one component, period by period.
+    the columns of one component, period by period. Rows and columns are named by who stated
+    them, a colon, and the name that the member gave.
     """
 
     low: Vector
@@ -38,6 +60,11 @@ class Joined:
     column_index: Indices
     coefficient: Vector
     available: Mapping[tuple[str, str], Indices]
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    crossings: tuple[Crossing, ...] = ()
+    owners: Mapping[str, tuple[slice, slice]] = field(default_factory=dict)
+    """Per member its columns and its own rows."""
 
 
 def join(blocks: Mapping[str, LinearBlock], couplings: Sequence[Coupling]) -> Joined:
@@ -49,6 +76,8 @@ def join(blocks: Mapping[str, LinearBlock], couplings: Sequence[Coupling]) -> Jo
     rows = [blocks[n].row_index + ends[i, 1] for i, n in enumerate(names)]
     columns = [blocks[n].column_index + first[n] for n in names]
     coefficients = [blocks[n].coefficient for n in names]
+    row_names = [f"{n}: {row}" for n in names for row in blocks[n].rows]
+    crossings: list[Crossing] = []
     offsets: list[float] = []
     for coupling in couplings:
         supply = _port(blocks, coupling.source, coupling.output, "supply")
@@ -72,6 +101,26 @@ def join(blocks: Mapping[str, LinearBlock], couplings: Sequence[Coupling]) -> Jo
             columns.append(terms.ravel())
             coefficients.append(np.repeat(weights, terms.shape[1]))
             offsets += [offset] * terms.shape[1]
+            row_names += [
+                f"{coupling.name}: {need.name}[{entity},{p}]" for p in range(terms.shape[1])
+            ]
+            crossings.append(
+                Crossing(
+                    coupling.target,
+                    need.name,
+                    entity,
+                    need.unit,
+                    place,
+                    terms[0],
+                    tuple(
+                        (coupling.source, supply.name, supply.entities[i], supply.unit)
+                        for i, _ in feeding[entity]
+                    ),
+                    delivered,
+                    -weights[1:],
+                    offset,
+                )
+            )
     return Joined(
         low=np.concatenate([blocks[n].low for n in names]),
         high=np.concatenate([blocks[n].high for n in names]),
@@ -90,6 +139,16 @@ def join(blocks: Mapping[str, LinearBlock], couplings: Sequence[Coupling]) -> Jo
             for port in blocks[name].ports
             if port.role == "available"
             for row, entity in enumerate(port.entities)
+        },
+        columns=tuple(f"{n}: {column}" for n in names for column in blocks[n].columns),
+        rows=tuple(row_names),
+        crossings=tuple(crossings),
+        owners={
+            n: (
+                slice(int(ends[i, 0]), int(ends[i + 1, 0])),
+                slice(int(ends[i, 1]), int(ends[i + 1, 1])),
+            )
+            for i, n in enumerate(names)
         },
     )
 

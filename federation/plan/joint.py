@@ -27,7 +27,7 @@ from federation.core.coupling import Coupling
 from federation.errors import PlanError, Reason
 from federation.plan.engine import UNIT_USD, cost_usd, engine_of, make_whole, no_plan, optimum_usd
 from federation.plan.joining import Indices, Joined, join
-from federation.plan.relaxation import relax
+from federation.plan.relaxation import Relaxed, relax
 from federation.plan.visits import Task, Visit, crews_engaged, possible_visits, share_available
 from federation.twin import HOUR_NS, LinearBlock, Vector
 
@@ -76,6 +76,25 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Posed:
+    """A problem that an engine holds, and what its relaxation said of it.
+
+    The last columns of the problem are the visits; `kept` are those that a plan may choose.
+    """
+
+    problem: Joined
+    visits: tuple[Visit, ...]
+    engine: highspy.Highs
+    relaxed: Relaxed
+    kept: NDArray[np.bool_]
+
+    def choose(self, kept: NDArray[np.bool_]) -> Indices:
+        """Solve with whole visits, of which only these are possible; which are chosen."""
+        gap_usd = GAP * (self.relaxed.idle_cost_usd - self.relaxed.bound_usd)
+        return _choose(self.engine, self.problem, kept, gap_usd)
+
+
+@dataclass(frozen=True)
 class JointModel:
     """The joint model of a run: the members' rows stay, the visits come and go."""
 
@@ -86,28 +105,17 @@ class JointModel:
 
     def solve(self, tasks: Sequence[Task]) -> Schedule:
         """Plan for these tasks from now on; raises NO_PLAN or PLAN_INFEASIBLE."""
-        for task in tasks:
-            if (task.member, task.component) not in self.joined.available:
-                raise PlanError(
-                    Reason.NO_PLAN,
-                    f"no block of {task.member} knows the component {task.component!r}",
-                    {"member": task.member, "component": task.component},
-                )
-        horizon_h = float(self.lengths_h.sum())
-        visits = possible_visits(tasks, self.crews, self.starts_h, horizon_h)
-        share = share_available(visits, self.lengths_h)
-        engaged = crews_engaged(visits, tasks, self.starts_h, horizon_h)
-        problem = with_visits(self.joined, tasks, visits, share, engaged, self.crews)
-        engine = engine_of(problem)
-        relaxed = relax(engine, self.joined, visits, engaged)
-        kept = relaxed.used | np.array([not v.sent for v in visits], dtype=bool)
-        gap_usd = GAP * (relaxed.idle_cost_usd - relaxed.bound_usd)
-        chosen = _choose(engine, problem, kept, gap_usd)
+        return self.settle(self.pose(tasks))[0]
+
+    def settle(self, posed: Posed) -> tuple[Schedule, Vector]:
+        """The plan of a posed problem, and the values of all its columns."""
+        engine, relaxed = posed.engine, posed.relaxed
+        chosen = posed.choose(posed.kept)
         plan_usd, bound_usd = cost_usd(engine), relaxed.bound_usd
-        if kept.all() and problem.integer.any():
+        if posed.kept.all() and posed.problem.integer.any():
             bound_usd = max(bound_usd, float(engine.getInfo().mip_dual_bound) * UNIT_USD)
         optimal = engine.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        return Schedule(
+        schedule = Schedule(
             "convergenceCriteriaSatisfied" if optimal else "iterationLimit",
             "optimal" if optimal else "feasible",
             relaxed.idle_cost_usd,
@@ -115,11 +123,39 @@ class JointModel:
             min(bound_usd, plan_usd),
             tuple(
                 sorted(
-                    (visits[k] for k in chosen.tolist()),
+                    (posed.visits[k] for k in chosen.tolist()),
                     key=lambda v: (v.start_h, v.end_h, v.task),
                 )
             ),
         )
+        return schedule, np.array(engine.getSolution().col_value)
+
+    def pose(self, tasks: Sequence[Task]) -> Posed:
+        """The problem of these tasks with its relaxation solved; raises as `solve` does."""
+        self.check(tasks)
+        problem, visits, engaged = self.stated(tasks)
+        engine = engine_of(problem)
+        relaxed = relax(engine, self.joined, visits, engaged)
+        kept = relaxed.used | np.array([not v.sent for v in visits], dtype=bool)
+        return Posed(problem, tuple(visits), engine, relaxed, kept)
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raises NO_PLAN for a component that no block knows."""
+        for task in tasks:
+            if (task.member, task.component) not in self.joined.available:
+                raise PlanError(
+                    Reason.NO_PLAN,
+                    f"no block of {task.member} knows the component {task.component!r}",
+                    {"member": task.member, "component": task.component},
+                )
+
+    def stated(self, tasks: Sequence[Task]) -> tuple[Joined, list[Visit], Vector]:
+        """The whole problem, the visits that its last columns are, and whom they engage."""
+        horizon_h = float(self.lengths_h.sum())
+        visits = possible_visits(tasks, self.crews, self.starts_h, horizon_h)
+        share = share_available(visits, self.lengths_h)
+        engaged = crews_engaged(visits, tasks, self.starts_h, horizon_h)
+        return with_visits(self.joined, tasks, visits, share, engaged, self.crews), visits, engaged
 
     def idle_cost_usd(self, tasks: Sequence[Task]) -> float:
         """What it costs over the horizon when the crews at these tasks end them and rest."""
@@ -184,7 +220,23 @@ def with_visits(
         row_index=row[value != 0.0],
         column_index=place[value != 0.0],
         coefficient=value[value != 0.0],
+        columns=joined.columns + tuple(called(tasks[v.task], v) for v in visits),
+        rows=joined.rows
+        + tuple(
+            f"crews: {t.member} {t.component} works only once it is mended, period {p}"
+            for t in tasks
+            for p in range(periods)
+        )
+        + tuple(f"crews: {t.member} {t.component} is visited once" for t in tasks)
+        + tuple(f"crews: as many as there are, slot {q}" for q in range(slots)),
     )
+
+
+def called(task: Task, visit: Visit) -> str:
+    """A visit in words, the name of its column; no two of one task are called alike."""
+    if not visit.sent:
+        return f"crews: those at {task.member} {task.component} go on"
+    return f"crews: {visit.crews:g} to {task.member} {task.component} at hour {visit.start_h:g}"
 
 
 def _choose(

@@ -47,24 +47,36 @@ class Relaxed:
     idle_cost_usd: float
     bound_usd: float
     used: NDArray[np.bool_]
+    basis: highspy.HighsBasis | None = None
 
 
 def relax(
-    engine: highspy.Highs, joined: Joined, visits: Sequence[Visit], engaged: Vector
+    engine: highspy.Highs,
+    joined: Joined,
+    visits: Sequence[Visit],
+    engaged: Vector,
+    idle_usd: float | None = None,
+    start: highspy.HighsBasis | None = None,
 ) -> Relaxed:
     """Solve without whole visits; the engine is left with the charges of the last round.
 
-    Its first columns are those of `joined`, the others the visits; its last rows the slots.
+    Its first columns are those of `joined`, the others the visits; its last rows the slots. Who
+    knows already what it costs to do nothing more says so, and who knows where the first
+    solution may be is told where it was.
     """
     size, count, slots = len(joined.low), len(visits), engaged.shape[1]
     of_task = np.array([v.task for v in visits], dtype=np.int64)
     sent = np.array([v.sent for v in visits], dtype=bool)
     places = np.arange(size, size + count, dtype=np.int32)
     nothing = np.zeros(count)
-    engine.changeColsBounds(count, places, nothing, np.where(sent, 0.0, 1.0))
-    idle_usd = _idle(engine, joined)
+    if idle_usd is None:
+        engine.changeColsBounds(count, places, nothing, np.where(sent, 0.0, 1.0))
+        idle_usd = _idle(engine, joined)
     engine.changeColsBounds(count, places, nothing, np.ones(count))
+    if start is not None and start.valid:
+        engine.setBasis(start)
     bound_usd = optimum_usd(engine)
+    basis = engine.getBasis() if start is not None else None
     used, charge = np.zeros(count, dtype=bool), nothing
     for left in reversed(range(ROUNDS)):
         solution = engine.getSolution()
@@ -75,10 +87,16 @@ def relax(
         worth = np.maximum(-np.array(solution.row_dual)[-slots:], 0.0)
         part = np.bincount(of_task, np.where(sent, chosen, 0.0))[of_task]
         scale = 1.0 / np.maximum(part, LEAST_PART) - 1.0
+        before = charge
         charge = np.where(sent & (part > USED), engaged @ worth * np.maximum(scale, 0.0), charge)
+        if np.allclose(charge, before, rtol=1e-9, atol=0.0):
+            break  # the same again would be found
         engine.changeColsCost(count, places, charge)
+        if start is not None:
+            # in a large model a start with other charges is worse than none: it forgoes presolve
+            engine.clearSolver()
         optimum_usd(engine)
-    return Relaxed(idle_usd, bound_usd, used)
+    return Relaxed(idle_usd, bound_usd, used, basis)
 
 
 def _idle(engine: highspy.Highs, joined: Joined) -> float:

@@ -134,6 +134,12 @@ class Plan(_message.Message):
     GAP_FIELD_NUMBER: _builtins.int
     ASSIGNMENTS_FIELD_NUMBER: _builtins.int
     CONFLICTS_FIELD_NUMBER: _builtins.int
+    BINDINGS_FIELD_NUMBER: _builtins.int
+    PRICES_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    WORTHS_FIELD_NUMBER: _builtins.int
+    RELAXATION_FIELD_NUMBER: _builtins.int
+    CONFLICTS_MINIMAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The plan's name, `runs/{run}/plans/{plan}`."""
     time_ns: _builtins.int
@@ -146,6 +152,8 @@ class Plan(_message.Message):
     """No plan can cost less than this, in US dollars of 2020; unset when nothing was proven."""
     gap: _builtins.float
     """(objective - bound) / |objective|; unset when either of them is."""
+    conflicts_minimal: _builtins.bool
+    """For an infeasible problem: whether each of `conflicts` is needed for the contradiction."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the plan was made, by the broker's clock."""
@@ -160,6 +168,26 @@ class Plan(_message.Message):
         words of the twins that stated them.
         """
 
+    @_builtins.property
+    def bindings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Binding]:
+        """Limits that the plan would pass if it could, the dearest first."""
+
+    @_builtins.property
+    def prices(self) -> _containers.RepeatedCompositeFieldContainer[Global___LocationalPrice]:
+        """What one unit more at each port would save."""
+
+    @_builtins.property
+    def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alternative]:
+        """The next best plans, each without one action of this one, the cheapest first."""
+
+    @_builtins.property
+    def worths(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worth]:
+        """What something more would be worth, such as one more crew."""
+
+    @_builtins.property
+    def relaxation(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slack]:
+        """For an infeasible problem: the rows that would have to give way, the dearest first."""
+
     def __init__(
         self,
         *,
@@ -172,10 +200,16 @@ class Plan(_message.Message):
         gap: _builtins.float | None = ...,
         assignments: _abc.Iterable[Global___Assignment] | None = ...,
         conflicts: _abc.Iterable[_builtins.str] | None = ...,
+        bindings: _abc.Iterable[Global___Binding] | None = ...,
+        prices: _abc.Iterable[Global___LocationalPrice] | None = ...,
+        alternatives: _abc.Iterable[Global___Alternative] | None = ...,
+        worths: _abc.Iterable[Global___Worth] | None = ...,
+        relaxation: _abc.Iterable[Global___Slack] | None = ...,
+        conflicts_minimal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "_objective", b"_objective", "bound", b"bound", "create_time", b"create_time", "gap", b"gap", "objective", b"objective"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "_objective", b"_objective", "assignments", b"assignments", "bound", b"bound", "conflicts", b"conflicts", "create_time", b"create_time", "gap", b"gap", "name", b"name", "objective", b"objective", "termination", b"termination", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "_objective", b"_objective", "alternatives", b"alternatives", "assignments", b"assignments", "bindings", b"bindings", "bound", b"bound", "conflicts", b"conflicts", "conflicts_minimal", b"conflicts_minimal", "create_time", b"create_time", "gap", b"gap", "name", b"name", "objective", b"objective", "prices", b"prices", "relaxation", b"relaxation", "termination", b"termination", "time_ns", b"time_ns", "worths", b"worths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bound: _TypeAlias = _typing.Literal["bound"]  # noqa: Y015
     _WhichOneofArgType__bound: _TypeAlias = _typing.Literal["_bound", b"_bound"]  # noqa: Y015
@@ -191,6 +225,209 @@ class Plan(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__objective) -> _WhichOneofReturnType__objective | None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class Binding(_message.Message):
+    """A limit that a plan would pass if it could."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Side:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _SideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Binding._Side.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SIDE_UNSPECIFIED: Binding._Side.ValueType  # 0
+        """Not said; never sent."""
+        SIDE_LOW: Binding._Side.ValueType  # 1
+        """The lower one."""
+        SIDE_HIGH: Binding._Side.ValueType  # 2
+        """The upper one."""
+
+    class Side(_Side, metaclass=_SideEnumTypeWrapper):
+        """Which side of a limit."""
+
+    SIDE_UNSPECIFIED: Binding.Side.ValueType  # 0
+    """Not said; never sent."""
+    SIDE_LOW: Binding.Side.ValueType  # 1
+    """The lower one."""
+    SIDE_HIGH: Binding.Side.ValueType  # 2
+    """The upper one."""
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    SIDE_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    USD_PER_UNIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.str
+    """The row or column, in the words of the twin that stated it."""
+    side: Global___Binding.Side.ValueType
+    """The side at which it binds."""
+    at: _builtins.float
+    """Where that is, in the unit of the row or column."""
+    usd_per_unit: _builtins.float
+    """What the region would save per unit that it gave way, in US dollars of 2020; for changes of
+    about a hundredth of the row's largest coefficient.
+    """
+    def __init__(
+        self,
+        *,
+        limit: _builtins.str = ...,
+        side: Global___Binding.Side.ValueType = ...,
+        at: _builtins.float = ...,
+        usd_per_unit: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "limit", b"limit", "side", b"side", "usd_per_unit", b"usd_per_unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Binding: _TypeAlias = Binding  # noqa: Y015
+
+@_typing.final
+class LocationalPrice(_message.Message):
+    """What one unit more at a port would save the region, all through one period; never below 0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    ENTITY_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    PERIOD_FIELD_NUMBER: _builtins.int
+    USD_PER_UNIT_FIELD_NUMBER: _builtins.int
+    USD_PER_UNIT_HOUR_FIELD_NUMBER: _builtins.int
+    member: _builtins.str
+    """The member whose port it is."""
+    port: _builtins.str
+    """The port's name."""
+    entity: _builtins.str
+    """The entity of the port."""
+    unit: _builtins.str
+    """The unit of the port, a pint expression."""
+    period: _builtins.int
+    """Which period, from 0."""
+    usd_per_unit: _builtins.float
+    """US dollars of 2020 per unit, over the whole period."""
+    usd_per_unit_hour: _builtins.float
+    """The same per hour of the period."""
+    def __init__(
+        self,
+        *,
+        member: _builtins.str = ...,
+        port: _builtins.str = ...,
+        entity: _builtins.str = ...,
+        unit: _builtins.str = ...,
+        period: _builtins.int = ...,
+        usd_per_unit: _builtins.float = ...,
+        usd_per_unit_hour: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "member", b"member", "period", b"period", "port", b"port", "unit", b"unit", "usd_per_unit", b"usd_per_unit", "usd_per_unit_hour", b"usd_per_unit_hour"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocationalPrice: _TypeAlias = LocationalPrice  # noqa: Y015
+
+@_typing.final
+class Alternative(_message.Message):
+    """The best plan that was found without one action."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITHOUT_FIELD_NUMBER: _builtins.int
+    COST_USD_FIELD_NUMBER: _builtins.int
+    MORE_USD_FIELD_NUMBER: _builtins.int
+    INSTEAD_FIELD_NUMBER: _builtins.int
+    without: _builtins.str
+    """The action that it lacks, in words."""
+    cost_usd: _builtins.float
+    """What it costs, in US dollars of 2020."""
+    more_usd: _builtins.float
+    """By how much that is more than the plan; below 0 when the plan's search had missed it."""
+    @_builtins.property
+    def instead(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it does that the plan does not, in words."""
+
+    def __init__(
+        self,
+        *,
+        without: _builtins.str = ...,
+        cost_usd: _builtins.float = ...,
+        more_usd: _builtins.float = ...,
+        instead: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_usd", b"cost_usd", "instead", b"instead", "more_usd", b"more_usd", "without", b"without"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alternative: _TypeAlias = Alternative  # noqa: Y015
+
+@_typing.final
+class Worth(_message.Message):
+    """What something more would save over the horizon, in US dollars of 2020."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OF_FIELD_NUMBER: _builtins.int
+    PLAN_USD_FIELD_NUMBER: _builtins.int
+    RELAXED_USD_FIELD_NUMBER: _builtins.int
+    of: _builtins.str
+    """Something, such as `one more crew`."""
+    plan_usd: _builtins.float
+    """By the costs of two plans, each of which may be off by its gap."""
+    relaxed_usd: _builtins.float
+    """By what no plan could go below without it and with it; exact, but crews may do things in
+    parts.
+    """
+    def __init__(
+        self,
+        *,
+        of: _builtins.str = ...,
+        plan_usd: _builtins.float = ...,
+        relaxed_usd: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["of", b"of", "plan_usd", b"plan_usd", "relaxed_usd", b"relaxed_usd"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Worth: _TypeAlias = Worth  # noqa: Y015
+
+@_typing.final
+class Slack(_message.Message):
+    """A row that gives way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    PENALTY_USD_FIELD_NUMBER: _builtins.int
+    row: _builtins.str
+    """The row, in the words of the twin that stated it."""
+    amount: _builtins.float
+    """By how much, in the row's unit: below 0 its lower side, above 0 its upper side."""
+    penalty_usd: _builtins.float
+    """What that was charged with when the cheapest set was sought, in US dollars of 2020."""
+    def __init__(
+        self,
+        *,
+        row: _builtins.str = ...,
+        amount: _builtins.float = ...,
+        penalty_usd: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "penalty_usd", b"penalty_usd", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Slack: _TypeAlias = Slack  # noqa: Y015
 
 @_typing.final
 class Assignment(_message.Message):
