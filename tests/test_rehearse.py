@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from federation.__main__ import planner as build_planner
 from federation.core.coupling import Wiring
@@ -16,8 +15,15 @@ from federation.core.schedule import Schedule
 from federation.errors import FederationError, Reason
 from federation.scenario.rehearse import RunCut
 from federation.scenario.run import Case, run_local
-from federation.scenario.spec import Policy, Scenario, load, parse
-from federation.twin import HOUR_NS, NOTHING, Cut, Description, Glimpse, Planner, Session, Step, Twin
+from federation.scenario.spec import Policy, Scenario, load
+from federation.twin import (
+    HOUR_NS,
+    Cut,
+    Description,
+    Planner,
+    Session,
+    Twin,
+)
 from tests.test_core import HORIZON_NS, walk, worlds
 from tests.worlds import Habit, Toy, open_sessions
 

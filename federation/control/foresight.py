@@ -17,7 +17,7 @@ from federation.plan.belief import Assessment
 from federation.plan.crews import CrewPlanner, Family, Key, Order
 from federation.plan.joint import JointModel, joint_model
 from federation.plan.visits import Task
-from federation.twin import HOUR_NS, SYSTEM, Cut, LinearBlock, Step, Vector
+from federation.twin import SYSTEM, Cut, LinearBlock, Step, Vector
 
 Screen = Callable[[Bundle], Sequence[str]]
 """Says why a bundle may not take effect; nothing when it may."""
@@ -140,9 +140,7 @@ class ForesightPlanner(CrewPlanner):
         travel = [of(source.travel) for source in self._sources]
         self._belief.look(cut.time_ns, remaining)
         keys, tasks = self._tasks(self._belief.hours, busy, travel)
-        weighted = sum(
-            weight * float(of(name)[0]) for name, weight in cut.weights.items()
-        )
+        weighted = sum(weight * float(of(name)[0]) for name, weight in cut.weights.items())
         return Situation(cut, remaining, busy, travel, keys, tasks, weighted)
 
     def observed(self, situation: Situation) -> float:
@@ -181,19 +179,27 @@ class ForesightPlanner(CrewPlanner):
         return tuple((keys[v.task], round(v.crews)) for v in schedule.visits if v.sent)
 
     def verify(self, situation: Situation, name: str, plan: Order, best: Rating) -> Rating:
-        return self._rated(situation, name, plan)
+        return self._rated(situation, name, plan, best)
 
-    def _rated(self, situation: Situation, name: str, order: Order) -> Rating:
+    def _rated(
+        self, situation: Situation, name: str, order: Order, best: Rating | None = None
+    ) -> Rating:
+        """Try a plan in the futures; one that is worse than `best` in one is tried in no other."""
         cut, until_ns = situation.cut, self.until_ns(situation)
         weighted: list[float] = []
         figures: dict[str, float] = dict.fromkeys(cut.weights, 0.0)
         for number in range(self._ahead.futures):
-            glimpse = cut.future(number, self.follower(order), until_ns, self._believed(cut, number))
+            if best is not None and number and weighted[-1] > best.weighted[number - 1]:
+                break
+            glimpse = cut.future(
+                number, self.follower(order), until_ns, self._believed(cut, number)
+            )
             growth = {n: glimpse.growth(n, until_ns) for n in cut.weights}
             weighted.append(sum(weight * growth[n] for n, weight in cut.weights.items()))
             for figure, value in growth.items():
-                figures[figure] += value / self._ahead.futures
-        return Rating(name, tuple(weighted), figures)
+                figures[figure] += value
+        means = {figure: value / len(weighted) for figure, value in figures.items()}
+        return Rating(name, tuple(weighted), means)
 
     def _believed(self, cut: Cut, number: int) -> dict[str, dict[str, Vector]]:
         """Work that may be the true one in a future, by member and output."""
@@ -207,11 +213,71 @@ class ForesightPlanner(CrewPlanner):
         return found
 
     def guard(self, situation: Situation, plan: Order) -> Sequence[str]:
-        return () if self._screen is None else self._screen(self.bundle(situation, plan))
+        bundle = self.bundle(situation, plan)
+        return self._own_limits(situation, bundle) if self._screen is None else self._screen(bundle)
 
     def bundle(self, situation: Situation, plan: Order) -> Bundle:
-        """What would be set at once: the crews that are free, in the order of the plan."""
-        return Bundle("", "", (), Priority.AUTONOMOUS, situation.cut.time_ns, 0, "")
+        """What a plan sets at the next step: the crews that are free, sent in its order."""
+        cut = situation.cut
+        free = self._free(situation)
+        setpoints = []
+        for (i, c), crews in self._next(situation, plan):
+            there = round(situation.busy[i][c])
+            more = min(crews - there, free)
+            if more > 0:
+                free -= more
+                family = self.families[i]
+                component = family.components[c]
+                setpoints.append(
+                    Setpoint(family.member, family.actuator, component, float(there + more))
+                )
+        digest = hashlib.sha256(f"{cut.digest}/{plan}".encode()).hexdigest()
+        return Bundle(
+            f"crews-{cut.time_ns}-{digest[:12]}",
+            "",
+            tuple(setpoints),
+            Priority.AUTONOMOUS,
+            cut.time_ns,
+            cut.time_ns + self._period_ns,
+            "planner",
+            digest,
+        )
+
+    def _free(self, situation: Situation) -> int:
+        return round(self.crews - float(sum(b.sum() for b in situation.busy)))
+
+    def _next(self, situation: Situation, plan: Order) -> list[tuple[Key, int]]:
+        """The components that crews go to, in turn: the plan's, then the nearest."""
+        planned = [(key, n) for key, n in plan if situation.remaining[key[0]][key[1]] > 0]
+        named = {key for key, _ in planned}
+        others = [
+            (situation.travel[i][c], (i, c))
+            for i, c in situation.keys
+            if (i, c) not in named and situation.busy[i][c] == 0
+        ]
+        return planned + [(key, 1) for _, key in sorted(others)]
+
+    def _own_limits(self, situation: Situation, bundle: Bundle) -> list[str]:
+        """Whether setpoints are in the ranges of their actuators, and crews in their pool."""
+        found = []
+        used = float(sum(b.sum() for b in situation.busy))
+        for setpoint in bundle.setpoints:
+            i = next(
+                i
+                for i, f in enumerate(self.families)
+                if (f.member, f.actuator) == (setpoint.member, setpoint.actuator)
+            )
+            family = self.families[i]
+            there = situation.busy[i][family.components.index(setpoint.entity)]
+            used += setpoint.value - float(there)
+            if not 0.0 <= setpoint.value <= family.most_crews:
+                found.append(
+                    f"{setpoint.value:g} crews at {setpoint.entity}, where at most "
+                    f"{family.most_crews:g} can work"
+                )
+        if used > self.crews:
+            found.append(f"{used:g} crews, of which there are {self.crews:g}")
+        return found
 
     def act(self, situation: Situation, name: str, plan: Order | None) -> str:
         if plan is not None:
@@ -221,7 +287,10 @@ class ForesightPlanner(CrewPlanner):
         return hashlib.sha256(repr(self._order).encode()).hexdigest()
 
     def binding(self, situation: Situation, name: str) -> Sequence[str]:
-        return ()
+        sent = sum(s.value for s in self.bundle(situation, self._order).setpoints)
+        if sent < self._free(situation):
+            return ()
+        return (f"all {self.crews:g} crews are engaged",)
 
     def record(self, decision: Decision) -> None:
         return None

@@ -47,8 +47,9 @@ class Rating:
         return _deviation(self.weighted)
 
     def less(self, other: Rating) -> tuple[float, float]:
-        """By how much it is below another in the same futures: mean, and its standard error."""
-        apart = [b - a for a, b in zip(self.weighted, other.weighted, strict=True)]
+        """By how much it is below another in the futures that both were tried in: the mean, and
+        its standard error, which is 0 for one future."""
+        apart = [b - a for a, b in zip(self.weighted, other.weighted, strict=False)]
         error = _deviation(apart) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
         return sum(apart) / len(apart), error
 
@@ -88,7 +89,7 @@ class Decision:
     occasion: str
     until_ns: int
     ratings: tuple[Rating, ...]
-    """Of all candidates, the best first."""
+    """Of all candidates, the best first: those behind the chosen one are its near misses."""
     chosen: str
     why: str
     setpoints: str
@@ -107,11 +108,13 @@ class Decision:
 
     def sentence(self) -> str:
         hours = (self.until_ns - self.cut_ns) / HOUR_NS
-        others = ", ".join(f"{r.name} {r.mean:,.0f}" for r in self.ratings if r.name != self.chosen)
         mine = self.rating(self.chosen)
+        apart = [(r.name, -r.less(mine)[0]) for r in self.ratings if r is not mine]
+        others = ", ".join(f"{name} {more:+,.0f}" for name, more in apart)
         return (
             f"{self.occasion}: {self.chosen} is followed, {self.why}; {mine.mean:,.0f} expected "
-            f"within {hours:.0f} h in {len(mine.weighted)} futures" + (f"; {others}" if others else "")
+            f"within {hours:.0f} h in {len(mine.weighted)} futures"
+            + (f", against which {others}" if others else "")
         )
 
 
@@ -163,7 +166,8 @@ class Loop(Generic[Situation, Plan]):
     """Observe, forecast, plan, verify, guard, act, compare, record.
 
     A plan takes the place of the one in force when it is better in the mean of the same futures
-    by more than `noise` standard errors of their difference. `clock` gives seconds and only
+    by more than `noise` standard errors of their difference; one that was dropped before it was
+    tried in all of them does not. `clock` gives seconds and only
     measures (`spent_s`).
     """
 
@@ -201,9 +205,9 @@ class Loop(Generic[Situation, Plan]):
         ratings = [in_force]
         with self._stage("verify"):
             for name, plan in plans.items():
-                best = min(ratings, key=lambda r: r.mean)
+                best = max(ratings, key=lambda rating: rating.less(in_force)[0])
                 ratings.append(stages.verify(situation, name, plan, best))
-        ratings.sort(key=lambda r: r.mean)
+        ratings.sort(key=lambda rating: -rating.less(in_force)[0])
         with self._stage("guard"):
             chosen, why, refused = self._choose(situation, in_force, ratings, plans)
         with self._stage("act"):
@@ -242,7 +246,7 @@ class Loop(Generic[Situation, Plan]):
             if rating is in_force:
                 break
             gain, error = rating.less(in_force)
-            if gain <= self.noise * error:
+            if gain <= self.noise * error or len(rating.weighted) < len(in_force.weighted):
                 continue
             found = tuple(self.stages.guard(situation, plans[rating.name]))
             if not found:

@@ -198,9 +198,7 @@ class RunCut:
                 found[name].twin.restore(state)
         return found
 
-    def _finish(
-        self, schedule: Schedule, sessions: Mapping[str, Session], note: object
-    ) -> str:
+    def _finish(self, schedule: Schedule, sessions: Mapping[str, Session], note: object) -> str:
         take = note if callable(note) else (lambda entries: None)
         try:
             return schedule.run(lambda entries, settled_ns: take(entries))
