@@ -136,15 +136,17 @@ class Stages(Protocol[Situation, Plan]):
         ...
 
     def forecast(self, situation: Situation) -> Rating:
-        """The plan in force in the futures."""
+        """The plan in force, named IN_FORCE, in a first future."""
         ...
 
     def plan(self, situation: Situation) -> Mapping[str, Plan]:
         """Other plans, by name."""
         ...
 
-    def verify(self, situation: Situation, name: str, plan: Plan, best: Rating) -> Rating:
-        """A plan in the same futures; `best` is the best rating so far."""
+    def verify(
+        self, situation: Situation, plans: Mapping[str, Plan], in_force: Rating
+    ) -> Sequence[Rating]:
+        """All plans in the same futures, and the one in force in as many as any of them."""
         ...
 
     def guard(self, situation: Situation, plan: Plan) -> Sequence[str]:
@@ -202,11 +204,9 @@ class Loop(Generic[Situation, Plan]):
             in_force = stages.forecast(situation)
         with self._stage("plan"):
             plans = dict(stages.plan(situation))
-        ratings = [in_force]
         with self._stage("verify"):
-            for name, plan in plans.items():
-                best = max(ratings, key=lambda rating: rating.less(in_force)[0])
-                ratings.append(stages.verify(situation, name, plan, best))
+            ratings = [*stages.verify(situation, plans, in_force)]
+        in_force = next(rating for rating in ratings if rating.name == IN_FORCE)
         ratings.sort(key=lambda rating: -rating.less(in_force)[0])
         with self._stage("guard"):
             chosen, why, refused = self._choose(situation, in_force, ratings, plans)
