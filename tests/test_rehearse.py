@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from federation.__main__ import planner as build_planner
 from federation.core.coupling import Wiring

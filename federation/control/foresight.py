@@ -17,7 +17,7 @@ from federation.plan.belief import Assessment
 from federation.plan.crews import CrewPlanner, Family, Key, Order
 from federation.plan.joint import JointModel, joint_model
 from federation.plan.visits import Task
-from federation.twin import SYSTEM, Cut, LinearBlock, Step, Vector
+from federation.twin import HOUR_NS, SYSTEM, Cut, LinearBlock, Step, Vector
 
 Screen = Callable[[Bundle], Sequence[str]]
 """Says why a bundle may not take effect; nothing when it may."""
