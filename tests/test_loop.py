@@ -336,14 +336,17 @@ def test_what_the_guard_refuses_is_not_followed() -> None:
         assert bundle.cut_ns < bundle.expires_ns
 
 
-def test_level_5_says_that_it_needs_forks_where_there_are_none() -> None:
-    _, planner = looped(31, foresees=lambda: True)
+def test_level_5_says_that_it_needs_forks_where_there_are_none(
+    run: tuple[Outcome, ForesightPlanner],
+) -> None:
+    _, planner = run
     fresh = Session(planner, "planner")
     planner._has_deliberated = False
     with pytest.raises(FederationError) as caught:
         fresh.advance(StepInput(0))
     assert caught.value.reason is Reason.UNSUPPORTED
     assert "--members local" in caught.value.message
+    planner._has_deliberated = True
 
 
 def test_the_blocks_of_an_assessed_run_know_only_medians() -> None:
