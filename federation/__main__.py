@@ -31,6 +31,7 @@ DEMO = "regions/shelby/earthquake.yaml"
 
 def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy) -> Planner:
     """The crew planner of a scenario; here, because scenario and plan are strangers."""
+    from federation.plan.belief import Assessment
     from federation.plan.crews import CrewPlanner, Family
     from federation.twin import HOUR_NS, MINUTE_NS
 
@@ -50,13 +51,39 @@ def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy:
         actuator = actuators[name]
         components = descriptions[member].ids(actuator.kind)
         families.append(Family(member, name, components, actuator.high))
+    given = repairs.assessment
+    assessment = Assessment(given.sigma, *given.inspected_after_h) if given else None
+    offset_ns = round(repairs.decide_from_min * MINUTE_NS)
+    period_ns = round(repairs.decide_every_min * MINUTE_NS)
+    horizon_ns = round(repairs.horizon_h * HOUR_NS)
+    couplings = scenario.couplings_resolved()
+    if policy == "level5":
+        from federation.control.foresight import Foreseeing, ForesightPlanner, Sources
+
+        if not scenario.weighted:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, "level5 needs `weighted`: what it is to make small"
+            )
+        return ForesightPlanner(
+            families,
+            [Sources(work.remaining, work.busy, work.travel) for work in repairs.work],
+            repairs.crews,
+            period_ns,
+            horizon_ns,
+            couplings,
+            assessment,
+            offset_ns,
+            Foreseeing(round(repairs.rehearse_h * HOUR_NS), repairs.futures),
+        )
     return CrewPlanner(
         policy,
         families,
         repairs.crews,
-        round(repairs.decide_every_min * MINUTE_NS),
-        round(repairs.horizon_h * HOUR_NS),
-        scenario.couplings_resolved(),
+        period_ns,
+        horizon_ns,
+        couplings,
+        assessment,
+        offset_ns,
     )
 
 

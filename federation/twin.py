@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import cached_property
 from math import isfinite
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -489,6 +489,28 @@ class Twin(ABC):
     def restore(self, state: bytes) -> None:
         raise TwinError(Reason.UNSUPPORTED, f"{type(self).__name__} has no restore")
 
+    def diverge(
+        self,
+        time_ns: int,
+        seed: int,
+        parameters: Mapping[str, float],
+        believed: Mapping[str, Vector] = NOTHING,
+    ) -> int | None:
+        """Make a restored session one of the futures that its past allows, from `time_ns` on.
+
+        Called once, after `restore`, on a session that was opened with this seed and these
+        parameters, before any step at `time_ns` or later. What has happened and what has been
+        told stays. What is not known yet, such as what is still to be drawn, follows `seed` and
+        `parameters`: nothing of it may be left of the session that the snapshot was taken of.
+        `believed` gives outputs that are only estimated, whole vectors by name, to be taken as
+        the truth. With the seed and parameters of the snapshot, and nothing believed, nothing
+        may change.
+
+        The answer is the next instant that an event-driven twin wants in this future, `time_ns`
+        at the earliest, or None for none; a twin with a period need not say.
+        """
+        raise TwinError(Reason.UNSUPPORTED, f"{type(self).__name__} can't have other futures")
+
     def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock | None:
         """What this twin could do over a horizon, as a linear block; None if nothing.
 
@@ -543,8 +565,90 @@ class LinearBlock:
     doc: str = ""
 
 
+@dataclass(frozen=True)
+class Glimpse:
+    """What became of the figures of a run in one future, from the cut on.
+
+    `series[member.variable]` are (instant, value), the first at the cut.
+    """
+
+    number: int
+    series: Mapping[str, tuple[tuple[int, float], ...]]
+    until_ns: int
+
+    def at(self, name: str, time_ns: int) -> float:
+        """A figure as it stood at an instant of the future; the last one that was published."""
+        found = self.series[name][0][1]
+        for when_ns, value in self.series[name]:
+            if when_ns > time_ns:
+                break
+            found = value
+        return found
+
+    def growth(self, name: str, time_ns: int) -> float:
+        """By how much a figure grew from the cut to an instant."""
+        return self.at(name, time_ns) - self.series[name][0][1]
+
+
+class Cut(Protocol):
+    """A run at the beginning of an instant, everything before it settled; what forks start from.
+
+    It is good for as long as the planner deliberates. Nothing here tells more than has been
+    published: futures draw anew whatever has not.
+    """
+
+    @property
+    def time_ns(self) -> int: ...
+
+    @property
+    def horizon_ns(self) -> int:
+        """The last instant of the run."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A hash over everything that has been published up to here."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """What a unit of each figure counts, by `member.variable`; smaller sums are better."""
+        ...
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Model and version of each member."""
+        ...
+
+    def seen(self, member: str, output: str) -> Vector:
+        """What an output said last; its initial value when it has said nothing yet."""
+        ...
+
+    def future(
+        self,
+        number: int,
+        planner: Planner,
+        until_ns: int,
+        believed: Mapping[str, Mapping[str, Vector]] = NOTHING,
+    ) -> Glimpse:
+        """Let a future take its course under another planner.
+
+        Futures of one number meet the same luck and the same parameters, whoever plans.
+        `believed` are outputs by member that are estimated (`Twin.diverge`).
+        """
+        ...
+
+
 class Planner(Twin):
     """A twin that decides for others and is shown, before it starts, what they can do."""
+
+    def foresees(self) -> bool:
+        """Whether it wants a cut of the run before each of its steps; it then has a period."""
+        return False
+
+    def deliberate(self, cut: Cut) -> None:
+        """Think, before the step at `cut.time_ns`, about what the run may come to."""
+        return None
 
     def periods_ns(self) -> tuple[int, ...]:
         """The periods that it wants `flexibility` for; empty when it plans nothing."""
@@ -583,6 +687,19 @@ class Session:
             initial = np.full(size, variable.initial, dtype=np.float64)
             initial.setflags(write=False)
             self.values[variable.name] = initial
+
+    def fork(self, twin: Twin) -> Session:
+        """A session of another twin object of this description that stands where this one does.
+
+        What the twin itself knows is not copied: see `Twin.restore`.
+        """
+        other = Session(twin, self.name)
+        other.values = dict(self.values)
+        other.input_causes = {name: dict(causes) for name, causes in self.input_causes.items()}
+        other.told_by = dict(self.told_by)
+        other.serial, other.last_ns = self.serial, self.last_ns
+        other._before = self._before
+        return other
 
     def open(self, seed: int, parameters: Mapping[str, float], start_ns: int = 0) -> None:
         """Begin at `start_ns` of the run; the first step covers the span since then."""

@@ -5,11 +5,21 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from federation.errors import Reason, TwinError
 from federation.twin import HOUR_NS, Vector
 
 NEVER_NS = np.iinfo(np.int64).max
 MOST_CREWS = 3
 """Crews that can work at one component at once: the range of `assign_crew`."""
+
+
+def not_believed(member: str, name: str) -> TwinError:
+    """The error of a belief about an output that can't be had by belief."""
+    return TwinError(
+        Reason.UNKNOWN_VARIABLE,
+        f"{member} takes no belief about {name!r}; it has only beliefs about work that remains",
+        {"member": member, "variable": name},
+    )
 
 
 class Repairs:
@@ -50,6 +60,11 @@ class Repairs:
             self.remaining_h[hit] += work_h[hit] - self.caused_h[hit]
             self.caused_h[hit] = work_h[hit]
         return hit
+
+    def believe(self, work_h: Vector) -> None:
+        """Take another figure for the work that remains where some remains."""
+        left = (self.remaining_h > 0.0) & (work_h > 0.0)
+        self.remaining_h = np.where(left, work_h, self.remaining_h)
 
     def assign(self, index: int, crews: int, now_ns: int, travel_h: float) -> int:
         """Have `crews` at a component from now on; how many more (or fewer) that is.

@@ -140,6 +140,26 @@ class Member:
     degraded_ns: int = NEVER
     """From when on its values are of this quality."""
 
+    def adopt(self, other: Member) -> None:
+        """Take over where `other`, of the same wiring, stands; share nothing that moves."""
+        self.next_ns, self.since_ns, self.until_ns = other.next_ns, other.since_ns, other.until_ns
+        self.reached_ns, self.granted, self.awaits = other.reached_ns, other.granted, other.awaits
+        self.quality, self.degraded_ns = other.quality, other.degraded_ns
+        self.orders = deque(other.orders)
+        self.untold = {name: dict(causes) for name, causes in other.untold.items()}
+        self.known_events = {event: dict(how) for event, how in other.known_events.items()}
+        self.own_events = set(other.own_events)
+        for inlet, its in zip(self.inlets, other.inlets, strict=True):
+            inlet.value, inlet.data, inlet.is_behind = its.value, its.data, its.is_behind
+            inlet.causes = dict(its.causes)
+            for feed, source in zip(inlet.feeds, its.feeds, strict=True):
+                feed.visible, feed.data = source.visible, source.data
+                feed.causes, feed.pending = dict(source.causes), deque(source.pending)
+        for name, outlet in self.outlets.items():
+            was = other.outlets[name]
+            outlet.revision, outlet.data, outlet.value = was.revision, was.data, was.value
+            outlet.causes = dict(was.causes)
+
     def collect(self, time_ns: int, micro: int = 0, relaxation: float = 1.0) -> StepInput:
         """The inputs that differ from what it saw last, and its due actions."""
         inputs: dict[str, Vector] = {}
@@ -307,6 +327,13 @@ class Exchange:
         for name in self._arrive(wiring):
             text = f"{name} joins{_asked_by(operator)}"
             self._note(wiring.since_ns(name), "joined", name, text)
+
+    def adopt(self, other: Exchange, hashes: bool) -> None:
+        """Take over where `other`, of the same wiring, stands; share nothing that moves."""
+        self.ledger = other.ledger.fork(hashes)
+        self._changes = dict(other._changes)
+        for name, member in self.members.items():
+            member.adopt(other.members[name])
 
     def _arrive(self, wiring: Wiring) -> list[str]:
         """The same, without a word; the names of those who are new."""

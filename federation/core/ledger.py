@@ -125,7 +125,20 @@ class Ledger:
         self._parts_bytes = 0
         self._now = (-1, -1)
         self._heads: dict[tuple[int, str, str, Quality], bytes] = {}
+        self._is_hashed = True
         self.size = 0
+
+    def fork(self, hashes: bool) -> Ledger:
+        """Another that stands where this one does; without `hashes` it never has a digest."""
+        other = Ledger(self.leads)
+        other._waiting = list(self._waiting)
+        other._serial, other._now, other.size = self._serial, self._now, self.size
+        other._heads = self._heads
+        other._is_hashed = hashes
+        if hashes:
+            other._hash = self._hash.copy()
+            other._parts, other._parts_bytes = list(self._parts), self._parts_bytes
+        return other
 
     def add(self, entry: Entry, data: bytes | None = None) -> None:
         """Take an entry of any instant that is not settled.
@@ -179,7 +192,8 @@ class Ledger:
         """
         if self._now != (time_ns, 0):
             self._now = (time_ns, 0)
-            self._parts.append(_INSTANT.pack(time_ns, 0))
+            if self._is_hashed:
+                self._parts.append(_INSTANT.pack(time_ns, 0))
         self.size += len(heads_and_values) >> 1
         self._gather(heads_and_values, size_bytes)
 
@@ -188,7 +202,9 @@ class Ledger:
         return len(self._waiting)
 
     def digest(self) -> str:
-        """The hash over all committed entries, in hexadecimal."""
+        """The hash over all committed entries, in hexadecimal; "" of a fork without hashes."""
+        if not self._is_hashed:
+            return ""
         self._flush()
         return self._hash.hexdigest()
 
@@ -202,6 +218,8 @@ class Ledger:
         return head
 
     def _gather(self, parts: list[bytes], size_bytes: int) -> None:
+        if not self._is_hashed:
+            return
         self._parts += parts
         self._parts_bytes += size_bytes
         if self._parts_bytes >= HASH_BYTES:

@@ -112,8 +112,11 @@ class Schedule:
         pools: tuple[Pool, ...] = (),
         keeps: Callable[[str, str], bool] = lambda member, output: True,
     ) -> None:
+        self._wiring, self._pools = wiring, pools
         self._horizon_ns = horizon_ns
         self._wall, self._cpu = wall, cpu
+        self._watched: Place | None = None
+        self._deliberate: Callable[[int], None] = lambda time_ns: None
         self._exchange = Exchange(wiring, pools)
         self.ledger = self._exchange.ledger
         self._kept = frozenset(
@@ -151,6 +154,51 @@ class Schedule:
         is_fixed = not any(p.wakes_on_input for p in policies)
         return is_fixed and not wiring.arrivals and not any(u.is_loop for u in wiring.units)
 
+    def watch(self, member: str, deliberate: Callable[[int], None]) -> None:
+        """Call `deliberate` before each instant at which a member with a period is due.
+
+        Everything before that instant is settled then, and `fork` may be called. What it takes
+        counts as the member's.
+        """
+        places = [place for places in self._rhythms for place in places]
+        self._watched = next(place for place in places if place.member.name == member)
+        self._deliberate = deliberate
+
+    def fork(
+        self,
+        sessions: Mapping[str, Session],
+        horizon_ns: int,
+        keeps: Callable[[str, str], bool],
+        hashes: bool = False,
+    ) -> Schedule:
+        """Another schedule that stands where this one does between two instants, and goes on
+        with these sessions. With `hashes` its digest goes on, too. Its clocks stand still."""
+        other = Schedule(
+            self._wiring,
+            sessions,
+            horizon_ns,
+            wall=_stopped,
+            cpu=_stopped,
+            pools=self._pools,
+            keeps=keeps,
+        )
+        other._exchange.adopt(self._exchange, hashes)
+        other.ledger = other._exchange.ledger
+        other._due = list(self._due)
+        return other
+
+    def wake(self, member: str, next_ns: int | None) -> None:
+        """Let a member that asks for its instants have asked for this one instead."""
+        for index, places in enumerate(self._rhythms):
+            if places[0].member.name == member and not places[0].member.period_ns:
+                places[0].member.next_ns = NEVER if next_ns is None else next_ns
+                self._due = [due for due in self._due if due[1] != index]
+                self._due.append((places[0].member.next_ns, index, 0))
+
+    def seen(self, member: str, output: str) -> Vector | None:
+        """What an output said last, or None."""
+        return self._exchange.members[member].outlets[output].value
+
     def run(self, commit: Callable[[list[Entry], int], None]) -> str:
         """Do all steps and return the digest.
 
@@ -161,7 +209,10 @@ class Schedule:
         due = self._due
         heapq.heapify(due)
         committed = 0
+        watched = self._watched
         while due and (time_ns := due[0][0]) <= self._horizon_ns:
+            if watched is not None and watched.member.next_ns == time_ns:
+                self._let_deliberate(watched, time_ns)
             rhythms = []
             asking: list[int] = []
             while due and due[0][0] == time_ns:
@@ -188,6 +239,19 @@ class Schedule:
         self._wall_s += self._wall() - wall_s
         self._cpu_s += self._cpu() - cpu_s
         return self.ledger.digest()
+
+    def _let_deliberate(self, place: Place, time_ns: int) -> None:
+        then_s, then_cpu_s = self._wall(), self._cpu()
+        try:
+            self._deliberate(time_ns)
+        except FederationError:
+            raise
+        except Exception as error:
+            raise failed(place.member.name, error) from error
+        spent_s = self._wall() - then_s
+        place.wall_s += spent_s
+        place.read_wall_s += spent_s
+        place.read_cpu_s += self._cpu() - then_cpu_s
 
     def costs(self) -> dict[str, tuple[int, float, float]]:
         """Per member the number of its steps and the seconds of wall and CPU time in them.
@@ -389,6 +453,10 @@ class Schedule:
     def _is_kept(self, record: Record) -> bool:
         outlets = self._exchange.members[record.owner].outlets
         return outlets[record.variable] in self._kept
+
+
+def _stopped() -> float:
+    return 0.0
 
 
 def _mix(place: Place, changed: list[str]) -> None:

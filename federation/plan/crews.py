@@ -1,7 +1,8 @@
-"""The member that sends repair crews: none, to the nearest, or by the joint model."""
+"""The member that sends repair crews: none, to the nearest, by the joint model, or in an order."""
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from federation import telemetry
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
-from federation.plan.joint import JointModel, joint_model
+from federation.plan.belief import Assessment, Belief
+from federation.plan.joint import JointModel, Schedule, joint_model
 from federation.plan.visits import Task
 from federation.twin import (
     HOUR_NS,
@@ -30,8 +32,14 @@ from federation.twin import (
     Vector,
 )
 
-Policy = Literal["none", "nearest", "plan"]
+Policy = Literal["none", "nearest", "plan", "once", "level5"]
 Flags = NDArray[np.bool_]
+
+Key = tuple[int, int]
+"""A component: its family and its place there."""
+
+Order = tuple[tuple[Key, int], ...]
+"""Whom crews are sent to, the first first, and how many together."""
 
 PERIODS_H = (36, 36)
 """The periods of a plan. Repairs count from the hour when they are done, so that few periods
@@ -69,7 +77,9 @@ class CrewPlanner(Planner):
     It sees, per family, the work left, the crews engaged and the travel time. Crews return to
     the pool when the work at their component is done. `nearest` sends one crew to each
     component, the nearest first. `plan` sends crews in the order of the joint model's visits,
-    as many together as it wants there; crews that its visits leave free go to the nearest.
+    as many together as it wants there; crews that its visits leave free go to the nearest. `once`
+    does the same with the first plan for good. With an `assessment` plans rest on what is
+    believed of the work (see `federation.plan.belief`).
     """
 
     def __init__(
@@ -80,16 +90,20 @@ class CrewPlanner(Planner):
         period_ns: int,
         horizon_ns: int,
         couplings: Sequence[Coupling] = (),
+        assessment: Assessment | None = None,
+        offset_ns: int = 0,
     ) -> None:
         self.policy = policy
         self.families = tuple(families)
         self.crews = crews
-        self._period_ns = period_ns
+        self._period_ns, self._offset_ns = period_ns, offset_ns
         self._couplings = couplings
+        self._assessment = assessment
+        self._belief = Belief(None, [len(f.components) for f in self.families], 0)
         self._periods_ns = _fit(horizon_ns)
         self._starts_ns = tuple(h * HOUR_NS for h in STARTS_H if h * HOUR_NS < horizon_ns)
         self._model: JointModel | None = None
-        self._order: list[tuple[tuple[int, int], int]] = []
+        self._order: Order = ()
         self._plans = 0
         self._planned_ns: int | None = None
         self._known: list[Flags] = []
@@ -124,7 +138,7 @@ class CrewPlanner(Planner):
             domain="planner",
             entities=tuple(entities),
             variables=tuple(variables),
-            time=TimePolicy(period_ns=self._period_ns),
+            time=TimePolicy(period_ns=self._period_ns, offset_ns=self._offset_ns),
             parameters=(
                 Parameter("crews", "1", self.crews, 0.0, 1000.0, "crews that all families share"),
             ),
@@ -135,9 +149,34 @@ class CrewPlanner(Planner):
         self.crews = parameters["crews"]
         self._known = [np.zeros(len(f.components), dtype=bool) for f in self.families]
         self._weighed = self._known
+        self._belief = Belief(self._assessment, [len(f.components) for f in self.families], seed)
+
+    def snapshot(self) -> bytes:
+        return pickle.dumps(self._state(), protocol=5)
+
+    def restore(self, state: bytes) -> None:
+        vars(self).update(pickle.loads(state))
+
+    def _state(self) -> dict[str, object]:
+        """Everything that changes in a session, and the model that it was shown."""
+        outside = ("families", "policy", "_couplings", "_periods_ns", "_starts_ns")
+        return {name: value for name, value in vars(self).items() if name not in outside}
+
+    def follower(self, order: Order) -> CrewPlanner:
+        """One that stands where this one does and sends crews in an order, whatever comes."""
+        other = CrewPlanner(
+            "nearest",
+            self.families,
+            self.crews,
+            self._period_ns,
+            sum(self._periods_ns),
+            offset_ns=self._offset_ns,
+        )
+        other._order = order
+        return other
 
     def periods_ns(self) -> tuple[int, ...]:
-        return self._periods_ns if self.policy == "plan" else ()
+        return self._periods_ns if self.policy in ("plan", "once", "level5") else ()
 
     def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
         self._model = joint_model(
@@ -149,6 +188,7 @@ class CrewPlanner(Planner):
         busy = [step[f"busy_{i}"] for i in range(len(self.families))]
         travel = [step[f"travel_{i}"] for i in range(len(self.families))]
         engaged = float(sum(b.sum() for b in busy))
+        self._belief.look(step.time_ns, remaining)
         waiting = [
             (i, int(c))
             for i in range(len(self.families))
@@ -160,13 +200,12 @@ class CrewPlanner(Planner):
         if self.policy == "none" or free <= 0 or not any((r > 0).any() for r in remaining):
             return
         nearest = sorted(waiting, key=lambda t: (travel[t[0]][t[1]], t))
-        wanted = dict.fromkeys(nearest, 1)
-        if self.policy == "plan":
-            keys, tasks = self._tasks(remaining, busy, travel)
+        if self.policy in ("plan", "once"):
+            keys, tasks = self._tasks(self._belief.hours, busy, travel)
             if self._is_stale(step.time_ns, remaining, keys, tasks):
                 self._plan(step, remaining, keys, tasks)
-            planned = {(i, c): n for (i, c), n in self._order if remaining[i][c] > 0}
-            wanted = planned | {task: 1 for task in nearest if task not in planned}
+        planned = {(i, c): n for (i, c), n in self._order if remaining[i][c] > 0}
+        wanted = planned | {task: 1 for task in nearest if task not in planned}
         for (i, c), goal in wanted.items():
             there = round(busy[i][c])
             crews = min(goal - there, free)
@@ -186,7 +225,10 @@ class CrewPlanner(Planner):
     def _tasks(
         self, remaining: list[Vector], busy: list[Vector], travel: list[Vector]
     ) -> tuple[list[tuple[int, int]], list[Task]]:
-        """What is left to repair: family and component of each, and the task it is."""
+        """What is left to repair: family and component of each, and the task it is.
+
+        `remaining` is what is believed of it.
+        """
         keys = [(i, int(c)) for i, r in enumerate(remaining) for c in np.flatnonzero(r > 0)]
         return keys, [
             Task(
@@ -211,7 +253,11 @@ class CrewPlanner(Planner):
 
         New damage is weighed once, together with all that has come since the plan.
         """
-        if self._planned_ns is None or time_ns - self._planned_ns >= REPLAN_H * HOUR_NS:
+        if self._planned_ns is None:
+            return True
+        if self.policy == "once":
+            return False
+        if time_ns - self._planned_ns >= REPLAN_H * HOUR_NS:
             return True
         damaged = [r > 0 for r in remaining]
         self._known = [k & d for k, d in zip(self._known, damaged, strict=True)]
@@ -231,16 +277,10 @@ class CrewPlanner(Planner):
         keys: list[tuple[int, int]],
         tasks: list[Task],
     ) -> None:
-        if self._model is None:
-            raise ScenarioError(Reason.NO_PLAN, "the planner was not shown any flexibility")
-        with telemetry.tracer.start_as_current_span("plan.solve", attributes={"tasks": len(tasks)}):
-            began_s = time.perf_counter()
-            schedule = self._model.solve(tasks)
-            telemetry.solve_duration.record(time.perf_counter() - began_s)
-        self._order = [(keys[v.task], round(v.crews)) for v in schedule.visits if v.sent]
+        schedule = self._solved(tasks)
+        self._order = tuple((keys[v.task], round(v.crews)) for v in schedule.visits if v.sent)
         self._planned_ns = step.time_ns
         self._known = self._weighed = [r > 0 for r in remaining]
-        self._plans += 1
         step.publish("plans_made", self._plans)
         step.publish("plan_cost", schedule.cost_usd)
         step.publish("plan_bound", schedule.bound_usd)
@@ -253,6 +293,18 @@ class CrewPlanner(Planner):
             f"{schedule.idle_cost_usd:,.0f} USD (gap {schedule.gap:.1%}; {schedule.termination})",
             dict.fromkeys(e for i, c in keys for e in step.cause(f"remaining_{i}", c)),
         )
+
+    def _solved(self, tasks: Sequence[Task], model: JointModel | None = None) -> Schedule:
+        """A plan by the joint model, or by a variant of it."""
+        model = model or self._model
+        if model is None:
+            raise ScenarioError(Reason.NO_PLAN, "the planner was not shown any flexibility")
+        with telemetry.tracer.start_as_current_span("plan.solve", attributes={"tasks": len(tasks)}):
+            began_s = time.perf_counter()
+            schedule = model.solve(tasks)
+            telemetry.solve_duration.record(time.perf_counter() - began_s)
+        self._plans += 1
+        return schedule
 
 
 def _fit(horizon_ns: int) -> tuple[int, ...]:

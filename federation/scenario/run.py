@@ -8,7 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from federation.core.ages import Stale
 from federation.core.coordinator import FRAME_STEPS, Coordinator
@@ -28,11 +30,13 @@ from federation.core.messages import (
 )
 from federation.core.schedule import Schedule
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.scenario.sampling import quantile
 from federation.scenario.spec import PLANNER, Policy, Scenario
 from federation.twin import (
     MINUTE_NS,
     SYSTEM,
     Description,
+    LinearBlock,
     Planner,
     Session,
     StepInput,
@@ -40,6 +44,9 @@ from federation.twin import (
     Twin,
     failed,
 )
+
+if TYPE_CHECKING:
+    from federation.scenario.rehearse import Foresight
 
 WEIGHTED = "weighted"
 """The KPI that weighs the others as the scenario says; smaller is better."""
@@ -240,6 +247,12 @@ def parameters_of(
     return result
 
 
+def medians(scenario: Scenario, case: Case) -> dict[str, dict[str, float]]:
+    """The parameters of a case, by member, with every uncertain one at its median."""
+    middle = {n: float(quantile(d, np.array([0.5]))[0]) for n, d in scenario.uncertainty.items()}
+    return parameters_of(scenario, case.measure, middle)
+
+
 class Recorder:
     """Listens to what is committed and keeps what an outcome needs."""
 
@@ -374,20 +387,29 @@ def run_local(
         with blame(name):
             session.open(case.member_seed(name), case.parameters.get(name, {}))
     if planner is not None and (periods := planner.periods_ns()):
-        planner.prepare(
-            {
-                name: block
-                for name, session in sessions.items()
-                if (block := session.twin.flexibility(periods)) is not None
-            }
-        )
+        planner.prepare(blocks_for(scenario, case, sessions, periods))
     recorder = Recorder(experiment, case, keep_ledger)
     costs: dict[str, MemberCost] = {}
     opening_s = time.perf_counter() - started
     holds = any(member.on_failure.do == "hold" for member in scenario.members.values())
-    walk = _walk if Schedule.suits(experiment.wiring) and not holds else _drive
+    suits = Schedule.suits(experiment.wiring) and not holds
+    foresight = None
+    if planner is not None and planner.foresees():
+        from federation.scenario.rehearse import Foresight  # which imports this module
+
+        if not suits:
+            raise ScenarioError(
+                Reason.UNSUPPORTED,
+                f"the measure {case.measure} rehearses in forks of the run, which a run with "
+                "members that wake on input, wait in loops without delay or are held does not have",
+                {"measure": case.measure},
+            )
+        foresight = Foresight(scenario, case, experiment, sessions, planner)
     try:
-        digest = walk(experiment, sessions, recorder, costs, on_commit)
+        if suits:
+            digest = _walk(experiment, sessions, recorder, costs, on_commit, foresight)
+        else:
+            digest = _drive(experiment, sessions, recorder, costs, on_commit)
     finally:
         for session in sessions.values():
             session.twin.close()
@@ -398,6 +420,32 @@ def run_local(
     outcome.critical_path = path_in_one_thread(taken, opening_s, outcome.wall_s)
     outcome.cpu_s = time.process_time() - started_cpu
     return outcome
+
+
+def blocks_for(
+    scenario: Scenario, case: Case, sessions: Mapping[str, Session], periods: tuple[int, ...]
+) -> dict[str, LinearBlock]:
+    """What the opened members could do, by name, as far as the planner may know it.
+
+    Where damage is only assessed, so is all else that is uncertain: the blocks are then those
+    of sessions that are opened with every uncertain parameter at its median.
+    """
+    found = {}
+    assessed = scenario.repairs is not None and scenario.repairs.assessment is not None
+    believed = medians(scenario, case) if assessed else {}
+    for name, session in sessions.items():
+        twin = session.twin
+        if assessed and name != PLANNER:
+            member = scenario.members[name]
+            assert member.twin is not None
+            twin = build_twin(member.twin, member.config)
+            Session(twin, name).open(0, believed.get(name, {}))
+        block = twin.flexibility(periods)
+        if twin is not session.twin:
+            twin.close()
+        if block is not None:
+            found[name] = block
+    return found
 
 
 def plan_member(
@@ -418,6 +466,7 @@ def _walk(
     recorder: Recorder,
     costs: dict[str, MemberCost],
     on_commit: Callable[[int], None] | None,
+    foresight: Foresight | None = None,
 ) -> str:
     """Run members that nobody wakes."""
 
@@ -435,6 +484,8 @@ def _walk(
         pools=experiment.pools,
         keeps=recorder.keeps,
     )
+    if foresight is not None:
+        foresight.attend(schedule)
     digest = schedule.run(commit)
     costs.update({name: MemberCost(*cost) for name, cost in schedule.costs().items()})
     return digest

@@ -150,13 +150,37 @@ class Work(Part):
     travel: Variable = Field(description="minutes from the depot to a component")
 
 
+class Assessment(Part):
+    """How it becomes known what a repair takes: at once which, only later how long.
+
+    The crew-hours that are believed are the truth times exp(`sigma` z), with z standard normal
+    and the same for all measures, until the damage has been inspected: a time after it was
+    reported that is uniform between the two ends of `inspected_after_h`, or when work begins.
+    Where damage is assessed, the planner also takes every uncertain parameter to be at its median.
+    """
+
+    sigma: float = Field(ge=0.0, le=2.0)
+    inspected_after_h: tuple[float, float] = (6.0, 48.0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        low, high = self.inspected_after_h
+        if not 0.0 <= low <= high:
+            raise ValueError(f"inspected_after_h is a range of hours, not {low:g} to {high:g}")
+        return self
+
+
 class Repairs(Part):
     """Repair crews, shared by all families of work."""
 
     crews: PositiveInt
     decide_every_min: PositiveFloat = 60.0
+    decide_from_min: float = Field(0.0, ge=0.0, description="of the run, the first decision")
     delay_min: PositiveFloat = Field(5.0, description="from a decision until crews set out")
     horizon_h: PositiveFloat = Field(72.0, description="how far a plan looks ahead")
+    assessment: Assessment | None = None
+    rehearse_h: PositiveFloat = Field(24.0, description="how far `level5` looks into futures")
+    futures: PositiveInt = Field(2, description="in how many futures `level5` tries each plan")
     work: tuple[Work, ...]
 
 
@@ -217,7 +241,7 @@ class Stop(Part):
         return self.most_runs if self.runs is None else self.runs
 
 
-Policy = Literal["none", "nearest", "plan"]
+Policy = Literal["none", "nearest", "plan", "once", "level5"]
 
 
 class Measure(Part):

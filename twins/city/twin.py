@@ -10,6 +10,7 @@ import numpy as np
 from federation.twin import (
     HOUR_NS,
     MINUTE_NS,
+    NOTHING,
     SYSTEM,
     Actuator,
     Causality,
@@ -21,6 +22,7 @@ from federation.twin import (
     TimePolicy,
     Twin,
     Variable,
+    Vector,
 )
 from twins.city.desk import State
 from twins.city.flexibility import Prices, build_block
@@ -30,7 +32,7 @@ from twins.city.roads import CUT_MIN, Equilibrium
 from twins.city.streets import Streets
 from twins.city.water import Hydraulics
 from twins.regions import assumptions, data_hash
-from twins.repair import MOST_CREWS
+from twins.repair import MOST_CREWS, not_believed
 
 PERIOD_NS = 15 * MINUTE_NS
 
@@ -234,6 +236,26 @@ class CityTwin(Twin):
         assert self._state is not None
         self._traffic = None
         self._open_hydraulics(self._state.parameters)
+
+    def diverge(
+        self,
+        time_ns: int,
+        seed: int,
+        parameters: Mapping[str, float],
+        believed: Mapping[str, Vector] = NOTHING,
+    ) -> None:
+        """The city draws no lots: only parameters and the believed work left count."""
+        assert self._state is not None
+        self._state.parameters = dict(parameters)
+        self._open_hydraulics(self._state.parameters)
+        repairs = {
+            "road_remaining_work": self._state.road_repairs,
+            "water_remaining_work": self._state.water_repairs,
+        }
+        for name, work_h in believed.items():
+            if name not in repairs:
+                raise not_believed("city", name)
+            repairs[name].believe(work_h)
 
     def close(self) -> None:
         if self._hydraulics is not None:

@@ -12,7 +12,7 @@ from twins.disaster import fragility
 from twins.disaster.sites import NETWORKS
 from twins.repair import MOST_CREWS
 
-REPAIR_STREAM, STRENGTH_STREAM = 13, 15
+REPAIR_STREAM, STRENGTH_STREAM, DIVERGED_STREAM = 13, 15, 16
 
 
 def strengths(seed: int, kind: str, rebuilt: int, size: int) -> Vector:
@@ -23,6 +23,28 @@ def strengths(seed: int, kind: str, rebuilt: int, size: int) -> Vector:
     """
     stream = [seed, STRENGTH_STREAM, (*NETWORKS, "hospital").index(kind), rebuilt]
     return np.random.default_rng(stream).random(size)
+
+
+def narrowed(bounds: Vector, reached: Vector, state: NDArray[np.int64]) -> Vector:
+    """The least and the greatest strength that fit, after a shock has left these states.
+
+    `bounds` are two columns; `reached[i, s - 1]` is the chance of state s or worse.
+    """
+    size = np.arange(len(state))
+    edges = np.hstack([np.ones((len(state), 1)), reached, np.zeros((len(state), 1))])
+    low = np.maximum(bounds[:, 0], edges[size, state + 1])
+    high = np.minimum(bounds[:, 1], edges[size, state])
+    return np.stack([np.minimum(low, high), high], axis=1)
+
+
+def whole_range(size: int) -> Vector:
+    """Bounds of strengths of which nothing is known."""
+    return np.stack([np.zeros(size), np.ones(size)], axis=1)
+
+
+def within(bounds: Vector, uniform: Vector) -> Vector:
+    """Strengths anew, somewhere in what is known of them."""
+    return np.asarray(bounds[:, 0] + uniform * (bounds[:, 1] - bounds[:, 0]))
 
 
 @dataclass(slots=True)
@@ -45,6 +67,8 @@ class Damage:
     added_h: Vector
     added_ns: NDArray[np.int64]
     """The last addition to `caused_h`, and when."""
+    bounds: Vector
+    """The least and the greatest strength that shocks and states so far allow."""
 
     @classmethod
     def none(cls, seed: int, network: str, size: int) -> Damage:
@@ -61,7 +85,17 @@ class Damage:
             zeros.copy(),
             zeros.copy(),
             whole.copy(),
+            whole_range(size),
         )
+
+    def diverge(self, seed: int) -> None:
+        """Draw what nobody knows anew: strengths within their bounds, times of repairs to come."""
+        self.seed = seed
+        size = len(self.strength)
+        network = NETWORKS.index(self.network)
+        draws = np.random.default_rng([seed, DIVERGED_STREAM, network])
+        self.strength = within(self.bounds, draws.random(size))
+        self.patience = np.random.default_rng([seed, REPAIR_STREAM, network]).random(size)
 
     def repaired(self, intact: Vector, now_ns: int) -> NDArray[np.bool_]:
         """The components that crews have made whole since they were damaged.
@@ -79,6 +113,7 @@ class Damage:
         self.state = np.where(repaired, 0, self.state)
         self.present_h = np.where(repaired, 0.0, self.present_h)
         self.strength = self.strength.copy()
+        self.bounds = np.where(repaired[:, None], whole_range(len(repaired)), self.bounds)
         for i in np.flatnonzero(repaired).tolist():
             fresh = strengths(self.seed, self.network, int(self.rebuilt[i]), len(repaired))
             self.strength[i] = fresh[i]

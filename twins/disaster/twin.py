@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from federation.errors import Reason, ScenarioError
+from federation.errors import Reason, ScenarioError, TwinError
 from federation.twin import (
     HOUR_NS,
+    NOTHING,
     SYSTEM,
     Causality,
     Description,
@@ -25,7 +26,14 @@ from federation.twin import (
 )
 from twins.disaster import casualties, fragility, ground
 from twins.disaster.aftershocks import AftershockLaw
-from twins.disaster.damage import Damage, strengths
+from twins.disaster.damage import (
+    DIVERGED_STREAM,
+    Damage,
+    narrowed,
+    strengths,
+    whole_range,
+    within,
+)
 from twins.disaster.parameters import PARAMETERS
 from twins.disaster.sites import (
     NETWORKS,
@@ -68,6 +76,9 @@ class Run:
     """Share of the buildings of each zone and type in at least each state 1..4."""
     injured: NDArray[np.float64]
     peak_pga_g: Vector
+    hospital_strength: Vector
+    hospital_bounds: Vector
+    """The least and the greatest strength that shocks and states so far allow."""
     struck: int = 0
     shock_ids: list[str] = field(default_factory=list)
 
@@ -179,18 +190,7 @@ class DisasterTwin(Twin):
             )
         magnitude = float(sites.motion.magnitudes[chosen])
         first_ns = round(parameters["shock_h"] * HOUR_NS)
-        shocks = [(first_ns, magnitude)]
-        if parameters["aftershocks"] >= 0.5:
-            law = AftershockLaw(
-                parameters["aftershock_a"],
-                parameters["aftershock_b"],
-                parameters["aftershock_c_day"],
-                parameters["aftershock_p"],
-                parameters["aftershock_magnitude_min"],
-            )
-            draws = np.random.default_rng([seed, AFTERSHOCK_STREAM])
-            for days, size in zip(*law.sample(draws, magnitude, SEQUENCE_DAYS), strict=True):
-                shocks.append((first_ns + max(1, round(days * 24 * HOUR_NS)), float(size)))
+        shocks = [(first_ns, magnitude), *_aftershocks(seed, parameters, first_ns, magnitude)]
         zones = sites.size("zone")
         self.run = Run(
             seed,
@@ -202,6 +202,8 @@ class DisasterTwin(Twin):
             np.zeros((zones, len(sites.stock.buildings), fragility.STATES)),
             np.zeros((zones, casualties.SEVERITIES)),
             np.zeros(zones),
+            strengths(seed, "hospital", 0, sites.size("hospital")),
+            whole_range(sites.size("hospital")),
         )
 
     def advance(self, step: Step) -> None:
@@ -219,6 +221,42 @@ class DisasterTwin(Twin):
 
     def restore(self, state: bytes) -> None:
         self.run = pickle.loads(state)
+
+    def diverge(
+        self,
+        time_ns: int,
+        seed: int,
+        parameters: Mapping[str, float],
+        believed: Mapping[str, Vector] = NOTHING,
+    ) -> int | None:
+        """Shocks that have struck stay, with what they broke and the field that they had.
+
+        Aftershocks are a Poisson process: those from `time_ns` on do not depend on those before,
+        given the mainshock. A strength is drawn anew between the bounds that what stood and what
+        fell so far put to it.
+        """
+        if believed:
+            raise TwinError(
+                Reason.UNKNOWN_VARIABLE, "what an earthquake has done is no matter of belief"
+            )
+        run = self._opened()
+        if (run.seed, run.parameters) != (seed, dict(parameters)):
+            if run.struck == 0:
+                self.open(seed, parameters)
+                run = self._opened()
+                run.shocks = [(max(at_ns, time_ns), size) for at_ns, size in run.shocks]
+            else:
+                main_ns, magnitude = run.shocks[0]
+                ahead = _aftershocks(seed, parameters, main_ns, magnitude)
+                run.shocks = run.shocks[: run.struck] + [s for s in ahead if s[0] >= time_ns]
+                run.seed, run.parameters = seed, dict(parameters)
+                for damage in run.networks.values():
+                    damage.diverge(seed)
+                draws = np.random.default_rng([seed, DIVERGED_STREAM, len(NETWORKS)])
+                run.hospital_strength = within(
+                    run.hospital_bounds, draws.random(len(run.hospital_strength))
+                )
+        return run.shocks[run.struck][0] if run.struck < len(run.shocks) else None
 
     def _opened(self) -> Run:
         if self.run is None:
@@ -295,10 +333,11 @@ class DisasterTwin(Twin):
         if network == "road":
             # the curve holds where the ground fails, and it fails in a share of places
             reached = curves.components[network].reached(shaking.pgd_in[part])
-            state = fragility.states(reached * shaking.liquefied[part, None], damage.strength)
+            reached = reached * shaking.liquefied[part, None]
         else:
             reached = curves.components[network].reached(shaking.pga_g[part])
-            state = fragility.states(reached, damage.strength)
+        state = fragility.states(reached, damage.strength)
+        damage.bounds = narrowed(damage.bounds, reached, state)
         days = curves.repairs[network].days(state, damage.patience)
         work_h = np.minimum(days, given["repair_days_cap"]) * given["repair_hours_per_day"]
         if network == "water":
@@ -371,8 +410,9 @@ class DisasterTwin(Twin):
         shock: str,
     ) -> None:
         pga = shaking.pga_g[sites.part["hospital"]]
-        strength = strengths(run.seed, "hospital", 0, len(pga))
-        state = fragility.states(curves.hospitals.reached(pga), strength)
+        reached = curves.hospitals.reached(pga)
+        state = fragility.states(reached, run.hospital_strength)
+        run.hospital_bounds = narrowed(run.hospital_bounds, reached, state)
         worse = np.flatnonzero(state > run.hospital_state).tolist()
         if not worse:
             return
@@ -435,6 +475,26 @@ class DisasterTwin(Twin):
                     run.injured[:, severity],
                     {i: causes[i] for i in hit},
                 )
+
+
+def _aftershocks(
+    seed: int, parameters: Mapping[str, float], first_ns: int, magnitude: float
+) -> list[tuple[int, float]]:
+    """Instants and magnitudes of what follows a mainshock."""
+    if parameters["aftershocks"] < 0.5:
+        return []
+    law = AftershockLaw(
+        parameters["aftershock_a"],
+        parameters["aftershock_b"],
+        parameters["aftershock_c_day"],
+        parameters["aftershock_p"],
+        parameters["aftershock_magnitude_min"],
+    )
+    draws = np.random.default_rng([seed, AFTERSHOCK_STREAM])
+    return [
+        (first_ns + max(1, round(days * 24 * HOUR_NS)), float(size))
+        for days, size in zip(*law.sample(draws, magnitude, SEQUENCE_DAYS), strict=True)
+    ]
 
 
 def _output(name: str, kind: str, unit: str, high: float, doc: str) -> Variable:

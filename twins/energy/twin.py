@@ -14,6 +14,7 @@ from federation.errors import Reason, TwinError
 from federation.twin import (
     HOUR_NS,
     MINUTE_NS,
+    NOTHING,
     SYSTEM,
     Actuator,
     Causality,
@@ -40,7 +41,7 @@ from twins.energy.operation import (
 )
 from twins.energy.powerflow import trusted_newton
 from twins.regions import assumptions, data_hash, region_rows
-from twins.repair import MOST_CREWS, Repairs
+from twins.repair import MOST_CREWS, Repairs, not_believed
 
 PERIOD_NS = 5 * MINUTE_NS
 OUT_OF_SERVICE = 2
@@ -233,6 +234,20 @@ class EnergyTwin(Twin):
 
     def restore(self, state: bytes) -> None:
         self._state, self._now_ns = pickle.loads(state)
+
+    def diverge(
+        self,
+        time_ns: int,
+        seed: int,
+        parameters: Mapping[str, float],
+        believed: Mapping[str, Vector] = NOTHING,
+    ) -> None:
+        """The grid draws no lots: only parameters and the believed `remaining_work` count."""
+        self._parameters = dict(parameters)
+        for name, work_h in believed.items():
+            if name != "remaining_work":
+                raise not_believed("energy", name)
+            self._state.repairs.believe(work_h)
 
     def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock:
         p = self._parameters

@@ -127,6 +127,7 @@ class Arrivals:
         batches: list[int] = []
         for zone, size in counts:
             batches.extend([len(records.batch_causes)] * size)
+            records.batch_min.append(records.now)
             records.batch_causes.append(records.causes(f"injured_severity{severity}", zone))
             records.waiting[zone] += size
         first = records.patients.add(people, batches)

@@ -103,6 +103,8 @@ class Patients:
         self.ambulance: list[int] = []
         self.reached: list[bool] = []
         self.treated: list[bool] = []
+        self.treated_min: list[float] = []
+        """When definitive care began; infinity before."""
         self.stepped_down: list[bool] = []
         self.transfer: list[bool] = []
         self.visit: list[int] = []
@@ -134,6 +136,7 @@ class Patients:
         self.state.extend([State.FUTURE] * size)
         self.batch.extend(batch)
         self.called_min.extend([inf] * size)
+        self.treated_min.extend([inf] * size)
         for missing in (self.hospital, self.ambulance):
             missing.extend([-1] * size)
         for no in (self.reached, self.treated, self.stepped_down, self.transfer):

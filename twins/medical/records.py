@@ -44,6 +44,8 @@ class Records:
         self.waiting = np.zeros(len(layout.zones))
         self.plan = False
         """Whether the disaster plan is in force."""
+        self.batch_min: list[float] = []
+        """By batch of casualties, when they were hurt."""
         self.batch_causes: list[tuple[str, ...]] = []
         """By batch of casualties, the events that hurt them."""
         self.delays: dict[int, tuple[str, ...]] = {}

@@ -8,8 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from federation.errors import Reason, TwinError
 from federation.twin import (
     MINUTE_NS,
+    NOTHING,
     SYSTEM,
     Causality,
     Description,
@@ -23,6 +25,7 @@ from federation.twin import (
 )
 from twins.medical.care import TICK_MIN, Care
 from twins.medical.flexibility import hospital_block
+from twins.medical.futures import diverge
 from twins.medical.layout import region_layout, region_parameters
 from twins.regions import data_hash, hospital_routes, scene_routes
 
@@ -299,6 +302,24 @@ class MedicalTwin(Twin):
         ) = own
         self.care = Care(self.layout, self.parameters, seed)
         self.care.load(changing)
+
+    def diverge(
+        self,
+        time_ns: int,
+        seed: int,
+        parameters: Mapping[str, float],
+        believed: Mapping[str, Vector] = NOTHING,
+    ) -> None:
+        """Calls to come and the fates of those who are in care or wait for it are drawn anew.
+
+        What is in the hospitals' tanks is published, and stays.
+        """
+        if believed:
+            raise TwinError(Reason.UNKNOWN_VARIABLE, "patients are no matter of belief")
+        if (seed, dict(parameters)) == (self._care.records.seed, self.parameters):
+            return
+        self.parameters = dict(parameters)
+        diverge(self._care.records, seed, self.parameters)
 
     def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock:
         parameters = self.parameters or {p.name: p.default for p in self.describe().parameters}

@@ -85,6 +85,7 @@ class Wards:
         patients.ambulance[patient] = -1
         if not patients.treated[patient]:
             patients.treated[patient] = True
+            patients.treated_min[patient] = records.now
             self.treated += 1
         records.calendar.at(records.now + stay, leave, patient, patients.visit[patient])
 
