@@ -262,11 +262,11 @@ def test_without_an_assessment_belief_is_the_truth() -> None:
 
 
 def short() -> Scenario:
-    """Fourteen hours of the region, looked ahead by two."""
+    """Five hours of the region, looked ahead by two."""
     scenario = load(SHELBY)
     assert scenario.repairs is not None
     repairs = scenario.repairs.model_copy(update={"rehearse_h": 2.0})
-    return scenario.model_copy(update={"horizon_h": 14.0, "repairs": repairs})
+    return scenario.model_copy(update={"horizon_h": 5.0, "repairs": repairs})
 
 
 def looped(seed: int, **more: object) -> tuple[Outcome, ForesightPlanner]:
