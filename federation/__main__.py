@@ -72,9 +72,15 @@ def _dispatch_planner(
         ids = descriptions[member].ids(actuator.kind)
         controls.append(
             Control(
-                member, own, actuator.kind, actuator.unit, ids,
-                actuator.low, actuator.high, actuator.safe_default,
-            )  # fmt: skip
+                member,
+                own,
+                actuator.kind,
+                actuator.unit,
+                ids,
+                actuator.low,
+                actuator.high,
+                actuator.safe_default,
+            )
         )
     place = {name: index for index, name in enumerate(dispatch.actuators)}
     rules, sources, entities = [], {}, {}
@@ -128,9 +134,7 @@ def _pair(name: str) -> tuple[str, str]:
     return member, variable
 
 
-def _actuator(
-    descriptions: Mapping[str, Description], path: str
-) -> tuple[str, str, Actuator]:
+def _actuator(descriptions: Mapping[str, Description], path: str) -> tuple[str, str, Actuator]:
     """Member, name and description of an actuator `member.name`."""
     member, name = _pair(path)
     actuators = {a.name: a for a in descriptions[member].actuators}

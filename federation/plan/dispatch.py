@@ -178,9 +178,7 @@ class DispatchModel:
         self, start_ns: int, members: Sequence[str] | None = None
     ) -> dict[str, DispatchPlan]:
         """Plans for other expectations of what is given (`CANDIDATES`), the likeliest first."""
-        return {
-            name: self.solve(start_ns, factor, members) for name, factor in CANDIDATES.items()
-        }
+        return {name: self.solve(start_ns, factor, members) for name, factor in CANDIDATES.items()}
 
     def _port(self, blocks: Mapping[str, LinearBlock], control: Control) -> Port:
         ports = blocks[control.member].ports if control.member in blocks else ()
@@ -355,9 +353,7 @@ class DispatchPlanner(Planner):
         if np.isfinite(saving_usd):
             step.publish("plan_saving", saving_usd)
         hours = sum(plan.periods_ns) / HOUR_NS
-        step.emit(
-            "plan_made", SYSTEM, f"a plan for {hours:.0f} h costs {plan.cost_usd:,.0f} USD"
-        )
+        step.emit("plan_made", SYSTEM, f"a plan for {hours:.0f} h costs {plan.cost_usd:,.0f} USD")
 
     def _by_rule(self, step: Step) -> tuple[Vector, ...]:
         wanted = tuple(v.copy() for v in self._safe())
@@ -390,9 +386,7 @@ class DispatchPlanner(Planner):
         held = 0
         names = self.inputs()
         causes = [c for r in self.rules for c in step.cause(names[r.lacking], 0)]
-        for control, values, before in zip(
-            self.controls, wanted, self._memory.set_to, strict=True
-        ):
+        for control, values, before in zip(self.controls, wanted, self._memory.set_to, strict=True):
             moved = np.flatnonzero(
                 (np.abs(values - control.safe) > SAME) | (np.abs(before - control.safe) > SAME)
             ).tolist()

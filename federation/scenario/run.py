@@ -115,9 +115,7 @@ class Outcome:
         return "" if self.failure is None else str(self.failure)
 
 
-PlannerFactory = Callable[
-    [Scenario, Mapping[str, Description], Policy | DispatchPolicy], Planner
-]
+PlannerFactory = Callable[[Scenario, Mapping[str, Description], Policy | DispatchPolicy], Planner]
 """Builds the planner of a scenario for a policy: scenario, descriptions, policy."""
 
 

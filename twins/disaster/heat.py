@@ -80,6 +80,8 @@ class Wave:
     smooth_dark: Vector
     hazard: Vector
     """Expected cases so far; zones x severities."""
+    deaths: float
+    """Excess deaths expected so far without any care."""
     cases: Vector
     thresholds: Vector
     """Expected cases at which the next case comes; zones x severities x so many."""
@@ -132,6 +134,7 @@ class HeatWave(Twin):
             offset=np.zeros(points),
             smooth_dark=np.zeros(points),
             hazard=np.zeros((zones, SEVERITIES)),
+            deaths=0.0,
             cases=np.zeros((zones, SEVERITIES)),
             thresholds=np.zeros((zones, SEVERITIES, 0)),
             hot_home=np.full(points, "", dtype=object),
@@ -245,10 +248,12 @@ class HeatWave(Twin):
         risk = homes.risk(wave.indoor_c).mean(axis=1)
         deaths = exposure.deaths_per_person(self._mean_24h_c(now_h), risk)
         expected = deaths[where.load_point] * where.people * step.span_h
+        wave.deaths += float(expected.sum())
         wave.hazard = wave.hazard + expected[:, None] * cases_per_death(p)
 
     def _tell_cases(self, step: Step) -> None:
         wave, where = self._wave, places(self.region)
+        step.publish("excess_deaths_expected", wave.deaths)
         while wave.thresholds.shape[2] == 0 or (wave.thresholds[:, :, -1] <= wave.hazard).any():
             draws = np.random.default_rng([wave.seed, CASE_STREAM, wave.drawn])
             gaps = draws.standard_exponential((*wave.hazard.shape, CASES_AT_ONCE))
@@ -348,6 +353,7 @@ def _describe(region: str) -> Description:
         told("temperature", SYSTEM, "degC", "outdoors in the shade"),
         told("forecast_peak", SYSTEM, "degC", "highest of the next 24 h, as forecast now"),
         told("forecast_temperature", "hour", "degC", "by hour of the run: was, then as forecast"),
+        told("excess_deaths_expected", SYSTEM, "persons", "so far, without any care"),
         told("import_limit", SYSTEM, "MW", "what the transmission grid can give now"),
         told("forecast_import_limit", "hour", "MW", "by hour of the run, as known now"),
         *(

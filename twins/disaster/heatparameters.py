@@ -38,7 +38,7 @@ HEAT_PARAMETERS = (
     Parameter(
         "unit_mw",
         "MW",
-        200.0,
+        150.0,
         0.0,
         1000.0,
         "what the limit falls by when another unit trips; nobody knows when",
@@ -47,11 +47,11 @@ HEAT_PARAMETERS = (
     Parameter(
         "unit_trip_mean_h",
         "h",
-        120.0,
+        240.0,
         10.0,
         10000.0,
         "mean of the exponential time until it trips",
-        "assumption: somewhat under even odds within the run",
+        "assumption: one run in four has it within three days",
     ),
     Parameter(
         "rotation_h",

@@ -85,13 +85,6 @@ class Homes:
         above = np.maximum(np.asarray(indoor_c) - self.safe_c, 0.0) / (self.full_c - self.safe_c)
         return np.asarray(1.0 + (self.odds - 1.0) * above)
 
-    def lasting_c(self, dark: Vector | float, outdoor_c: float) -> Vector:
-        """The temperature in the long run of a home that is dark this share of the time."""
-        share = np.asarray(dark, dtype=np.float64)
-        warm, cool = share / self.warm_h, (1.0 - share) / self.cool_h
-        outside_c = max(outdoor_c + self.gain_c, self.comfort_c)
-        return np.asarray((warm * outside_c + cool * self.comfort_c) / (warm + cool))
-
 
 @dataclass(frozen=True, slots=True)
 class Exposure:

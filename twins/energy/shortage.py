@@ -103,7 +103,9 @@ def ration(
         blocks = max(0, min(most, math.floor(part / block)) - 1)
         while blocks < most:
             blocks += 1
-            operation = operate(_scaled(net, limited, max(0.0, 1.0 - blocks * block), critical_last))
+            operation = operate(
+                _scaled(net, limited, max(0.0, 1.0 - blocks * block), critical_last)
+            )
             if operation.supply_mw <= limit_mw:
                 break
     share = max(0.0, 1.0 - blocks * block)

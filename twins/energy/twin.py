@@ -41,7 +41,14 @@ from twins.energy.operation import (
 )
 from twins.energy.powerflow import trusted_newton
 from twins.energy.shortage import LEASE_NS, Orders, Rationed, ration
-from twins.energy.weather import COOLING, COOLING_PARAMETERS, UNTOLD_C, Prospect, prospect, warm_factor
+from twins.energy.weather import (
+    COOLING,
+    COOLING_PARAMETERS,
+    UNTOLD_C,
+    Prospect,
+    prospect,
+    warm_factor,
+)
 from twins.regions import assumptions, data_hash, region_rows
 from twins.regions.weather import forecast_entities
 from twins.repair import MOST_CREWS, Repairs

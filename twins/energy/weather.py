@@ -47,11 +47,12 @@ COOLING_PARAMETERS = (
     Parameter(
         "supply_reserve",
         "1",
-        0.02,
+        0.05,
         0.0,
         0.1,
         "share of the supply limit that a plan keeps free for errors of the forecast",
-        "assumption: about the deviation of the forecast of demand a day ahead",
+        "assumption: 1.4 deviations of the error of the forecast, as a stage of relays that acts costs "
+        "more than as much to spare",
     ),
     Parameter(
         "relay_block",
@@ -126,8 +127,8 @@ def prospect(
 ) -> Prospect | None:
     """What there is to be expected from now on; None where no supply is limited.
 
-    `warm` is the mean over each period, hour by hour, weighted with the profile of the day. What was told
-    counts before the outlook of the parameters.
+    `warm` is the mean over the hours of each period, weighted with the profile of the day. What
+    was told counts before the outlook of the parameters.
     """
     if forecast_limit_mw is None and p["forecast_limit_mw"] < 0.0:
         return None
@@ -155,6 +156,4 @@ def prospect(
         warm[t] = total / weight
         limit_mw[t] = least_mw * (1.0 - p["supply_reserve"])
         start_ns += span_ns
-    return Prospect(
-        warm, limit_mw, p["response_most_mw"], response_left_mwh, p["response_usd_mwh"]
-    )
+    return Prospect(warm, limit_mw, p["response_most_mw"], response_left_mwh, p["response_usd_mwh"])

@@ -113,7 +113,6 @@ class Outlook:
         return self.usual_c(hour) + excess_c * self.bell(hour)
 
 
-
 FORECAST_HOURS = 96
 """A forecast has a value for each of the first hours of a run."""
 
