@@ -29,7 +29,7 @@ from twins.disaster.heatblock import heat_block
 from twins.disaster.heatparameters import HEAT_PARAMETERS
 from twins.disaster.indoors import SLICES, Exposure, Homes, dark_share
 from twins.regions import data_hash, region_rows
-from twins.regions.weather import FORECAST_HOURS, Outlook, forecast_entities
+from twins.regions.weather import FORECAST_HOURS, Outlook, doubt, forecast_entities
 
 PERIOD_NS = 15 * MINUTE_NS
 ISSUE_H = 6
@@ -120,7 +120,9 @@ class HeatWave(Twin):
         outlook = Outlook.of(p)
         hours = np.arange(FORECAST_HOURS)
         day = ((outlook.start_hour + hours) // 24).astype(np.int64)
-        error_c = np.array([peak_error_c * outlook.bell(float(h)) for h in hours]) + days[day]
+        bell = np.array([outlook.bell(float(h)) for h in hours])
+        growth = np.array([doubt(float(h)) for h in hours])
+        error_c = (peak_error_c * bell + days[day]) * growth
         mean_h = p["unit_trip_mean_h"]
         luck = float(np.random.default_rng([seed, UNIT_STREAM]).standard_exponential())
         where = places(self.region)

@@ -10,7 +10,7 @@ import numpy as np
 
 from federation.twin import HOUR_NS, Parameter, Vector
 from twins.energy.demand import Day
-from twins.regions.weather import OUTLOOK_PARAMETERS, Outlook
+from twins.regions.weather import OUTLOOK_PARAMETERS, Outlook, doubt
 
 UNTOLD_C = -300.0
 """An input at this temperature, which there is not, has not been told."""
@@ -50,7 +50,7 @@ COOLING_PARAMETERS = (
         0.05,
         0.0,
         0.1,
-        "share of the supply limit that a plan keeps free for errors of the forecast",
+        "share of the supply limit that a plan keeps free for errors of the forecast in three days",
         "assumption: 1.4 deviations of the error of the forecast, as a stage of relays that acts costs "
         "more than as much to spare",
     ),
@@ -154,6 +154,7 @@ def prospect(
                 here_mw = p["forecast_limit_mw"]
             least_mw = min(least_mw, here_mw)
         warm[t] = total / weight
-        limit_mw[t] = least_mw * (1.0 - p["supply_reserve"])
+        ahead_h = (start_ns - now_ns) / HOUR_NS
+        limit_mw[t] = least_mw * (1.0 - p["supply_reserve"] * doubt(ahead_h))
         start_ns += span_ns
     return Prospect(warm, limit_mw, p["response_most_mw"], response_left_mwh, p["response_usd_mwh"])

@@ -113,6 +113,15 @@ class Outlook:
         return self.usual_c(hour) + excess_c * self.bell(hour)
 
 
+def doubt(lead_h: float) -> float:
+    """The deviation of a forecast so many hours ahead, over that three days ahead.
+
+    Its square grows in proportion to the time, from that of half a day (assumption; forecasts of
+    the highest temperature one day ahead err about two thirds as much as three days ahead).
+    """
+    return math.sqrt(min(max(lead_h, 0.0) + 12.0, 72.0) / 72.0)
+
+
 FORECAST_HOURS = 96
 """A forecast has a value for each of the first hours of a run."""
 
