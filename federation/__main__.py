@@ -57,14 +57,14 @@ def planner(
 
 
 def _dispatch_planner(
-    scenario: Scenario, descriptions: Mapping[str, Description], policy: str
+    scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
 ) -> Planner:
     from federation.plan.dispatch import Control, DispatchPlanner, Rule
     from federation.twin import HOUR_NS, MINUTE_NS, SYSTEM
 
     dispatch = scenario.dispatch
     assert dispatch is not None
-    if policy != "none" and policy != "rule" and policy != "once":
+    if policy == "nearest" or policy == "plan":
         raise ScenarioError(Reason.SCENARIO_INVALID, f"no actuator is set by {policy!r}")
     controls = []
     for name in dispatch.actuators:

@@ -160,9 +160,7 @@ def test_a_wave_goes_on_from_its_snapshot_as_if_nothing_had_been() -> None:
         session.last_ns = 20 * HOUR_NS
     step = StepInput(20 * HOUR_NS + PERIOD_NS)
     first, second = one.advance(step).outputs, two.advance(step).outputs
-    assert {n: v.tobytes() for n, v in first.items()} == {
-        n: v.tobytes() for n, v in second.items()
-    }
+    assert {n: v.tobytes() for n, v in first.items()} == {n: v.tobytes() for n, v in second.items()}
 
 
 def test_the_block_knows_how_hot_a_home_gets_that_stays_dark() -> None:

@@ -28,7 +28,7 @@ from federation.core.messages import (
 )
 from federation.core.schedule import Schedule
 from federation.errors import FederationError, Reason, ScenarioError
-from federation.scenario.spec import PLANNER, DispatchPolicy, Policy, Scenario
+from federation.scenario.spec import PLANNER, Scenario
 from federation.twin import (
     MINUTE_NS,
     SYSTEM,
@@ -115,8 +115,8 @@ class Outcome:
         return "" if self.failure is None else str(self.failure)
 
 
-PlannerFactory = Callable[[Scenario, Mapping[str, Description], Policy | DispatchPolicy], Planner]
-"""Builds the planner of a scenario for a policy: scenario, descriptions, policy."""
+PlannerFactory = Callable[[Scenario, Mapping[str, Description], Any], Planner]
+"""Builds the planner of a scenario for a policy, of crews or of dispatch, whichever it has."""
 
 
 @dataclass(frozen=True)

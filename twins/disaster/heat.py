@@ -300,7 +300,9 @@ class HeatWave(Twin):
         past = [outlook.temperature_c(float(h)) for h in range(-24, 0)]
         return heat_block(
             where.load_points,
-            np.bincount(where.load_point, where.people, len(where.load_points)),
+            np.asarray(
+                np.bincount(where.load_point, where.people, len(where.load_points)), np.float64
+            ),
             starts_h,
             np.array(periods_ns) / HOUR_NS,
             np.concatenate([past, forecast]),
