@@ -47,12 +47,12 @@ COOLING_PARAMETERS = (
     Parameter(
         "supply_reserve",
         "1",
-        0.05,
+        0.04,
         0.0,
         0.1,
         "share of the supply limit that a plan keeps free for errors of the forecast in three days",
-        "assumption: 1.4 deviations of the error of the forecast, as a stage of relays that acts costs "
-        "more than as much to spare",
+        "assumption: some 1.2 deviations of the error of the forecast, as a stage of relays that "
+        "acts costs more than as much to spare",
     ),
     Parameter(
         "relay_block",
