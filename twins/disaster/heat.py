@@ -77,7 +77,6 @@ class Wave:
     """Temperature of each slice of the homes of each load point."""
     offset: Vector
     """Where the rotating outages of each load point have got to, as a share of its homes."""
-    smooth_dark: Vector
     hazard: Vector
     """Expected cases so far; zones x severities."""
     deaths: float
@@ -134,7 +133,6 @@ class HeatWave(Twin):
             outage_h=mean_h * luck if p["unit_mw"] > 0.0 else math.inf,
             indoor_c=np.full((points, SLICES), p["indoor_comfort_c"]),
             offset=np.zeros(points),
-            smooth_dark=np.zeros(points),
             hazard=np.zeros((zones, SEVERITIES)),
             deaths=0.0,
             cases=np.zeros((zones, SEVERITIES)),
@@ -245,8 +243,6 @@ class HeatWave(Twin):
         )
         if int(now_h / p["rotation_h"]) > int(before_h / p["rotation_h"]):
             wave.offset = wave.offset + (dark - kept_out)
-        keep = math.exp(-step.span_h / p["indoor_warm_h"])
-        wave.smooth_dark = keep * wave.smooth_dark + (1.0 - keep) * dark
         risk = homes.risk(wave.indoor_c).mean(axis=1)
         deaths = exposure.deaths_per_person(self._mean_24h_c(now_h), risk)
         expected = deaths[where.load_point] * where.people * step.span_h
@@ -306,7 +302,7 @@ class HeatWave(Twin):
             starts_h,
             np.array(periods_ns) / HOUR_NS,
             np.concatenate([past, forecast]),
-            wave.smooth_dark,
+            wave.indoor_c.mean(axis=1) - wave.parameters["indoor_comfort_c"],
             wave.parameters,
         )
 

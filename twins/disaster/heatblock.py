@@ -17,66 +17,65 @@ def heat_block(
     starts_h: Vector,
     hours: Vector,
     forecast_c: Vector,
-    dark_so_far: Vector,
+    excess_c: Vector,
     p: Mapping[str, float],
 ) -> LinearBlock:
     r"""Deaths in homes that are dark, priced, for each load point l and period t of h_t hours.
 
-    With the need `powered` p, the moving mean m of the darkness over the time constant of a
-    home, N people of whom a share c have air conditioning, and the hourly excess deaths d_t of
-    one whose air conditioning works,
+    With the need `powered` p, the temperature x of a home above `comfort_c`, N people of whom a
+    share c have air conditioning, and the hourly excess deaths d_t of one whose air
+    conditioning works,
 
     .. math::
-        m_{lt} = e^{-h_t/\tau} m_{l,t-1} + (1 - e^{-h_t/\tau}) (1 - p_{lt}) \\
-        z_{lt} \ge (OR - 1) \frac{T_c + (T_t + gain - T_c) m_{lt} - T_{safe}}
-                                 {T_{full} - T_{safe}}, \quad z_{lt} \ge 0 \\
+        x_{lt} = e^{-h_t/\tau} x_{l,t-1} + (1 - e^{-h_t/\tau}) (T_t + gain - T_c) (1 - p_{lt}) \\
+        z_{lt} \ge (OR - 1) \frac{T_c + x_{lt} - T_{safe}}{T_{full} - T_{safe}},
+        \quad z_{lt} \ge 0 \\
         \min VSL \sum_{l,t} h_t d_t c N_l z_{lt}
 
-    The temperature in the second row is that of a home dark without a break, to the letter
-    while T does not change; where feeders take turns, and after power is back, homes are cooler
-    than that. So the block never takes too little harm for granted at the temperature forecast.
-    `forecast_c` begins 24 h before the run; `dark_so_far` is m now. What hurts also people
-    with power is left out: no plan changes it.
+    The first row is that of a home dark without a break. Where feeders take turns, and after
+    power is back, homes are cooler than that: the block overstates what a plan there harms.
+    `forecast_c` begins 24 h before the run; `excess_c` is x now. What hurts also people with
+    power is left out: no plan changes it.
     """
     homes, exposure = Homes.of(p), Exposure.of(p)
     points, periods = len(load_points), len(hours)
     size = points * periods
-    powered, mean, harm = (np.arange(size).reshape(points, periods) + k * size for k in range(3))
+    powered, excess, harm = (np.arange(size).reshape(points, periods) + k * size for k in range(3))
     cost = np.zeros(3 * size)
     outdoor_c, deaths = _expected(exposure, starts_h, hours, forecast_c)
     worth = p["value_of_life_usd"] * exposure.cooled * deaths * hours
     cost[harm.ravel()] = np.outer(people, worth).ravel()
 
     keep = np.array([smoothing(float(h), p["indoor_warm_h"]) for h in hours])
+    warming_c = (1.0 - keep) * np.maximum(outdoor_c + homes.gain_c - homes.comfort_c, 0.0)
     rows = np.arange(size).reshape(points, periods)
     row_index = [rows.ravel(), rows.ravel(), rows[:, 1:].ravel()]
-    column_index = [mean.ravel(), powered.ravel(), mean[:, :-1].ravel()]
+    column_index = [excess.ravel(), powered.ravel(), excess[:, :-1].ravel()]
     coefficient = [
         np.ones(size),
-        np.tile(1.0 - keep, points),
+        np.tile(warming_c, points),
         np.tile(-keep[1:], points),
     ]
-    balance = np.tile(1.0 - keep, (points, 1))
-    balance[:, 0] += keep[0] * dark_so_far
+    balance = np.tile(warming_c, (points, 1))
+    balance[:, 0] += keep[0] * excess_c
     low, high = [balance.ravel()], [balance.ravel()]
-    names = [f"darkness[{e},{t}]" for e in load_points for t in range(periods)]
+    names = [f"warming[{e},{t}]" for e in load_points for t in range(periods)]
     row_index += [(size + rows).ravel()] * 2
-    column_index += [harm.ravel(), mean.ravel()]
+    column_index += [harm.ravel(), excess.ravel()]
     slope = (p["no_cooling_odds"] - 1.0) / (homes.full_c - homes.safe_c)
-    hotter_c = np.maximum(outdoor_c + homes.gain_c - homes.comfort_c, 0.0)
-    coefficient += [np.ones(size), np.tile(-slope * hotter_c, points)]
+    coefficient += [np.ones(size), np.full(size, -slope)]
     low.append(np.full(size, slope * (homes.comfort_c - homes.safe_c)))
     high.append(np.full(size, np.inf))
     names += [f"harm[{e},{t}]" for e in load_points for t in range(periods)]
     return LinearBlock(
         columns=tuple(
             f"{n}[{e},{t}]"
-            for n in ("powered", "mean_darkness", "harm")
+            for n in ("powered", "excess", "harm")
             for e in load_points
             for t in range(periods)
         ),
         low=np.zeros(3 * size),
-        high=np.concatenate([np.ones(2 * size), np.full(size, np.inf)]),
+        high=np.concatenate([np.ones(size), np.full(2 * size, np.inf)]),
         cost=cost,
         integer=np.zeros(3 * size, dtype=np.bool_),
         rows=tuple(names),
