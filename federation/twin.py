@@ -530,8 +530,10 @@ class Port:
     """A named family of columns of a block: `columns[entity, period]`.
 
     `role` is `available` (a component works: 0..1, set by repairs), `supply` (something
-    that the block delivers) or `need` (something that it receives); ports of role supply
-    and need are joined by the scenario's couplings of the variables named here.
+    that the block delivers), `need` (something that it receives), `control` (the setpoints of
+    the actuator of this name) or `given` (data that the block takes as they are: its owner
+    fixes them, and whoever plans may ask what if they were others). Ports of role supply and
+    need are joined by the scenario's couplings of the variables named here.
     """
 
     name: str

@@ -31,7 +31,7 @@ from federation.core.messages import (
 from federation.core.schedule import Schedule
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.scenario.sampling import quantile
-from federation.scenario.spec import PLANNER, Policy, Scenario
+from federation.scenario.spec import PLANNER, Scenario
 from federation.twin import (
     MINUTE_NS,
     SYSTEM,
@@ -122,8 +122,8 @@ class Outcome:
         return "" if self.failure is None else str(self.failure)
 
 
-PlannerFactory = Callable[[Scenario, Mapping[str, Description], Policy], Planner]
-"""Builds the planner of a scenario for a policy: scenario, descriptions, policy."""
+PlannerFactory = Callable[[Scenario, Mapping[str, Description], Any], Planner]
+"""Builds the planner of a scenario for a policy, of crews or of dispatch, whichever it has."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,20 @@ def bind(
                 tuple(_split(work.actuator) for work in repairs.work),
             ),
         )
+    dispatch = scenario.dispatch
+    if dispatch is not None and planner is not None:
+        members[PLANNER] = planner
+        inputs = {v.name for v in planner.inputs()}
+        for rule in dispatch.rules:
+            for name in filter(None, (rule.lacking, rule.size, rule.store)):
+                source, output = _split(name)
+                # several rules may look at one output; a planner without rules looks at none
+                if (seen := f"{source}_{output}") in inputs:
+                    couplings.append(Coupling(source, output, PLANNER, seen))
+                    inputs.remove(seen)
+        delay_ns = round(dispatch.delay_min * MINUTE_NS)
+        targets = dict.fromkeys(_split(name)[0] for name in dispatch.actuators)
+        actuations = tuple(Actuation(PLANNER, target, delay_ns) for target in targets)
     experiment = Experiment(scenario, members, wire(members, couplings, actuations), pools)
     for name in experiment.kpis:
         member, variable = _split(name)
@@ -454,10 +468,12 @@ def plan_member(
     case: Case,
     factory: PlannerFactory | None,
 ) -> Planner | None:
-    """The planner for the policy of the case's measure, or None without repairs."""
-    if scenario.repairs is None or factory is None:
+    """The planner for the policy of the case's measure, or None where nothing is to decide."""
+    if factory is None or (scenario.repairs is None and scenario.dispatch is None):
         return None
-    return factory(scenario, descriptions, scenario.measures[case.measure].crews)
+    measure = scenario.measures[case.measure]
+    policy = measure.crews if scenario.dispatch is None else measure.dispatch
+    return factory(scenario, descriptions, policy)
 
 
 def _walk(

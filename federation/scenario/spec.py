@@ -184,6 +184,31 @@ class Repairs(Part):
     work: tuple[Work, ...]
 
 
+class Rule(Part):
+    """What operators do without a plan: they set an actuator while something lacks.
+
+    All entities to `value`; or, with a `size`, as many in turn as cover what lacks, each by its
+    size. Rules follow each other, each with what the ones before it have left to cover.
+    """
+
+    actuator: Variable
+    lacking: Variable = Field(description="how much lacks, a scalar")
+    value: float
+    size: Variable | None = Field(None, description="what an entity covers at `value`")
+    store: Variable | None = Field(None, description="the rule rests while this is used up")
+
+
+class Dispatch(Part):
+    """Actuators that a planner sets period by period, and what operators would do instead."""
+
+    decide_every_min: PositiveFloat = 60.0
+    delay_min: PositiveFloat = Field(5.0, description="from a decision until it takes effect")
+    horizon_h: PositiveFloat = Field(72.0, description="how far a plan looks ahead")
+    actuators: tuple[Variable, ...] = Field(min_length=1)
+    members: tuple[str, ...] = Field((), description="whose blocks a plan is made of; none: all")
+    rules: tuple[Rule, ...] = ()
+
+
 class Distribution(Part):
     """One of: uniform [low, high]; normal [mean, sd]; lognormal [median, sigma of ln];
     triangular [low, mode, high]; choice [values]."""
@@ -242,12 +267,14 @@ class Stop(Part):
 
 
 Policy = Literal["none", "nearest", "plan", "once", "level5"]
+DispatchPolicy = Literal["none", "rule", "once"]
 
 
 class Measure(Part):
-    """What is done about it: how crews are sent, and parameters that differ."""
+    """What is done about it: how crews are sent, how actuators are set, parameters that differ."""
 
     crews: Policy = "none"
+    dispatch: DispatchPolicy = "none"
     parameters: dict[str, float] = {}
     doc: str = ""
 
@@ -263,6 +290,7 @@ class Scenario(Part):
     members: dict[str, Member] = Field(min_length=1)
     couplings: tuple[CouplingSpec, ...] = ()
     repairs: Repairs | None = None
+    dispatch: Dispatch | None = None
     parameters: dict[str, float] = {}
     uncertainty: dict[str, Distribution] = {}
     correlation: tuple[Correlation, ...] = ()
@@ -289,6 +317,10 @@ class Scenario(Part):
             raise ValueError(f"{PLANNER!r} is the name of the built-in member; choose another")
         if any(m.crews != "none" for m in self.measures.values()) and self.repairs is None:
             raise ValueError("a measure sends crews, but the scenario has no repairs")
+        if any(m.dispatch != "none" for m in self.measures.values()) and self.dispatch is None:
+            raise ValueError("a measure sets actuators, but the scenario has no dispatch")
+        if self.dispatch is not None and self.repairs is not None:
+            raise ValueError("a scenario has either repairs or dispatch: one planner does one")
         if missing := [name for name in self.weighted if self.kpis and name not in self.kpis]:
             raise ValueError(f"{missing[0]} is weighted and not among the kpis")
         judged = self.stop.kpi if self.stop is not None else None
@@ -548,7 +580,15 @@ def _references(scenario: Scenario) -> Mapping[str, list[str]]:
             for w in (scenario.repairs.work if scenario.repairs else ())
             for v in (w.actuator, w.remaining, w.busy, w.travel)
         ],
+        "dispatch": _names_of(scenario.dispatch),
     }
+
+
+def _names_of(dispatch: Dispatch | None) -> list[str]:
+    if dispatch is None:
+        return []
+    rules = [v for r in dispatch.rules for v in (r.actuator, r.lacking, r.size, r.store) if v]
+    return [*dispatch.actuators, *dispatch.members, *rules]
 
 
 def _line_of(text: str, name: str) -> int | None:

@@ -573,6 +573,10 @@ class Port(_message.Message):
         """Something that the block delivers."""
         ROLE_NEED: Port._Role.ValueType  # 3
         """Something that the block receives."""
+        ROLE_CONTROL: Port._Role.ValueType  # 4
+        """The setpoints of the actuator that has the name of the port."""
+        ROLE_GIVEN: Port._Role.ValueType  # 5
+        """Data that the block takes as they are, such as a limit that others set."""
 
     class Role(_Role, metaclass=_RoleEnumTypeWrapper):
         """What the columns of a port mean."""
@@ -585,6 +589,10 @@ class Port(_message.Message):
     """Something that the block delivers."""
     ROLE_NEED: Port.Role.ValueType  # 3
     """Something that the block receives."""
+    ROLE_CONTROL: Port.Role.ValueType  # 4
+    """The setpoints of the actuator that has the name of the port."""
+    ROLE_GIVEN: Port.Role.ValueType  # 5
+    """Data that the block takes as they are, such as a limit that others set."""
 
     NAME_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int

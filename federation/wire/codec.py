@@ -526,6 +526,8 @@ _ROLES = {
     "available": plan_pb2.Port.ROLE_AVAILABLE,
     "supply": plan_pb2.Port.ROLE_SUPPLY,
     "need": plan_pb2.Port.ROLE_NEED,
+    "control": plan_pb2.Port.ROLE_CONTROL,
+    "given": plan_pb2.Port.ROLE_GIVEN,
 }
 _ROLE_OF = {number: role for role, number in _ROLES.items()}
 

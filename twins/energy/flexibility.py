@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from federation.twin import HOUR_NS, LinearBlock, Port, Vector
 from twins.energy.demand import Day, feeder_demand
 from twins.energy.network import Index, PowerNet
+from twins.energy.weather import Prospect
 
 Columns = NDArray[np.int64]
 
@@ -54,6 +55,13 @@ class _Block:
             values.append(np.broadcast_to(bound, shape).astype(np.float64).ravel())
         return np.arange(first, first + shape[0] * shape[1]).reshape(shape)
 
+    def add_single(self, name: str, low: float, high: float) -> int:
+        """One row over all periods."""
+        self.rows.append(name)
+        self.row_low.append(np.array([low]))
+        self.row_high.append(np.array([high]))
+        return len(self.rows) - 1
+
     def put(self, rows: Columns, columns: Columns, coefficient: Vector | float) -> None:
         """Add `coefficient` (one, one per entity as a column vector, or one per cell)."""
         values = np.broadcast_to(coefficient, rows.shape).astype(np.float64)
@@ -89,6 +97,7 @@ def transport_block(
     emergency_rating: float,
     critical_feeders_last: bool,
     value_of_lost_load_usd_per_mwh: float,
+    prospect: Prospect | None = None,
 ) -> LinearBlock:
     r"""The grid as a transport problem: power flows anywhere within ratings, without losses.
 
@@ -112,6 +121,18 @@ def transport_block(
     one transformer, are merged with their neighbour. Without `critical_feeders_last` the
     last row becomes y = s = f. Demand is the mean of the profile over the period, hospitals
     and pumps at their usual load.
+
+    A `prospect` multiplies demand by its warmth and adds, with x the share of its ordinary
+    feeders that a load point serves, r what customers under contract use less (spread over
+    load points by their ordinary demand O, counted as served), and loss the losses of the
+    undamaged net over its load:
+
+    .. math::
+        (1 + loss) \sum_k G_{kt} \le L_t \qquad \sum_t h_t r_t \le R \\
+        O_{nt} x_{nt} = D^{point}_n f_{nt} - \sum_h L_h y_{ht}
+
+    where r lowers what flows to a load point. The columns of x and r are controls (ports
+    `serve_limit` and `demand_response`), those of L are given (`supply_limit`).
     """
     grid, count = net.grid, len(periods_ns)
     hours = np.array(periods_ns) / HOUR_NS
@@ -120,6 +141,8 @@ def transport_block(
         day.mean_share(int(start), int(span))
         for start, span in zip(starts, periods_ns, strict=True)
     ]
+    if prospect is not None:
+        shares = [share * warm for share, warm in zip(shares, prospect.warm, strict=True)]
     untold = (np.full(len(net.hospitals), -1.0), np.full(len(net.pumps), -1.0))
     demands = [feeder_demand(net, share, *untold) for share in shares]
     point_mw = np.stack([d.load_point_mw(net) for d in demands], axis=1)
@@ -234,13 +257,77 @@ def transport_block(
         block.put(alike, pump[beside], 1.0)
         block.put(alike, fraction[[point_of_node[int(net.pump_node[p])] for p in beside]], -1.0)
 
-    ports = (
+    ports: tuple[Port, ...] = (
         Port("available", "available", "power_component", "1", net.components, available),
         Port("supplied_fraction", "supply", "load_point", "1", net.load_points, fraction),
         Port("hospital_supplied", "supply", "hospital", "1", net.hospitals, hospital),
         Port("pump_supplied", "supply", "pump", "1", net.pumps, pump),
     )
+    if prospect is not None:
+        served = fraction, hospital if critical_feeders_last else None
+        ports += _rationing(
+            block, net, prospect, hours, infeed, balance, place[core[net.load_node]], served,
+            (ordinary_mw, point_mw, hospital_mw),
+        )  # fmt: skip
     return block.block(ports, "power transport within ratings; cost: value of lost load")
+
+
+def _rationing(
+    block: _Block,
+    net: PowerNet,
+    prospect: Prospect,
+    hours: Vector,
+    infeed: Columns,
+    balance: Columns,
+    balance_of_point: Index,
+    served: tuple[Columns, Columns | None],
+    demand: tuple[Vector, Vector, Vector],
+) -> tuple[Port, ...]:
+    """Add what a limited supply and the means against it ask for (see `transport_block`)."""
+    fraction, hospital = served
+    ordinary_mw, point_mw, hospital_mw = demand
+    total_mw = ordinary_mw.sum(axis=0)
+    serve = block.add_columns("serve_limit", net.load_points, 0.0, 1.0)
+    response = block.add_columns(
+        "demand_response",
+        ["system"],
+        0.0,
+        np.minimum(prospect.response_mw, total_mw),
+        prospect.response_usd_mwh * hours,
+    )
+    limit = block.add_columns("supply_limit", ["system"], prospect.limit_mw, prospect.limit_mw)
+    part = ordinary_mw / np.maximum(total_mw, 1e-9)
+    spread = np.broadcast_to(response, balance_of_point.shape + response.shape[1:])
+    block.put(balance[balance_of_point], spread, part)
+    rows = block.add_rows("supply", ["system"], -np.inf, 0.0)
+    block.put(np.broadcast_to(rows, infeed.shape), infeed, 1.0 + usual_loss(net))
+    block.put(rows, limit, -1.0)
+    store = block.add_single("response_store", -np.inf, prospect.response_mwh)
+    block.put(np.full(response.shape, store), response, hours)
+    rows = block.add_rows("in_turns", net.load_points, 0.0, 0.0)
+    if hospital is None:
+        block.put(rows, fraction, 1.0)
+        block.put(rows, serve, -1.0)
+    else:
+        # a load point without ordinary feeders has nothing to take turns
+        weight = np.where(ordinary_mw > 0.0, ordinary_mw, 1.0)
+        block.put(rows, fraction, np.where(ordinary_mw > 0.0, point_mw, 0.0))
+        own = np.flatnonzero(net.hospital_load_point >= 0)
+        point = net.hospital_load_point[own]
+        cells = np.where(ordinary_mw[point] > 0.0, hospital_mw[own], 0.0)
+        block.put(rows[point], hospital[own], -cells)
+        block.put(rows, serve, np.where(ordinary_mw > 0.0, -weight, 0.0))
+    return (
+        Port("serve_limit", "control", "load_point", "1", net.load_points, serve),
+        Port("demand_response", "control", "system", "MW", ("system",), response),
+        Port("supply_limit", "given", "system", "MW", ("system",), limit),
+    )
+
+
+def usual_loss(net: PowerNet) -> float:
+    """Losses of the undamaged net with its stored loads, over those loads."""
+    at_from, at_to = net.grid.branch_flow_mva(net.grid.voltage)
+    return float((at_from + at_to).real.sum() / net.load_base_mw.sum())
 
 
 def _reduce(net: PowerNet) -> tuple[Index, dict[int, int], dict[int, int]]:

@@ -16,6 +16,7 @@ from federation.twin import (
     MINUTE_NS,
     NOTHING,
     SYSTEM,
+    Action,
     Actuator,
     Causality,
     Description,
@@ -40,7 +41,17 @@ from twins.energy.operation import (
     Operation,
 )
 from twins.energy.powerflow import trusted_newton
+from twins.energy.shortage import LEASE_NS, Orders, Rationed, ration
+from twins.energy.weather import (
+    COOLING,
+    COOLING_PARAMETERS,
+    UNTOLD_C,
+    Prospect,
+    prospect,
+    warm_factor,
+)
 from twins.regions import assumptions, data_hash, region_rows
+from twins.regions.weather import forecast_entities
 from twins.repair import MOST_CREWS, Repairs, not_believed
 
 PERIOD_NS = 5 * MINUTE_NS
@@ -144,6 +155,7 @@ _OWN_PARAMETERS = (
         "what a megawatt-hour not served costs",
         "ERCOT: 9000 until 2022, 5000 since, 35685 by the survey of 2024 (Brattle for PUCT)",
     ),
+    *COOLING_PARAMETERS,
 )
 
 
@@ -176,7 +188,16 @@ class _State:
     back_ns: NDArray[np.int64]
     condition: NDArray[np.int64]
     condition_event: list[str]
+    orders: Orders
     demand: FeederDemand | None = None
+    limit_mw: float = -1.0
+    ordered: bytes = b""
+    """The orders that the present operation follows."""
+    rationed: Rationed | None = None
+    """How a limited supply is shared; None as long as nobody limits it or gives an order."""
+    person_h: float = 0.0
+    forecast_c: Vector | None = None
+    forecast_limit_mw: Vector | None = None
     operation: Operation | None = None
     supplied: Supplied | None = None
     unserved_mwh: float = 0.0
@@ -227,6 +248,7 @@ class EnergyTwin(Twin):
             back_ns=np.zeros(size, dtype=np.int64),
             condition=np.zeros(points, dtype=np.int64),
             condition_event=[""] * points,
+            orders=Orders.none(points, self._parameters["response_store_mwh"]),
         )
 
     def snapshot(self) -> bytes:
@@ -259,6 +281,19 @@ class EnergyTwin(Twin):
             emergency_rating=p["emergency_rating"],
             critical_feeders_last=p["critical_feeders_last"] >= 0.5,
             value_of_lost_load_usd_per_mwh=p["value_unserved_mwh"],
+            prospect=self._prospect(periods_ns),
+        )
+
+    def _prospect(self, periods_ns: tuple[int, ...]) -> Prospect | None:
+        state = self._state
+        return prospect(
+            self._parameters,
+            self._day,
+            periods_ns,
+            self._now_ns,
+            state.forecast_c,
+            state.forecast_limit_mw,
+            state.orders.left_mwh,
         )
 
     # --- one step -----------------------------------------------------------------------
@@ -268,15 +303,27 @@ class EnergyTwin(Twin):
         if state.supplied is not None:
             # what was switched at the last step held until now
             state.unserved_mwh += state.supplied.shed_mw * step.span_h
+            state.person_h += float(self.net.people @ (1 - state.supplied.load_point)) * step.span_h
             if state.supplied.served_mw < 0.9 * state.supplied.demand_mw:
                 state.below_until_ns = step.time_ns
         self._finish_repairs(step)
         self._take_damage(step)
-        self._send_crews(step)
+        state.orders.pass_time(step.last_ns, step.time_ns)
+        self._take_orders(step)
         self._now_ns = step.time_ns
+        self._take_forecasts(step)
         demand = self._demand(step)
+        limit_mw = float(step["supply_limit"][0])
+        ordered = state.orders.limit.tobytes() + np.float64(state.orders.response_mw).tobytes()
         out = (state.severity >= OUT_OF_SERVICE) | (state.back_ns > step.time_ns)
-        if state.operation is None or (out != state.out).any() or demand != state.demand:
+        if (
+            state.operation is None
+            or (out != state.out).any()
+            or demand != state.demand
+            or limit_mw != state.limit_mw
+            or ordered != state.ordered
+        ):
+            state.limit_mw, state.ordered = limit_mw, ordered
             back = np.flatnonzero(state.out & ~out)
             state.out = out
             self._operate(demand)
@@ -285,6 +332,7 @@ class EnergyTwin(Twin):
 
     def _demand(self, step: Step) -> FeederDemand:
         share = self._day.share(step.time_ns)
+        share *= warm_factor(self._parameters, float(step["ambient_temperature"][0]))
         return feeder_demand(self.net, share, step["hospital_load"], step["pump_load"])
 
     @property
@@ -340,44 +388,84 @@ class EnergyTwin(Twin):
                 state.out_event[index] = causes[0] if causes else ""
             state.last_event[index] = state.out_event[index]
 
-    def _send_crews(self, step: Step) -> None:
+    def _take_forecasts(self, step: Step) -> None:
+        state = self._state
+        if step["forecast_temperature"][0] > UNTOLD_C:
+            state.forecast_c = step["forecast_temperature"]
+        if step["forecast_supply_limit"][0] >= 0.0:
+            state.forecast_limit_mw = step["forecast_supply_limit"]
+
+    def _take_orders(self, step: Step) -> None:
+        """Let operators set what load points may serve and what customers do without."""
         if not step.actions:
             return
         state = self._state
-        place = {name: index for index, name in enumerate(self.net.components)}
+        orders = state.orders
+        components = {name: index for index, name in enumerate(self.net.components)}
+        points = {name: index for index, name in enumerate(self.net.load_points)}
+        places = {"assign_crew": components, "serve_limit": points, "demand_response": {SYSTEM: 0}}
         for action in step.actions:
-            if action.actuator != "assign_crew" or action.entity not in place:
+            place = places.get(action.actuator, {})
+            if action.entity not in place:
                 raise TwinError(
                     Reason.UNKNOWN_ENTITY,
                     f"energy has no actuator {action.actuator!r} at {action.entity!r}",
                     {"actuator": action.actuator, "entity": action.entity},
                 )
             index = place[action.entity]
-            travel_min = max(float(step["crew_travel"][index]), 0.0)
-            crews = int(np.clip(np.rint(action.value), 0, MOST_CREWS))
-            change = state.repairs.assign(index, crews, step.time_ns, travel_min / 60.0)
-            causes = [action.cause, state.out_event[index], *step.cause("crew_travel", index)]
-            if change > 0:
-                state.crew_event[index] = step.emit(
-                    "crew_assigned",
-                    action.entity,
-                    f"{change} crew(s) sent to {action.entity}, {travel_min:.0f} min away",
-                    causes,
-                )
-            elif change < 0:
-                step.emit(
-                    "crew_recalled",
-                    action.entity,
-                    f"{-change} crew(s) recalled from {action.entity}",
-                    [action.cause, state.crew_event[index]],
-                )
-            elif crews > 0 and state.repairs.remaining_h[index] <= 0.0:
-                step.emit(
-                    "crew_not_needed",
-                    action.entity,
-                    f"{action.entity} has no damage to repair",
-                    [action.cause],
-                )
+            if action.actuator == "assign_crew":
+                self._send_crews(step, action, index)
+            elif action.actuator == "serve_limit":
+                value = min(max(action.value, 0.0), 1.0)
+                if value != orders.limit[index]:
+                    orders.limit_event[index] = step.emit(
+                        "serve_limit",
+                        action.entity,
+                        f"{action.entity} may serve {100 * value:.0f} % of its feeders at once",
+                        [action.cause],
+                    )
+                orders.limit[index] = value
+                orders.limit_until_ns[index] = step.time_ns + LEASE_NS
+            else:
+                value = min(max(action.value, 0.0), self._parameters["response_most_mw"])
+                value = value if orders.left_mwh > 0.0 else 0.0
+                if value != orders.response_mw:
+                    orders.response_event = step.emit(
+                        "demand_response",
+                        SYSTEM,
+                        f"customers under contract use {value:.0f} MW less",
+                        [action.cause],
+                    )
+                orders.response_mw = value
+                orders.response_until_ns = step.time_ns + LEASE_NS
+
+    def _send_crews(self, step: Step, action: Action, index: int) -> None:
+        state = self._state
+        travel_min = max(float(step["crew_travel"][index]), 0.0)
+        crews = int(np.clip(np.rint(action.value), 0, MOST_CREWS))
+        change = state.repairs.assign(index, crews, step.time_ns, travel_min / 60.0)
+        causes = [action.cause, state.out_event[index], *step.cause("crew_travel", index)]
+        if change > 0:
+            state.crew_event[index] = step.emit(
+                "crew_assigned",
+                action.entity,
+                f"{change} crew(s) sent to {action.entity}, {travel_min:.0f} min away",
+                causes,
+            )
+        elif change < 0:
+            step.emit(
+                "crew_recalled",
+                action.entity,
+                f"{-change} crew(s) recalled from {action.entity}",
+                [action.cause, state.crew_event[index]],
+            )
+        elif crews > 0 and state.repairs.remaining_h[index] <= 0.0:
+            step.emit(
+                "crew_not_needed",
+                action.entity,
+                f"{action.entity} has no damage to repair",
+                [action.cause],
+            )
 
     def _operate(self, demand: FeederDemand) -> None:
         state, p = self._state, self._parameters
@@ -388,13 +476,29 @@ class EnergyTwin(Twin):
         state.branch_on[branch[out & (branch >= 0)]] = False
         state.infeed_on[infeed[out & (infeed >= 0)]] = False
         limits = Limits(p["emergency_rating"], p["voltage_min"])
+        critical_last = p["critical_feeders_last"] >= 0.5
+
+        def operate(wanted: FeederDemand) -> Operation:
+            node_mva = wanted.node_mva(self.net)
+            return self.room.operate(state.branch_on, state.infeed_on, node_mva, limits)
+
         state.demand = demand
-        state.operation = self.room.operate(
-            state.branch_on, state.infeed_on, demand.node_mva(self.net), limits
+        orders = state.orders
+        free = state.limit_mw < 0.0 and orders.response_mw == 0.0 and (orders.limit == 1.0).all()
+        if free and state.rationed is None:
+            state.operation = operate(demand)
+            state.supplied = supplied(self.net, demand, state.operation.share, critical_last)
+            return
+        state.rationed = ration(
+            self.net,
+            demand,
+            orders,
+            state.limit_mw,
+            p["relay_block"],
+            critical_last,
+            operate,
         )
-        state.supplied = supplied(
-            self.net, demand, state.operation.share, p["critical_feeders_last"] >= 0.5
-        )
+        state.operation, state.supplied = state.rationed.operation, state.rationed.served
 
     # --- what is told -------------------------------------------------------------------
 
@@ -417,7 +521,12 @@ class EnergyTwin(Twin):
             elif now == PART:
                 text = f"{name} is served to {100 * fraction[index]:.0f} %: "
                 kind, text = "load_shed", text + self._why(int(index))
-                causes = back + self._outages_around(int(index))
+                causes = back + self._outages_around(int(index)) + self._rationing(step, int(index))
+            elif state.operation.share[self.net.load_node[index]] > 0.0 and self._rationing(
+                step, int(index)
+            ):
+                kind, text = "load_point_dark", f"{name} has no power: {self._why(int(index))}"
+                causes = self._rationing(step, int(index))
             else:
                 energised = state.operation.share[self.net.load_node[index]] > 0.0
                 kind = "load_point_dark"
@@ -428,8 +537,25 @@ class EnergyTwin(Twin):
             state.condition_event[index] = step.emit(kind, name, text, causes)
         state.condition = condition
 
+    def _rationing(self, step: Step, load_point: int) -> list[str]:
+        """The orders and the shortage that a load point goes without for."""
+        state = self._state
+        if state.rationed is None:
+            return []
+        causes: list[str] = []
+        if state.orders.limit[load_point] < 1.0:
+            causes.append(state.orders.limit_event[load_point])
+        if state.rationed.kept_out[load_point] > 0.0:
+            causes += [*step.cause("supply_limit", 0), *step.cause("ambient_temperature", 0)]
+        return [cause for cause in causes if cause]
+
     def _why(self, load_point: int) -> str:
         assert self._state.operation is not None
+        rationed = self._state.rationed
+        if rationed is not None and rationed.kept_out[load_point] > 0.0:
+            return f"relays keep out {100 * rationed.kept_out[load_point]:.0f} % for want of supply"
+        if self._state.orders.limit[load_point] < 1.0:
+            return "its feeders take turns by order of the operator"
         reason = int(self._state.operation.reason[self.net.load_node[load_point]])
         if reason >= 0:
             return f"{self.net.branch_names[reason]} is at its rating"
@@ -484,6 +610,16 @@ class EnergyTwin(Twin):
         below_h = max(state.below_until_ns - shock_ns, 0) / HOUR_NS
         whole = (state.repairs.remaining_h <= 0.0) & (state.severity < 1.0)
         no_cause = [""]
+        rationed: tuple[tuple[str, Vector | float, list[str]], ...] = ()
+        if state.rationed is not None:
+            rationed = (
+                ("kept_out", state.rationed.kept_out, state.condition_event),
+                ("rotating_demand", self._rotating_mw(), no_cause * len(net.load_points)),
+                ("lacking", state.rationed.lacking_mw, no_cause),
+                ("response_left_mwh", state.orders.left_mwh, no_cause),
+                ("response_used_mwh", state.orders.used_mwh, no_cause),
+                ("person_hours_unserved", state.person_h, no_cause),
+            )
         for name, values, events in (
             ("supplied_fraction", now.load_point, state.condition_event),
             ("pump_supplied", now.pump, state.condition_event),
@@ -498,6 +634,7 @@ class EnergyTwin(Twin):
             ("unserved_energy_mwh", state.unserved_mwh, no_cause),
             ("hours_to_90pct_power", below_h, no_cause),
             ("people_without_power", net.people @ (1.0 - now.load_point), no_cause),
+            *rationed,
         ):
             vector = np.array(values, dtype=np.float64, ndmin=1)
             before = state.published.get(name)
@@ -517,6 +654,11 @@ class EnergyTwin(Twin):
             }
             step.publish(name, vector, causes)
             state.published[name] = vector
+
+    def _rotating_mw(self) -> Vector:
+        """What a load point's ordinary feeders want: what an order can take off."""
+        assert self._state.demand is not None
+        return self._state.demand.ordinary_mw
 
 
 @lru_cache(maxsize=4)
@@ -588,6 +730,37 @@ def _describe(region: str) -> Description:
             0.0,
             doc="what a water pump wants of the grid; below 0: not said, its rated load is taken",
         ),
+        Variable(
+            "ambient_temperature",
+            SYSTEM,
+            "degC",
+            Causality.INPUT,
+            doc="outdoors; demand rises by cooling_per_c for each degree above cooling_base_c",
+        ),
+        Variable(
+            "supply_limit",
+            SYSTEM,
+            "MW",
+            Causality.INPUT,
+            -1.0,
+            doc="what the transmission grid gives at most; below 0: as much as is wanted",
+        ),
+        Variable(
+            "forecast_temperature",
+            "hour",
+            "degC",
+            Causality.INPUT,
+            UNTOLD_C,
+            doc="by hour of the run, for plans; until told, the outlook of the parameters",
+        ),
+        Variable(
+            "forecast_supply_limit",
+            "hour",
+            "MW",
+            Causality.INPUT,
+            -1.0,
+            doc="by hour of the run, for plans; below 0: not told, forecast_limit_mw is taken",
+        ),
     )
 
     def output(name: str, kind: str, unit: str, doc: str, initial: float = 0.0) -> Variable:
@@ -613,6 +786,13 @@ def _describe(region: str) -> Description:
             "from the mainshock to when 90 % of demand was served for good, as known so far",
         ),
         output("people_without_power", SYSTEM, "1", "people times the unserved share"),
+        # the rest is told from the first limit of supply or order of an operator on
+        output("kept_out", "load_point", "1", "share of the demand that relays keep out"),
+        output("rotating_demand", "load_point", "MW", "what orders can take off in turns"),
+        output("lacking", SYSTEM, "MW", "what was wanted less what the transmission grid gives"),
+        output("response_left_mwh", SYSTEM, "MW*h", "that customers may still be asked for"),
+        output("response_used_mwh", SYSTEM, "MW*h", "that customers did without by contract"),
+        output("person_hours_unserved", SYSTEM, "h", "people times hours without power"),
     )
     actuator = Actuator(
         "assign_crew",
@@ -626,6 +806,30 @@ def _describe(region: str) -> Description:
         "send 0: the crew returns, the work that it did stays done",
         "crews at a component; each does a crew-hour of repair per hour after its journey",
     )
+    limit = Actuator(
+        "serve_limit",
+        "load_point",
+        "1",
+        0.0,
+        1.0,
+        1.0,
+        Risk.MEDIUM,
+        LEASE_NS,
+        "set 1: all feeders are served again",
+        "share of its ordinary feeders that a load point serves at once; the others take turns",
+    )
+    response = Actuator(
+        "demand_response",
+        SYSTEM,
+        "MW",
+        0.0,
+        declared.get("response_most_mw", COOLING["response_most_mw"]).default,
+        0.0,
+        Risk.LOW,
+        LEASE_NS,
+        "set 0: customers use what they want; the energy that was asked for is spent",
+        "what customers under contract use less, as long as their store of energy lasts",
+    )
     entities = [Entity(SYSTEM, SYSTEM)]
     for kind, file, key, label in (
         ("power_component", "power_components.csv", "component_id", "component_id"),
@@ -636,6 +840,7 @@ def _describe(region: str) -> Description:
         for row in region_rows(region, file):
             place = (float(row["lon_deg"]), float(row["lat_deg"]))
             entities.append(Entity(row[key], kind, row[label], *place))
+    entities += forecast_entities()
     entities += [Entity(name, "bus", name, lon, lat) for name, lon, lat in net.line_ends]
     return Description(
         model="energy",
@@ -645,7 +850,7 @@ def _describe(region: str) -> Description:
         variables=inputs + outputs,
         time=TimePolicy(period_ns=PERIOD_NS),
         parameters=tuple(declared.get(p.name, p) for p in _OWN_PARAMETERS),
-        actuators=(actuator,),
+        actuators=(actuator, limit, response),
         kpis=("unserved_energy_mwh", "hours_to_90pct_power"),
         doc=f"AC power flow of {net.grid.nodes} nodes with load shedding and repair crews",
         data_hash=data_hash(region),
