@@ -206,6 +206,34 @@ class Action:
     cause: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Operated:
+    """A setpoint that a step was given besides its actions, from the desk of the twin's service.
+
+    `by` is the identity that holds the actuator, or `desk` for a safe default that nobody asked
+    for. `action.cause` is the id of an event that the federation records with this `text`.
+    """
+
+    action: Action
+    by: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeskStep:
+    """What the desk had to do with a step: the setpoints in turn, and its `state` after them.
+
+    The state is its own affair; it is empty when nothing in it has changed since the step before.
+    """
+
+    operated: tuple[Operated, ...] = ()
+    state: bytes = b""
+
+
+NO_DESK = DeskStep()
+"""The desk had nothing to do with a step."""
+
+
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
 """No inputs, no outputs, no causes."""
 
@@ -213,7 +241,9 @@ NOTHING: Mapping[Any, Any] = MappingProxyType({})
 class StepInput(NamedTuple):
     """What a session is told when it steps: only inputs that changed since its last step.
 
-    `causes[variable][index]` are the events behind an entry, sent when the entry changed.
+    `causes[variable][index]` are the events behind an entry, sent when the entry changed. A step
+    that is done again has in `desk` what the desk had to do with it then (`NO_DESK` for nothing),
+    and its session's desk keeps to that; None is for a step that is done for the first time.
     """
 
     time_ns: int
@@ -221,13 +251,15 @@ class StepInput(NamedTuple):
     inputs: Mapping[str, Vector] = NOTHING
     causes: Mapping[str, Mapping[int, tuple[str, ...]]] = NOTHING
     actions: tuple[Action, ...] = ()
+    desk: DeskStep | None = None
 
 
 class StepResult(NamedTuple):
     """What a session answers: the outputs that it published, its events, and what it wants.
 
     `causes[variable][index]` is the event that explains the present value of an entry.
-    `next_ns` is the next instant wanted by an event-driven twin, or None for none.
+    `next_ns` is the next instant wanted by an event-driven twin, or None for none. `desk` is set
+    by the service of a twin whose desk had to do with the step.
     """
 
     time_ns: int
@@ -237,6 +269,7 @@ class StepResult(NamedTuple):
     events: tuple[Event, ...] = ()
     actions: tuple[Action, ...] = ()
     next_ns: int | None = None
+    desk: DeskStep | None = None
 
 
 def failed(member: str, error: BaseException) -> TwinError:

@@ -146,8 +146,11 @@ class RunHome:
         links: Mapping[str, Link],
         epoch: int,
         find: Find | None,
+        run: str = "",
     ) -> None:
         self.planner = planner
+        self._run = run
+        """Under which name others may act on the members; empty when nobody may."""
         self.seats: list[Seat] = []
         self.members: dict[str, Member] = dict(scenario.members)
         self._case = case
@@ -226,7 +229,7 @@ class RunHome:
     async def _session(self, member: str, link: Link, start_ns: int = 0) -> LinkSession:
         parameters = self._parameters.get(member, {})
         seed = self._case.member_seed(member)
-        return await link.session(member, seed, parameters, self._epoch, start_ns)
+        return await link.session(member, seed, parameters, self._epoch, start_ns, self._run)
 
     async def _open_again(self, member: str, service: str, start_ns: int) -> LinkSession:
         """A session where the service is found, which is waited for."""

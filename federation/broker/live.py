@@ -97,6 +97,7 @@ class LiveRun:
                 await self._wait_for_turn(turn)
                 stack.callback(turn.release)
                 await self._change(State.RUNNING)
+                origin = None if self.memory is None else self.memory.origin
                 outcome = await run_live(
                     self.scenario,
                     self.case,
@@ -113,8 +114,9 @@ class LiveRun:
                     asked=self.asked,
                     gone=self._let_go,
                     lookout=self.lookout,
+                    # what has been is not acted on
+                    run="" if origin is not None and origin.is_replay else self.name,
                 )
-            origin = None if self.memory is None else self.memory.origin
             if origin is not None and origin.is_replay:
                 await asyncio.to_thread(self._compare, origin, outcome.digest)
             results = write_results(outcome.critical_path, outcome.pace, outcome.stale)

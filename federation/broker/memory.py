@@ -13,7 +13,7 @@ from federation.core.ledger import Quality
 from federation.core.messages import Degraded, Left, Ordered
 from federation.errors import Reason, ScenarioError
 from federation.scenario.run import Case
-from federation.twin import Action, Description
+from federation.twin import NO_DESK, Action, Description, DeskStep, StepResult
 from federation.v1 import error_pb2, twin_pb2
 from federation.wire import codec, status
 
@@ -57,6 +57,9 @@ class Memory:
     places: Mapping[str, Place] = field(default_factory=dict)
     """Where the services of members are that were replaced."""
     origin: Origin | None = None
+    desks: Mapping[str, Mapping[tuple[int, int], DeskStep]] = field(default_factory=dict)
+    """What the desks of members had to do with their steps, by instant and micro-step, in a run
+    that is gone through again; of those whose answers are not on record."""
 
 
 def write_case(case: Case) -> Note:
@@ -78,6 +81,19 @@ def write_degraded(change: Degraded) -> Note:
     error = status.encode_error(change.error)
     told = {"reason": error.reason, "message": error.message, "metadata": dict(error.metadata)}
     return Note("degraded", change.time_ns, json.dumps({**body, "error": told}).encode())
+
+
+def write_desks(frame: Frame) -> list[Note]:
+    """What a member's desk had to do with the steps of a frame whose answers are left out."""
+    notes = []
+    for result in codec.decode_results(frame.answer):
+        if result.desk is not None:
+            kept = codec.encode_results(
+                [StepResult(result.time_ns, result.micro, desk=result.desk)]
+            )
+            body = {"member": frame.member, "step": base64.b64encode(kept).decode()}
+            notes.append(Note("desk", result.time_ns, json.dumps(body).encode()))
+    return notes
 
 
 def write_replaced(member: str, change: Succession) -> Note:
@@ -110,6 +126,7 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
     pasts: dict[str, Past] = {}
     asked: list[Asked] = []
     places: dict[str, Place] = {}
+    desks: dict[str, dict[tuple[int, int], DeskStep]] = {}
     for item in cut(store, run, until_ns):
         if isinstance(item, Frame):
             past = pasts.setdefault(item.member, Past())
@@ -136,6 +153,10 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
                 pasts.setdefault(said["member"], Past()).items.append(heir)
                 if place is not None:
                     places[said["member"]] = place
+            case "desk":
+                desk = desks.setdefault(said["member"], {})
+                for step in codec.decode_results(base64.b64decode(said["step"])):
+                    desk[step.time_ns, step.micro] = step.desk or NO_DESK
             case "order":
                 action = Action(**said["action"])
                 asked.append(Ordered(said["operator"], action, item.time_ns, said["serial"]))
@@ -153,7 +174,7 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
         past = pasts.get(snapshot.member, Past())
         if past.saved is None and snapshot.number <= past.steps:
             past.saved = Saved(snapshot.number, snapshot.time_ns, snapshot.state)
-    return Memory(case, descriptions, pasts, tuple(asked), places, origin)
+    return Memory(case, descriptions, pasts, tuple(asked), places, origin, desks)
 
 
 def cut(store: Store, run: str, until_ns: int | None = None) -> Iterator[Item]:

@@ -14,7 +14,7 @@ from math import exp, log
 from federation.core.ledger import Quality
 from federation.errors import FederationError
 from federation.scenario.spec import Pace
-from federation.twin import Action, Event, StepInput, StepResult, Vector
+from federation.twin import Action, DeskStep, Event, StepInput, StepResult, Vector
 
 CATCH_UP_STEPS = 64
 """How many missed steps a late member is given at a time."""
@@ -183,7 +183,11 @@ class LateSeat:
         causes: dict[str, dict[int, str]] = {}
         events: list[Event] = []
         actions: list[Action] = []
+        desk: DeskStep | None = None
         for result in late:
+            if result.desk is not None:
+                before = () if desk is None else desk.operated
+                desk = DeskStep((*before, *result.desk.operated), result.desk.state)
             news.update(result.outputs)
             for name, entries in result.causes.items():
                 causes.setdefault(name, {}).update(entries)
@@ -197,6 +201,7 @@ class LateSeat:
                 causes,
                 tuple(events),
                 tuple(actions),
+                desk=desk,
             )
         )
 

@@ -25,7 +25,7 @@ from federation.broker.why import Trouble
 from federation.core.ledger import Quality
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.spec import OnFailure
-from federation.twin import StepInput, StepResult, Vector, check_outputs
+from federation.twin import NO_DESK, DeskStep, StepInput, StepResult, Vector, check_outputs
 from federation.wire import codec
 
 REPLAY_STEPS = 64
@@ -173,8 +173,12 @@ class MemberSeat:
         witness: Witness,
         past: Past | None = None,
         start_ns: int = 0,
+        desks: Mapping[tuple[int, int], DeskStep] | None = None,
     ) -> None:
         self.member = member
+        self._desks = desks
+        """What its desk had to do with its steps, by instant and micro-step, when the run is one
+        that is gone through again."""
         self._sizes = sizes
         self._policy = policy
         self._home = home
@@ -228,6 +232,9 @@ class MemberSeat:
 
     def begin(self, steps: Sequence[StepInput], done: Done) -> None:
         """Do these steps; `done` hears the answers, or the error that ends the run."""
+        if self._desks is not None:
+            at = self._desks
+            steps = [s._replace(desk=at.get((s.time_ns, s.micro), NO_DESK)) for s in steps]
         known: list[StepResult] = []
         items = self._past.items
         while items and len(known) < len(steps):
@@ -626,6 +633,8 @@ class _Track:
         """Whether all steps since the saved state, or the start, are known."""
         self._steps: list[StepInput] = []
         self._marks: list[bytes] = []
+        self._desks: dict[int, DeskStep] = {}
+        """Per place in `_steps` what the desk had to do with it; nothing with most."""
         self._inputs: dict[str, Vector] = {}
         self._causes: dict[str, dict[int, tuple[str, ...]]] = {}
         self._is_new = False
@@ -650,6 +659,8 @@ class _Track:
                 self._serial = max(self._serial, int(event.id.rpartition("/")[2]))
         is_after = self.saved is None or self._count > self.saved.steps
         if is_after and self.is_whole:
+            if result.desk is not None:
+                self._desks[len(self._steps)] = result.desk
             self._steps.append(step)
             self._marks.append(_mark(result))
 
@@ -658,8 +669,7 @@ class _Track:
         self._is_past = False
         if not self._redoes:
             self.is_whole = False
-            self._steps.clear()
-            self._marks.clear()
+            self._clear()
 
     def learn(self, present: StepInput, events: int) -> None:
         """Know what the member was given by a step, so that another can be shown it."""
@@ -673,9 +683,13 @@ class _Track:
         """Begin from `state` from now on."""
         self.saved = Saved(self._count, self.last_ns, state)
         self.is_whole = self._redoes
+        self._clear()
+        return self.saved
+
+    def _clear(self) -> None:
         self._steps.clear()
         self._marks.clear()
-        return self.saved
+        self._desks.clear()
 
     def begin_anew(self, start_ns: int = 0) -> None:
         """Another session takes over, without the memory of the one before."""
@@ -683,8 +697,7 @@ class _Track:
             self.saved = None
         self.start_ns = start_ns
         self.is_whole = self._redoes or self._is_past
-        self._steps.clear()
-        self._marks.clear()
+        self._clear()
         self._shift, self._is_new = self._serial, True
 
     def filled(self, steps: Sequence[StepInput]) -> tuple[StepInput, ...]:
@@ -725,7 +738,11 @@ class _Track:
         """The steps since the saved state with the marks of their answers, in frames."""
         for start in range(0, len(self._steps), REPLAY_STEPS):
             end = start + REPLAY_STEPS
-            yield self._steps[start:end], self._marks[start:end]
+            steps = [
+                step._replace(desk=self._desks.get(place, NO_DESK))
+                for place, step in enumerate(self._steps[start:end], start)
+            ]
+            yield steps, self._marks[start:end]
 
 
 def _outdone(member: str) -> ScenarioError:

@@ -32,6 +32,7 @@ from federation.broker.memory import (
     write_asked,
     write_case,
     write_description,
+    write_desks,
     write_origin,
     write_replaced,
 )
@@ -630,7 +631,12 @@ class BrokerServer:
             raise _no_case(name)
         if recorded_members:
             live_members = [member for member in known if member not in recorded_members]
-        kept = [item for item in items if _member_of(item) not in live_members]
+        kept: list[Item] = []
+        for item in items:
+            if _member_of(item) not in live_members:
+                kept.append(item)
+            elif isinstance(item, Frame):
+                kept += write_desks(item)
         recorded = tuple(member for member in memory.pasts if member not in live_members)
         origin = Origin(name, run.settled_ns, is_replay=True, recorded=recorded)
         items = [write_case(memory.case), write_origin(origin), *kept]

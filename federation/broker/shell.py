@@ -233,6 +233,7 @@ async def run_live(
     asked: Sequence[Asked] = (),
     gone: Callable[[str], None] = lambda member: None,
     lookout: Lookout | None = None,
+    run: str = "",
 ) -> Outcome:
     """Do one run with members that are services, and the planner in this process.
 
@@ -240,7 +241,8 @@ async def run_live(
     closed. `inbox` brings in orders; `prepared` is what `prepare` gave for the same arguments.
     A member that is lost is looked for with `find`, at its old address when that is None.
     `memory` is what an earlier part of the run left, and `asked` what people got of it then.
-    `gone` hears of members that have left. At `lookout` one sees what the run waits for.
+    `gone` hears of members that have left. Under the name `run` others may act on the members, as
+    these let them. At `lookout` one sees what the run waits for.
     Raises what aborts the run: MEMBER_LOST
     when a member goes away for good. A run that is cancelled ends its sessions first. Of
     members that are services the CPU time is not known and stays 0; `Outcome.cpu_s` is that of
@@ -254,7 +256,7 @@ async def run_live(
     ) as span:
         try:
             prepared = prepared or await prepare(scenario, case, factory, links)
-            home = RunHome(scenario, case, prepared.planner, links, epoch, find)
+            home = RunHome(scenario, case, prepared.planner, links, epoch, find, run)
             # a paced frame has one step, so that none is given before its time
             coordinator = prepared.experiment.coordinator(1 if scenario.pace else FRAME_STEPS)
             shell = Shell(
@@ -383,7 +385,8 @@ class Shell:
         home = self._home
 
         async def sit(name: str, description: Description) -> Seat:
-            if home.policy(name) == OnFailure() and name not in self._memory.pasts:
+            is_known = name in self._memory.pasts or name in self._memory.desks
+            if home.policy(name) == OnFailure() and not is_known:
                 return await home.open(name, again=False)
             seat = self._seat(name, description)
             if home.reaches(name):
@@ -433,7 +436,8 @@ class Shell:
     def _seat(self, name: str, description: Description, start_ns: int = 0) -> MemberSeat:
         policy, past = self._home.policy(name), self._memory.pasts.get(name)
         sizes = description.output_sizes()
-        return MemberSeat(name, sizes, policy, self._home, self, past, start_ns)
+        desks = self._memory.desks.get(name)
+        return MemberSeat(name, sizes, policy, self._home, self, past, start_ns, desks)
 
     def _sit(self, name: str, seat: Seat) -> None:
         self._home.seats.append(seat)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class Priority(IntEnum):
@@ -76,6 +78,18 @@ class Bundle:
 
     def digest(self) -> str:
         return hashlib.sha256(self.canonical()).hexdigest()
+
+
+def bundle_of(plain: Mapping[str, Any]) -> Bundle:
+    """A bundle again from `asdict`, or from JSON of that. Fails with KeyError or TypeError."""
+    return Bundle(
+        **{
+            **plain,
+            "setpoints": tuple(Setpoint(**each) for each in plain["setpoints"]),
+            "conditions": tuple(Condition(**each) for each in plain["conditions"]),
+            "priority": Priority(plain["priority"]),
+        }
+    )
 
 
 def _exact(value: object) -> object:

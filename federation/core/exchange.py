@@ -27,6 +27,7 @@ from federation.errors import Reason, TwinError
 from federation.twin import (
     NOTHING,
     Action,
+    DeskStep,
     Event,
     StepInput,
     StepResult,
@@ -43,6 +44,9 @@ NEVER = (1 << 63) - 1
 
 FEDERATION = "federation"
 """Under which name changes of members stand in the ledger."""
+
+DESK_RANK = -1
+"""What a desk gives a member comes before all steps of its instant, as orders of people do."""
 
 FEDERATION_RANK = -2
 """A change of members comes before the orders and steps of its instant."""
@@ -391,6 +395,8 @@ class Exchange:
 
     def absorb(self, member: Member, result: StepResult) -> None:
         """Check a final result, record it, and hand it on to every member that it feeds."""
+        if result.desk is not None:
+            self.operate(member, result.time_ns, result.desk)
         if result.events or result.actions:
             self.tell(member, result)
         self.publish(member, result, result.causes)
@@ -517,6 +523,19 @@ class Exchange:
                     f"event of {member.name} nor one that reached it",
                     {"member": member.name, "variable": name, "cause": event},
                 )
+
+    def operate(self, member: Member, time_ns: int, desk: DeskStep) -> None:
+        """Record what a member was given besides its inputs, with who gave it.
+
+        It comes before the step that it was given to, and that step may name it as a cause.
+        """
+        for operated in desk.operated:
+            action, by = operated.action, operated.by
+            known = member.known_events.setdefault(action.cause, {})
+            known.setdefault("", f"{by} => {action.member}.{action.actuator}")
+            what = Event(action.cause, time_ns, "setpoint_operated", action.entity, operated.text)
+            self.ledger.add(EventRecord(time_ns, 0, DESK_RANK, by, what, ()))
+            self.ledger.add(ActionRecord(time_ns, 0, DESK_RANK, by, action))
 
     def tell(self, member: Member, result: StepResult) -> None:
         """Check and record the events and actions of a result, and send the actions off."""

@@ -505,6 +505,7 @@ class SessionRequest(_message.Message):
         SEED_FIELD_NUMBER: _builtins.int
         PARAMETERS_FIELD_NUMBER: _builtins.int
         START_NS_FIELD_NUMBER: _builtins.int
+        RUN_FIELD_NUMBER: _builtins.int
         member: _builtins.str
         """The name that the federation has for this member; the twin's event ids begin with it."""
         seed: _builtins.int
@@ -514,6 +515,10 @@ class SessionRequest(_message.Message):
         start_ns: _builtins.int
         """The instant of the run at which the session begins; its first step covers the span since
         then. 0 unless the member joins a run that is going on, or takes over in one.
+        """
+        run: _builtins.str
+        """The run that the session is for (`runs/{run}`), under which it is acted on by others than
+        its caller; empty for one that nobody else may act on, such as a what-if.
         """
         @_builtins.property
         def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -526,10 +531,11 @@ class SessionRequest(_message.Message):
             seed: _builtins.int = ...,
             parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
             start_ns: _builtins.int = ...,
+            run: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "parameters", b"parameters", "seed", b"seed", "start_ns", b"start_ns"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "parameters", b"parameters", "run", b"run", "seed", b"seed", "start_ns", b"start_ns"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -854,6 +860,7 @@ class StepInput(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     CAUSES_FIELD_NUMBER: _builtins.int
     ACTIONS_FIELD_NUMBER: _builtins.int
+    DESK_FIELD_NUMBER: _builtins.int
     time_ns: _builtins.int
     """The instant of the step: it covers the span since the last one."""
     micro: _builtins.int
@@ -872,6 +879,12 @@ class StepInput(_message.Message):
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Action]:
         """The setpoints that are due."""
 
+    @_builtins.property
+    def desk(self) -> Global___DeskStep:
+        """Set when the step is done again: what the desk had to do with it the first time, which it keeps
+        to. Unset for a step that is done for the first time.
+        """
+
     def __init__(
         self,
         *,
@@ -880,10 +893,11 @@ class StepInput(_message.Message):
         inputs: _abc.Iterable[Global___VariableValues] | None = ...,
         causes: _abc.Iterable[Global___VariableCauses] | None = ...,
         actions: _abc.Iterable[Global___Action] | None = ...,
+        desk: Global___DeskStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["desk", b"desk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "causes", b"causes", "inputs", b"inputs", "micro", b"micro", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "causes", b"causes", "desk", b"desk", "inputs", b"inputs", "micro", b"micro", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -902,6 +916,7 @@ class StepResult(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     ACTIONS_FIELD_NUMBER: _builtins.int
     NEXT_NS_FIELD_NUMBER: _builtins.int
+    DESK_FIELD_NUMBER: _builtins.int
     time_ns: _builtins.int
     """The instant of the step, as asked."""
     micro: _builtins.int
@@ -926,6 +941,12 @@ class StepResult(_message.Message):
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Action]:
         """The setpoints that it wants at other members."""
 
+    @_builtins.property
+    def desk(self) -> Global___DeskStep:
+        """What the session's desk had to do with the step; unset when nothing. To do the step again,
+        give this to it.
+        """
+
     def __init__(
         self,
         *,
@@ -936,16 +957,77 @@ class StepResult(_message.Message):
         events: _abc.Iterable[Global___Event] | None = ...,
         actions: _abc.Iterable[Global___Action] | None = ...,
         next_ns: _builtins.int | None = ...,
+        desk: Global___DeskStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "next_ns", b"next_ns"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "desk", b"desk", "next_ns", b"next_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "actions", b"actions", "causes", b"causes", "events", b"events", "micro", b"micro", "next_ns", b"next_ns", "outputs", b"outputs", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "actions", b"actions", "causes", b"causes", "desk", b"desk", "events", b"events", "micro", b"micro", "next_ns", b"next_ns", "outputs", b"outputs", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__next_ns: _TypeAlias = _typing.Literal["next_ns"]  # noqa: Y015
     _WhichOneofArgType__next_ns: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__next_ns) -> _WhichOneofReturnType__next_ns | None: ...
 
 Global___StepResult: _TypeAlias = StepResult  # noqa: Y015
+
+@_typing.final
+class DeskStep(_message.Message):
+    """What a session's desk had to do with a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    state: _builtins.bytes
+    """What the desk knows after them, if anything in it has changed; its own affair."""
+    @_builtins.property
+    def operated(self) -> _containers.RepeatedCompositeFieldContainer[Global___Operated]:
+        """The setpoints that the step was given besides its actions, after them and in this order."""
+
+    def __init__(
+        self,
+        *,
+        operated: _abc.Iterable[Global___Operated] | None = ...,
+        state: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operated", b"operated", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeskStep: _TypeAlias = DeskStep  # noqa: Y015
+
+@_typing.final
+class Operated(_message.Message):
+    """A setpoint that came from a desk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    by: _builtins.str
+    """The identity that asked for it; `desk` for a safe default that nobody asked for."""
+    text: _builtins.str
+    """One sentence for people."""
+    @_builtins.property
+    def action(self) -> Global___Action:
+        """The setpoint; its cause is an event of this kind."""
+
+    def __init__(
+        self,
+        *,
+        action: Global___Action | None = ...,
+        by: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "by", b"by", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Operated: _TypeAlias = Operated  # noqa: Y015
 
 @_typing.final
 class VariableValues(_message.Message):
@@ -1217,3 +1299,941 @@ class ReadClockResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadClockResponse: _TypeAlias = ReadClockResponse  # noqa: Y015
+
+@_typing.final
+class Order(_message.Message):
+    """What is asked of a desk, as it is signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Select(_message.Message):
+        """Select a bundle."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        BUNDLE_FIELD_NUMBER: _builtins.int
+        WINDOW_NS_FIELD_NUMBER: _builtins.int
+        ARBITER_ADDRESS_FIELD_NUMBER: _builtins.int
+        window_ns: _builtins.int
+        """How long it stays selected and, once operated, waits for its confirmation, in nanoseconds of
+        the run.
+        """
+        arbiter_address: _builtins.str
+        """The address of the bundle's arbiter, for a member in doubt; empty if it can't be asked."""
+        @_builtins.property
+        def bundle(self) -> Global___Bundle:
+            """All of it; each member takes its part."""
+
+        def __init__(
+            self,
+            *,
+            bundle: Global___Bundle | None = ...,
+            window_ns: _builtins.int = ...,
+            arbiter_address: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arbiter_address", b"arbiter_address", "bundle", b"bundle", "window_ns", b"window_ns"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Handle(_message.Message):
+        """Name a bundle that is selected."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        BUNDLE_FIELD_NUMBER: _builtins.int
+        DIGEST_FIELD_NUMBER: _builtins.int
+        bundle: _builtins.str
+        """Its id."""
+        digest: _builtins.str
+        """Its digest: SHA-256 of its canonical form, in hexadecimal. Empty for Release."""
+        def __init__(
+            self,
+            *,
+            bundle: _builtins.str = ...,
+            digest: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "digest", b"digest"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Halt(_message.Message):
+        """Stop."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        REASON_FIELD_NUMBER: _builtins.int
+        reason: _builtins.str
+        """Why, for the record; never empty."""
+        def __init__(
+            self,
+            *,
+            reason: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Lift(_message.Message):
+        """Lift stops."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STOPS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def stops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """The ids of their requests."""
+
+        def __init__(
+            self,
+            *,
+            stops: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["stops", b"stops"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Look(_message.Message):
+        """Look."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SELECT_FIELD_NUMBER: _builtins.int
+    OPERATE_FIELD_NUMBER: _builtins.int
+    CONFIRM_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    HALT_FIELD_NUMBER: _builtins.int
+    LIFT_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
+    request: _builtins.str
+    """The id of the request, chosen by who asks: unique, and the same when it is repeated."""
+    run: _builtins.str
+    """The run whose session is meant; empty for Halt, Lift and ReadDesk, which are for all sessions."""
+    member: _builtins.str
+    """The member whose session is meant; empty likewise."""
+    epoch: _builtins.int
+    """The fencing number of the run's coordinator, as ReadDesk tells it; one that is below the
+    session's is refused (STALE_EPOCH).
+    """
+    @_builtins.property
+    def select(self) -> Global___Order.Select:
+        """Select."""
+
+    @_builtins.property
+    def operate(self) -> Global___Order.Handle:
+        """Operate."""
+
+    @_builtins.property
+    def confirm(self) -> Global___Order.Handle:
+        """Confirm."""
+
+    @_builtins.property
+    def release(self) -> Global___Order.Handle:
+        """Release."""
+
+    @_builtins.property
+    def halt(self) -> Global___Order.Halt:
+        """Halt."""
+
+    @_builtins.property
+    def lift(self) -> Global___Order.Lift:
+        """Lift."""
+
+    @_builtins.property
+    def look(self) -> Global___Order.Look:
+        """ReadDesk."""
+
+    def __init__(
+        self,
+        *,
+        request: _builtins.str = ...,
+        run: _builtins.str = ...,
+        member: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        select: Global___Order.Select | None = ...,
+        operate: Global___Order.Handle | None = ...,
+        confirm: Global___Order.Handle | None = ...,
+        release: Global___Order.Handle | None = ...,
+        halt: Global___Order.Halt | None = ...,
+        lift: Global___Order.Lift | None = ...,
+        look: Global___Order.Look | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "halt", b"halt", "lift", b"lift", "look", b"look", "operate", b"operate", "release", b"release", "select", b"select", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "epoch", b"epoch", "halt", b"halt", "lift", b"lift", "look", b"look", "member", b"member", "operate", b"operate", "release", b"release", "request", b"request", "run", b"run", "select", b"select", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["select", "operate", "confirm", "release", "halt", "lift", "look"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___Order: _TypeAlias = Order  # noqa: Y015
+
+@_typing.final
+class Signed(_message.Message):
+    """An order and who gives it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    """The name of the identity."""
+    order: _builtins.bytes
+    """A serialised `Order`, as it was signed."""
+    signature: _builtins.bytes
+    """Ed25519 (RFC 8032) over "multitwin.federation.v1.Order", a zero byte, and `order`."""
+    def __init__(
+        self,
+        *,
+        identity: _builtins.str = ...,
+        order: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "order", b"order", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Signed: _TypeAlias = Signed  # noqa: Y015
+
+@_typing.final
+class Bundle(_message.Message):
+    """Setpoints that take effect together or not at all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Setpoint(_message.Message):
+        """One setpoint."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MEMBER_FIELD_NUMBER: _builtins.int
+        ACTUATOR_FIELD_NUMBER: _builtins.int
+        ENTITY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        LEASE_NS_FIELD_NUMBER: _builtins.int
+        member: _builtins.str
+        """The member that has the actuator."""
+        actuator: _builtins.str
+        """The actuator's name."""
+        entity: _builtins.str
+        """The entity's id."""
+        value: _builtins.float
+        """The setpoint, in the actuator's unit."""
+        lease_ns: _builtins.int
+        """How long it holds, in nanoseconds of the run; 0: as long as the actuator declares."""
+        def __init__(
+            self,
+            *,
+            member: _builtins.str = ...,
+            actuator: _builtins.str = ...,
+            entity: _builtins.str = ...,
+            value: _builtins.float = ...,
+            lease_ns: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["actuator", b"actuator", "entity", b"entity", "lease_ns", b"lease_ns", "member", b"member", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Condition(_message.Message):
+        """What must still be so when the bundle takes effect."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MEMBER_FIELD_NUMBER: _builtins.int
+        VARIABLE_FIELD_NUMBER: _builtins.int
+        ENTITY_FIELD_NUMBER: _builtins.int
+        LOW_FIELD_NUMBER: _builtins.int
+        HIGH_FIELD_NUMBER: _builtins.int
+        member: _builtins.str
+        """The member that publishes the variable."""
+        variable: _builtins.str
+        """The variable's name."""
+        entity: _builtins.str
+        """The entity's id."""
+        low: _builtins.float
+        """The lowest value."""
+        high: _builtins.float
+        """The highest value."""
+        def __init__(
+            self,
+            *,
+            member: _builtins.str = ...,
+            variable: _builtins.str = ...,
+            entity: _builtins.str = ...,
+            low: _builtins.float = ...,
+            high: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "high", b"high", "low", b"low", "member", b"member", "variable", b"variable"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    SETPOINTS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CUT_NS_FIELD_NUMBER: _builtins.int
+    EXPIRES_NS_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
+    CONDITIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id, unique in its run."""
+    run: _builtins.str
+    """The run's name."""
+    priority: _builtins.int
+    """Who asks: 1 life safety, 2 an operator, 3 a loop without a person."""
+    cut_ns: _builtins.int
+    """The instant of the cut that it was decided on."""
+    expires_ns: _builtins.int
+    """The instant from which on it must not begin."""
+    author: _builtins.str
+    """Who decided it, and owns its actuators."""
+    basis: _builtins.str
+    """The digest of the record of the decision; may be empty."""
+    @_builtins.property
+    def setpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bundle.Setpoint]:
+        """What it sets."""
+
+    @_builtins.property
+    def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bundle.Condition]:
+        """What must still be so."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        run: _builtins.str = ...,
+        setpoints: _abc.Iterable[Global___Bundle.Setpoint] | None = ...,
+        priority: _builtins.int = ...,
+        cut_ns: _builtins.int = ...,
+        expires_ns: _builtins.int = ...,
+        author: _builtins.str = ...,
+        basis: _builtins.str = ...,
+        conditions: _abc.Iterable[Global___Bundle.Condition] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "basis", b"basis", "conditions", b"conditions", "cut_ns", b"cut_ns", "expires_ns", b"expires_ns", "id", b"id", "priority", b"priority", "run", b"run", "setpoints", b"setpoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Bundle: _TypeAlias = Bundle  # noqa: Y015
+
+@_typing.final
+class Receipt(_message.Message):
+    """A desk's answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    UNTIL_NS_FIELD_NUMBER: _builtins.int
+    phase: _builtins.str
+    """The bundle's phase: `selected`, `operated`, `confirmed`, `over`; empty for Halt and Lift."""
+    time_ns: _builtins.int
+    """The instant of the session's last step."""
+    until_ns: _builtins.int
+    """The end of the window; unset when there is none."""
+    def __init__(
+        self,
+        *,
+        phase: _builtins.str = ...,
+        time_ns: _builtins.int = ...,
+        until_ns: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_until_ns", b"_until_ns", "until_ns", b"until_ns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_until_ns", b"_until_ns", "phase", b"phase", "time_ns", b"time_ns", "until_ns", b"until_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__until_ns: _TypeAlias = _typing.Literal["until_ns"]  # noqa: Y015
+    _WhichOneofArgType__until_ns: _TypeAlias = _typing.Literal["_until_ns", b"_until_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__until_ns) -> _WhichOneofReturnType__until_ns | None: ...
+
+Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class SelectRequest(_message.Message):
+    """Asks to select a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """The order."""
+
+    def __init__(
+        self,
+        *,
+        signed: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SelectRequest: _TypeAlias = SelectRequest  # noqa: Y015
+
+@_typing.final
+class SelectResponse(_message.Message):
+    """The bundle is selected."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """The answer."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SelectResponse: _TypeAlias = SelectResponse  # noqa: Y015
+
+@_typing.final
+class OperateRequest(_message.Message):
+    """Asks to operate a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """The order."""
+
+    def __init__(
+        self,
+        *,
+        signed: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperateRequest: _TypeAlias = OperateRequest  # noqa: Y015
+
+@_typing.final
+class OperateResponse(_message.Message):
+    """The bundle is in force from the next step on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """The answer."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperateResponse: _TypeAlias = OperateResponse  # noqa: Y015
+
+@_typing.final
+class ConfirmRequest(_message.Message):
+    """Asks to keep a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """The order."""
+
+    def __init__(
+        self,
+        *,
+        signed: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmRequest: _TypeAlias = ConfirmRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmResponse(_message.Message):
+    """The bundle is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """The answer."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmResponse: _TypeAlias = ConfirmResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseRequest(_message.Message):
+    """Asks to undo a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """The order."""
+
+    def __init__(
+        self,
+        *,
+        signed: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseResponse(_message.Message):
+    """The bundle is over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """The answer."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+
+@_typing.final
+class HaltRequest(_message.Message):
+    """Asks to stop what is autonomous."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """The order."""
+
+    def __init__(
+        self,
+        *,
+        signed: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HaltRequest: _TypeAlias = HaltRequest  # noqa: Y015
+
+@_typing.final
+class HaltResponse(_message.Message):
+    """Nothing autonomous happens any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """The answer."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HaltResponse: _TypeAlias = HaltResponse  # noqa: Y015
+
+@_typing.final
+class LiftRequest(_message.Message):
+    """Asks to lift stops."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """The order."""
+
+    def __init__(
+        self,
+        *,
+        signed: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiftRequest: _TypeAlias = LiftRequest  # noqa: Y015
+
+@_typing.final
+class LiftResponse(_message.Message):
+    """They are lifted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """The answer."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiftResponse: _TypeAlias = LiftResponse  # noqa: Y015
+
+@_typing.final
+class ReadDeskRequest(_message.Message):
+    """Asks what is in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """The order; any identity that the process knows may ask."""
+
+    def __init__(
+        self,
+        *,
+        signed: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadDeskRequest: _TypeAlias = ReadDeskRequest  # noqa: Y015
+
+@_typing.final
+class ReadDeskResponse(_message.Message):
+    """What is in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESKS_FIELD_NUMBER: _builtins.int
+    STOPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def desks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeskView]:
+        """The desks of the sessions that were opened for a run."""
+
+    @_builtins.property
+    def stops(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stop]:
+        """The stops that are not lifted."""
+
+    def __init__(
+        self,
+        *,
+        desks: _abc.Iterable[Global___DeskView] | None = ...,
+        stops: _abc.Iterable[Global___Stop] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desks", b"desks", "stops", b"stops"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadDeskResponse: _TypeAlias = ReadDeskResponse  # noqa: Y015
+
+@_typing.final
+class DeskView(_message.Message):
+    """One session's desk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class InForce(_message.Message):
+        """What is in force at an actuator of an entity."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ACTUATOR_FIELD_NUMBER: _builtins.int
+        ENTITY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        PRIORITY_FIELD_NUMBER: _builtins.int
+        OWNER_FIELD_NUMBER: _builtins.int
+        SIGNER_FIELD_NUMBER: _builtins.int
+        BUNDLE_FIELD_NUMBER: _builtins.int
+        SINCE_NS_FIELD_NUMBER: _builtins.int
+        UNTIL_NS_FIELD_NUMBER: _builtins.int
+        actuator: _builtins.str
+        """The actuator."""
+        entity: _builtins.str
+        """The entity."""
+        value: _builtins.float
+        """The setpoint."""
+        priority: _builtins.int
+        """The priority of the one who holds it."""
+        owner: _builtins.str
+        """Who decided it."""
+        signer: _builtins.str
+        """The identity that signed it."""
+        bundle: _builtins.str
+        """The bundle that it belongs to."""
+        since_ns: _builtins.int
+        """The step from which on it is in force; unset before that step."""
+        until_ns: _builtins.int
+        """The end of its lease; unset when it has none, and before it is in force."""
+        def __init__(
+            self,
+            *,
+            actuator: _builtins.str = ...,
+            entity: _builtins.str = ...,
+            value: _builtins.float = ...,
+            priority: _builtins.int = ...,
+            owner: _builtins.str = ...,
+            signer: _builtins.str = ...,
+            bundle: _builtins.str = ...,
+            since_ns: _builtins.int | None = ...,
+            until_ns: _builtins.int | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_since_ns", b"_since_ns", "_until_ns", b"_until_ns", "since_ns", b"since_ns", "until_ns", b"until_ns"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_since_ns", b"_since_ns", "_until_ns", b"_until_ns", "actuator", b"actuator", "bundle", b"bundle", "entity", b"entity", "owner", b"owner", "priority", b"priority", "signer", b"signer", "since_ns", b"since_ns", "until_ns", b"until_ns", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__since_ns: _TypeAlias = _typing.Literal["since_ns"]  # noqa: Y015
+        _WhichOneofArgType__since_ns: _TypeAlias = _typing.Literal["_since_ns", b"_since_ns"]  # noqa: Y015
+        _WhichOneofReturnType__until_ns: _TypeAlias = _typing.Literal["until_ns"]  # noqa: Y015
+        _WhichOneofArgType__until_ns: _TypeAlias = _typing.Literal["_until_ns", b"_until_ns"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__since_ns) -> _WhichOneofReturnType__since_ns | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__until_ns) -> _WhichOneofReturnType__until_ns | None: ...
+
+    @_typing.final
+    class Known(_message.Message):
+        """A bundle."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        BUNDLE_FIELD_NUMBER: _builtins.int
+        PHASE_FIELD_NUMBER: _builtins.int
+        WHY_FIELD_NUMBER: _builtins.int
+        bundle: _builtins.str
+        """Its id."""
+        phase: _builtins.str
+        """How far it has come: `selected`, `operated`, `confirmed`, `over`."""
+        why: _builtins.str
+        """Why it is over."""
+        def __init__(
+            self,
+            *,
+            bundle: _builtins.str = ...,
+            phase: _builtins.str = ...,
+            why: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "phase", b"phase", "why", b"why"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RUN_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    IN_FORCE_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    member: _builtins.str
+    """The member."""
+    epoch: _builtins.int
+    """The highest fencing number that was heard; act under it."""
+    time_ns: _builtins.int
+    """The instant of the last step."""
+    @_builtins.property
+    def in_force(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeskView.InForce]:
+        """What is in force, by actuator and entity."""
+
+    @_builtins.property
+    def bundles(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeskView.Known]:
+        """The bundles that it remembers."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        member: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        time_ns: _builtins.int = ...,
+        in_force: _abc.Iterable[Global___DeskView.InForce] | None = ...,
+        bundles: _abc.Iterable[Global___DeskView.Known] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "epoch", b"epoch", "in_force", b"in_force", "member", b"member", "run", b"run", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeskView: _TypeAlias = DeskView  # noqa: Y015
+
+@_typing.final
+class Stop(_message.Message):
+    """A stop."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The id of its request, by which it is lifted."""
+    by: _builtins.str
+    """Who asked for it."""
+    reason: _builtins.str
+    """Why."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "id", b"id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stop: _TypeAlias = Stop  # noqa: Y015
+
+@_typing.final
+class DecideRequest(_message.Message):
+    """Asks for the end of a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def selected(self) -> Global___Signed:
+        """The signed order by which the bundle was selected at the member that asks: who shows it is one
+        of the bundle's members.
+        """
+
+    def __init__(
+        self,
+        *,
+        selected: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selected", b"selected"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["selected", b"selected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecideRequest: _TypeAlias = DecideRequest  # noqa: Y015
+
+@_typing.final
+class DecideResponse(_message.Message):
+    """The end of a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_CONFIRMED_FIELD_NUMBER: _builtins.int
+    is_confirmed: _builtins.bool
+    """It is confirmed; else it is over."""
+    def __init__(
+        self,
+        *,
+        is_confirmed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_confirmed", b"is_confirmed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecideResponse: _TypeAlias = DecideResponse  # noqa: Y015

@@ -63,6 +63,46 @@ class TwinStub:
                 request_serializer=federation_dot_v1_dot_twin__pb2.ReadClockRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_twin__pb2.ReadClockResponse.FromString,
                 _registered_method=True)
+        self.Select = channel.unary_unary(
+                '/federation.v1.Twin/Select',
+                request_serializer=federation_dot_v1_dot_twin__pb2.SelectRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.SelectResponse.FromString,
+                _registered_method=True)
+        self.Operate = channel.unary_unary(
+                '/federation.v1.Twin/Operate',
+                request_serializer=federation_dot_v1_dot_twin__pb2.OperateRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.OperateResponse.FromString,
+                _registered_method=True)
+        self.Confirm = channel.unary_unary(
+                '/federation.v1.Twin/Confirm',
+                request_serializer=federation_dot_v1_dot_twin__pb2.ConfirmRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.ConfirmResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/federation.v1.Twin/Release',
+                request_serializer=federation_dot_v1_dot_twin__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
+        self.Halt = channel.unary_unary(
+                '/federation.v1.Twin/Halt',
+                request_serializer=federation_dot_v1_dot_twin__pb2.HaltRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.HaltResponse.FromString,
+                _registered_method=True)
+        self.Lift = channel.unary_unary(
+                '/federation.v1.Twin/Lift',
+                request_serializer=federation_dot_v1_dot_twin__pb2.LiftRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.LiftResponse.FromString,
+                _registered_method=True)
+        self.ReadDesk = channel.unary_unary(
+                '/federation.v1.Twin/ReadDesk',
+                request_serializer=federation_dot_v1_dot_twin__pb2.ReadDeskRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.ReadDeskResponse.FromString,
+                _registered_method=True)
+        self.Decide = channel.unary_unary(
+                '/federation.v1.Twin/Decide',
+                request_serializer=federation_dot_v1_dot_twin__pb2.DecideRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_twin__pb2.DecideResponse.FromString,
+                _registered_method=True)
 
 
 class TwinServicer:
@@ -118,6 +158,80 @@ class TwinServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Select(self, request, context):
+        """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+        a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
+        the strongest that lives is in force from the session's next step on, and the actuator's safe
+        default when the last one has gone. What is asked is signed by an identity that the process
+        knows; a process that knows none refuses everything (NOT_AUTHORISED). The same request again
+        gets the same answer. All fail with NOT_AUTHORISED, NOT_LIVE when there is no such session or
+        it does again what it had done, STALE_EPOCH, and REQUEST_DIFFERS when the request's id was used
+        for something else. Older twins answer UNIMPLEMENTED; nobody can act on them in this way.
+
+        Checks a bundle's part here and reserves what it sets, for its window.
+
+        Fails with HALTED, EXPIRED, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
+        OUTSIDE_ENVELOPE, NO_LEASE, ACTUATOR_OWNED, SELECTED_BY_OTHER, STATE_MOVED, BUNDLE_OVER.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Operate(self, request, context):
+        """Puts a selected bundle in force from the next step on. What is not confirmed within its window
+        is undone, and what it had replaced is back. Fails as Select does, and with UNKNOWN_BUNDLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Confirm(self, request, context):
+        """Keeps an operated bundle for the time of its leases. Of a bundle over several members, its
+        arbiter (the first of the members that it sets, by name) is asked first: a member whose window
+        ends in doubt asks there. Fails with UNKNOWN_BUNDLE, BUNDLE_OVER, HALTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Undoes a bundle in whatever phase it is: the next priority is in force again, or the safe
+        default. One that is not known here can't be selected any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Halt(self, request, context):
+        """Stops all that is autonomous in every session of this process, those to come included, until a
+        person lifts it: autonomous setpoints fall away, new ones are refused with HALTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Lift(self, request, context):
+        """Lifts stops, which it names. What had fallen away stays away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadDesk(self, request, context):
+        """Says what is in force in the sessions of this process, by whom, and until when.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Decide(self, request, context):
+        """Asked by a member of a bundle at the bundle's arbiter when its window has ended without a word:
+        whether the bundle is confirmed. If it is not, it never will be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TwinServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +254,46 @@ def add_TwinServicer_to_server(servicer, server):
                     servicer.ReadClock,
                     request_deserializer=federation_dot_v1_dot_twin__pb2.ReadClockRequest.FromString,
                     response_serializer=federation_dot_v1_dot_twin__pb2.ReadClockResponse.SerializeToString,
+            ),
+            'Select': grpc.unary_unary_rpc_method_handler(
+                    servicer.Select,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.SelectRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.SelectResponse.SerializeToString,
+            ),
+            'Operate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Operate,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.OperateRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.OperateResponse.SerializeToString,
+            ),
+            'Confirm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Confirm,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.ConfirmRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.ConfirmResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.ReleaseRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Halt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Halt,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.HaltRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.HaltResponse.SerializeToString,
+            ),
+            'Lift': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lift,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.LiftRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.LiftResponse.SerializeToString,
+            ),
+            'ReadDesk': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadDesk,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.ReadDeskRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.ReadDeskResponse.SerializeToString,
+            ),
+            'Decide': grpc.unary_unary_rpc_method_handler(
+                    servicer.Decide,
+                    request_deserializer=federation_dot_v1_dot_twin__pb2.DecideRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_twin__pb2.DecideResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -259,6 +413,222 @@ class Twin:
             '/federation.v1.Twin/ReadClock',
             federation_dot_v1_dot_twin__pb2.ReadClockRequest.SerializeToString,
             federation_dot_v1_dot_twin__pb2.ReadClockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Select(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/Select',
+            federation_dot_v1_dot_twin__pb2.SelectRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.SelectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Operate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/Operate',
+            federation_dot_v1_dot_twin__pb2.OperateRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.OperateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Confirm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/Confirm',
+            federation_dot_v1_dot_twin__pb2.ConfirmRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.ConfirmResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/Release',
+            federation_dot_v1_dot_twin__pb2.ReleaseRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Halt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/Halt',
+            federation_dot_v1_dot_twin__pb2.HaltRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.HaltResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lift(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/Lift',
+            federation_dot_v1_dot_twin__pb2.LiftRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.LiftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadDesk(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/ReadDesk',
+            federation_dot_v1_dot_twin__pb2.ReadDeskRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.ReadDeskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decide(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Twin/Decide',
+            federation_dot_v1_dot_twin__pb2.DecideRequest.SerializeToString,
+            federation_dot_v1_dot_twin__pb2.DecideResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,6 +66,46 @@ class TwinStub:
     """Tells what the process's clock shows, so that a caller can find how far it is off. Older
     twins answer UNIMPLEMENTED; their clocks are not known.
     """
+    Select: _grpc.UnaryUnaryMultiCallable[_twin_pb2.SelectRequest, _twin_pb2.SelectResponse]
+    """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+    a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
+    the strongest that lives is in force from the session's next step on, and the actuator's safe
+    default when the last one has gone. What is asked is signed by an identity that the process
+    knows; a process that knows none refuses everything (NOT_AUTHORISED). The same request again
+    gets the same answer. All fail with NOT_AUTHORISED, NOT_LIVE when there is no such session or
+    it does again what it had done, STALE_EPOCH, and REQUEST_DIFFERS when the request's id was used
+    for something else. Older twins answer UNIMPLEMENTED; nobody can act on them in this way.
+
+    Checks a bundle's part here and reserves what it sets, for its window.
+
+    Fails with HALTED, EXPIRED, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
+    OUTSIDE_ENVELOPE, NO_LEASE, ACTUATOR_OWNED, SELECTED_BY_OTHER, STATE_MOVED, BUNDLE_OVER.
+    """
+    Operate: _grpc.UnaryUnaryMultiCallable[_twin_pb2.OperateRequest, _twin_pb2.OperateResponse]
+    """Puts a selected bundle in force from the next step on. What is not confirmed within its window
+    is undone, and what it had replaced is back. Fails as Select does, and with UNKNOWN_BUNDLE.
+    """
+    Confirm: _grpc.UnaryUnaryMultiCallable[_twin_pb2.ConfirmRequest, _twin_pb2.ConfirmResponse]
+    """Keeps an operated bundle for the time of its leases. Of a bundle over several members, its
+    arbiter (the first of the members that it sets, by name) is asked first: a member whose window
+    ends in doubt asks there. Fails with UNKNOWN_BUNDLE, BUNDLE_OVER, HALTED.
+    """
+    Release: _grpc.UnaryUnaryMultiCallable[_twin_pb2.ReleaseRequest, _twin_pb2.ReleaseResponse]
+    """Undoes a bundle in whatever phase it is: the next priority is in force again, or the safe
+    default. One that is not known here can't be selected any more.
+    """
+    Halt: _grpc.UnaryUnaryMultiCallable[_twin_pb2.HaltRequest, _twin_pb2.HaltResponse]
+    """Stops all that is autonomous in every session of this process, those to come included, until a
+    person lifts it: autonomous setpoints fall away, new ones are refused with HALTED.
+    """
+    Lift: _grpc.UnaryUnaryMultiCallable[_twin_pb2.LiftRequest, _twin_pb2.LiftResponse]
+    """Lifts stops, which it names. What had fallen away stays away."""
+    ReadDesk: _grpc.UnaryUnaryMultiCallable[_twin_pb2.ReadDeskRequest, _twin_pb2.ReadDeskResponse]
+    """Says what is in force in the sessions of this process, by whom, and until when."""
+    Decide: _grpc.UnaryUnaryMultiCallable[_twin_pb2.DecideRequest, _twin_pb2.DecideResponse]
+    """Asked by a member of a bundle at the bundle's arbiter when its window has ended without a word:
+    whether the bundle is confirmed. If it is not, it never will be.
+    """
 
 @_typing.type_check_only
 class TwinAsyncStub(TwinStub):
@@ -104,6 +144,46 @@ class TwinAsyncStub(TwinStub):
     ReadClock: _aio.UnaryUnaryMultiCallable[_twin_pb2.ReadClockRequest, _twin_pb2.ReadClockResponse]  # type: ignore[assignment]
     """Tells what the process's clock shows, so that a caller can find how far it is off. Older
     twins answer UNIMPLEMENTED; their clocks are not known.
+    """
+    Select: _aio.UnaryUnaryMultiCallable[_twin_pb2.SelectRequest, _twin_pb2.SelectResponse]  # type: ignore[assignment]
+    """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+    a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
+    the strongest that lives is in force from the session's next step on, and the actuator's safe
+    default when the last one has gone. What is asked is signed by an identity that the process
+    knows; a process that knows none refuses everything (NOT_AUTHORISED). The same request again
+    gets the same answer. All fail with NOT_AUTHORISED, NOT_LIVE when there is no such session or
+    it does again what it had done, STALE_EPOCH, and REQUEST_DIFFERS when the request's id was used
+    for something else. Older twins answer UNIMPLEMENTED; nobody can act on them in this way.
+
+    Checks a bundle's part here and reserves what it sets, for its window.
+
+    Fails with HALTED, EXPIRED, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
+    OUTSIDE_ENVELOPE, NO_LEASE, ACTUATOR_OWNED, SELECTED_BY_OTHER, STATE_MOVED, BUNDLE_OVER.
+    """
+    Operate: _aio.UnaryUnaryMultiCallable[_twin_pb2.OperateRequest, _twin_pb2.OperateResponse]  # type: ignore[assignment]
+    """Puts a selected bundle in force from the next step on. What is not confirmed within its window
+    is undone, and what it had replaced is back. Fails as Select does, and with UNKNOWN_BUNDLE.
+    """
+    Confirm: _aio.UnaryUnaryMultiCallable[_twin_pb2.ConfirmRequest, _twin_pb2.ConfirmResponse]  # type: ignore[assignment]
+    """Keeps an operated bundle for the time of its leases. Of a bundle over several members, its
+    arbiter (the first of the members that it sets, by name) is asked first: a member whose window
+    ends in doubt asks there. Fails with UNKNOWN_BUNDLE, BUNDLE_OVER, HALTED.
+    """
+    Release: _aio.UnaryUnaryMultiCallable[_twin_pb2.ReleaseRequest, _twin_pb2.ReleaseResponse]  # type: ignore[assignment]
+    """Undoes a bundle in whatever phase it is: the next priority is in force again, or the safe
+    default. One that is not known here can't be selected any more.
+    """
+    Halt: _aio.UnaryUnaryMultiCallable[_twin_pb2.HaltRequest, _twin_pb2.HaltResponse]  # type: ignore[assignment]
+    """Stops all that is autonomous in every session of this process, those to come included, until a
+    person lifts it: autonomous setpoints fall away, new ones are refused with HALTED.
+    """
+    Lift: _aio.UnaryUnaryMultiCallable[_twin_pb2.LiftRequest, _twin_pb2.LiftResponse]  # type: ignore[assignment]
+    """Lifts stops, which it names. What had fallen away stays away."""
+    ReadDesk: _aio.UnaryUnaryMultiCallable[_twin_pb2.ReadDeskRequest, _twin_pb2.ReadDeskResponse]  # type: ignore[assignment]
+    """Says what is in force in the sessions of this process, by whom, and until when."""
+    Decide: _aio.UnaryUnaryMultiCallable[_twin_pb2.DecideRequest, _twin_pb2.DecideResponse]  # type: ignore[assignment]
+    """Asked by a member of a bundle at the bundle's arbiter when its window has ended without a word:
+    whether the bundle is confirmed. If it is not, it never will be.
     """
 
 class TwinServicer(metaclass=_abc_1.ABCMeta):
@@ -164,6 +244,94 @@ class TwinServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_twin_pb2.ReadClockResponse, _abc.Awaitable[_twin_pb2.ReadClockResponse]]:
         """Tells what the process's clock shows, so that a caller can find how far it is off. Older
         twins answer UNIMPLEMENTED; their clocks are not known.
+        """
+
+    @_abc_1.abstractmethod
+    def Select(
+        self,
+        request: _twin_pb2.SelectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.SelectResponse, _abc.Awaitable[_twin_pb2.SelectResponse]]:
+        """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+        a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
+        the strongest that lives is in force from the session's next step on, and the actuator's safe
+        default when the last one has gone. What is asked is signed by an identity that the process
+        knows; a process that knows none refuses everything (NOT_AUTHORISED). The same request again
+        gets the same answer. All fail with NOT_AUTHORISED, NOT_LIVE when there is no such session or
+        it does again what it had done, STALE_EPOCH, and REQUEST_DIFFERS when the request's id was used
+        for something else. Older twins answer UNIMPLEMENTED; nobody can act on them in this way.
+
+        Checks a bundle's part here and reserves what it sets, for its window.
+
+        Fails with HALTED, EXPIRED, UNKNOWN_MEMBER, UNKNOWN_VARIABLE (the actuator), UNKNOWN_ENTITY,
+        OUTSIDE_ENVELOPE, NO_LEASE, ACTUATOR_OWNED, SELECTED_BY_OTHER, STATE_MOVED, BUNDLE_OVER.
+        """
+
+    @_abc_1.abstractmethod
+    def Operate(
+        self,
+        request: _twin_pb2.OperateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.OperateResponse, _abc.Awaitable[_twin_pb2.OperateResponse]]:
+        """Puts a selected bundle in force from the next step on. What is not confirmed within its window
+        is undone, and what it had replaced is back. Fails as Select does, and with UNKNOWN_BUNDLE.
+        """
+
+    @_abc_1.abstractmethod
+    def Confirm(
+        self,
+        request: _twin_pb2.ConfirmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.ConfirmResponse, _abc.Awaitable[_twin_pb2.ConfirmResponse]]:
+        """Keeps an operated bundle for the time of its leases. Of a bundle over several members, its
+        arbiter (the first of the members that it sets, by name) is asked first: a member whose window
+        ends in doubt asks there. Fails with UNKNOWN_BUNDLE, BUNDLE_OVER, HALTED.
+        """
+
+    @_abc_1.abstractmethod
+    def Release(
+        self,
+        request: _twin_pb2.ReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.ReleaseResponse, _abc.Awaitable[_twin_pb2.ReleaseResponse]]:
+        """Undoes a bundle in whatever phase it is: the next priority is in force again, or the safe
+        default. One that is not known here can't be selected any more.
+        """
+
+    @_abc_1.abstractmethod
+    def Halt(
+        self,
+        request: _twin_pb2.HaltRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.HaltResponse, _abc.Awaitable[_twin_pb2.HaltResponse]]:
+        """Stops all that is autonomous in every session of this process, those to come included, until a
+        person lifts it: autonomous setpoints fall away, new ones are refused with HALTED.
+        """
+
+    @_abc_1.abstractmethod
+    def Lift(
+        self,
+        request: _twin_pb2.LiftRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.LiftResponse, _abc.Awaitable[_twin_pb2.LiftResponse]]:
+        """Lifts stops, which it names. What had fallen away stays away."""
+
+    @_abc_1.abstractmethod
+    def ReadDesk(
+        self,
+        request: _twin_pb2.ReadDeskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.ReadDeskResponse, _abc.Awaitable[_twin_pb2.ReadDeskResponse]]:
+        """Says what is in force in the sessions of this process, by whom, and until when."""
+
+    @_abc_1.abstractmethod
+    def Decide(
+        self,
+        request: _twin_pb2.DecideRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_twin_pb2.DecideResponse, _abc.Awaitable[_twin_pb2.DecideResponse]]:
+        """Asked by a member of a bundle at the bundle's arbiter when its window has ended without a word:
+        whether the bundle is confirmed. If it is not, it never will be.
         """
 
 def add_TwinServicer_to_server(servicer: TwinServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,6 +18,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from federation.core.bundle import Bundle, Condition, Priority, Setpoint
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Quality, Record
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.twin import (
@@ -25,9 +26,11 @@ from federation.twin import (
     Actuator,
     Causality,
     Description,
+    DeskStep,
     Entity,
     Event,
     LinearBlock,
+    Operated,
     Parameter,
     Port,
     Risk,
@@ -275,6 +278,8 @@ def write_step_input(message: twin_pb2.StepInput, given: StepInput) -> None:
         )
     for action in given.actions:
         message.actions.append(encode_action(action))
+    if given.desk is not None:
+        _write_desk(message.desk, given.desk)
 
 
 def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
@@ -296,7 +301,12 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
     for variable, values in inputs.items():
         _finite(variable, values)
     return StepInput(
-        message.time_ns, message.micro, inputs, causes, tuple(map(decode_action, message.actions))
+        message.time_ns,
+        message.micro,
+        inputs,
+        causes,
+        tuple(map(decode_action, message.actions)),
+        _decode_desk(message.desk) if message.HasField("desk") else None,
     )
 
 
@@ -321,6 +331,8 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
         message.actions.append(encode_action(action))
     if result.next_ns is not None:
         message.next_ns = result.next_ns
+    if result.desk is not None:
+        _write_desk(message.desk, result.desk)
 
 
 def encode_results(results: Iterable[StepResult]) -> bytes:
@@ -350,6 +362,7 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
         tuple(map(decode_event, message.events)),
         tuple(map(decode_action, message.actions)),
         message.next_ns if message.HasField("next_ns") else None,
+        _decode_desk(message.desk) if message.HasField("desk") else None,
     )
 
 
@@ -389,6 +402,73 @@ def encode_action(action: Action) -> twin_pb2.Action:
 
 def decode_action(message: twin_pb2.Action) -> Action:
     return Action(message.member, message.actuator, message.entity, message.value, message.cause)
+
+
+def _write_desk(message: twin_pb2.DeskStep, desk: DeskStep) -> None:
+    message.SetInParent()
+    message.state = desk.state
+    for each in desk.operated:
+        message.operated.add(action=encode_action(each.action), by=each.by, text=each.text)
+
+
+def _decode_desk(message: twin_pb2.DeskStep) -> DeskStep:
+    return DeskStep(
+        tuple(
+            Operated(decode_action(each.action), each.by, each.text) for each in message.operated
+        ),
+        message.state,
+    )
+
+
+def encode_bundle(bundle: Bundle) -> twin_pb2.Bundle:
+    return twin_pb2.Bundle(
+        id=bundle.id,
+        run=bundle.run,
+        setpoints=[
+            twin_pb2.Bundle.Setpoint(
+                member=s.member,
+                actuator=s.actuator,
+                entity=s.entity,
+                value=s.value,
+                lease_ns=s.lease_ns,
+            )
+            for s in bundle.setpoints
+        ],
+        priority=int(bundle.priority),
+        cut_ns=bundle.cut_ns,
+        expires_ns=bundle.expires_ns,
+        author=bundle.author,
+        basis=bundle.basis,
+        conditions=[
+            twin_pb2.Bundle.Condition(
+                member=c.member, variable=c.variable, entity=c.entity, low=c.low, high=c.high
+            )
+            for c in bundle.conditions
+        ],
+    )
+
+
+def decode_bundle(message: twin_pb2.Bundle) -> Bundle:
+    """Fails with SCENARIO_INVALID when its priority is none that this version knows."""
+    try:
+        priority = Priority(message.priority)
+    except ValueError:
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID, f"the bundle {message.id} has the priority {message.priority}"
+        ) from None
+    return Bundle(
+        message.id,
+        message.run,
+        tuple(
+            Setpoint(s.member, s.actuator, s.entity, s.value, s.lease_ns) for s in message.setpoints
+        ),
+        priority,
+        message.cut_ns,
+        message.expires_ns,
+        message.author,
+        message.basis,
+        tuple(Condition(c.member, c.variable, c.entity, c.low, c.high) for c in message.conditions),
+    )
 
 
 class _Values(Protocol):
@@ -636,18 +716,21 @@ def decode_entry(message: broker_pb2.LedgerEntry) -> Entry:
 _STATE_HEAD = struct.Struct("<qqqq")
 
 
-def encode_session(session: Session) -> bytes:
-    """The whole state of a session: what it holds for its twin, then the twin's snapshot."""
+def encode_session(session: Session, desk: bytes = b"") -> bytes:
+    """The whole state of a session: what it holds for its twin, the state of its `desk` if it has
+    one, then the twin's snapshot.
+    """
+    present = StepInput(session.last_ns, 0, session.values, session.input_causes)
     held = encode_step_input(
-        StepInput(session.last_ns, 0, session.values, session.input_causes)
+        present._replace(desk=DeskStep(state=desk)) if desk else present
     ).SerializeToString(deterministic=True)
     told_by = json.dumps(session.told_by).encode()
     head = _STATE_HEAD.pack(session.serial, session.last_ns, len(held), len(told_by))
     return head + held + told_by + session.twin.snapshot()
 
 
-def restore_session(session: Session, state: bytes) -> None:
-    """Put a session that was just opened into the state that `encode_session` saw.
+def restore_session(session: Session, state: bytes) -> bytes:
+    """Put a session that was just opened into the state that `encode_session` saw; the desk's.
 
     Fails with INVALID_FRAME when `state` is not of a session of this description.
     """
@@ -672,3 +755,4 @@ def restore_session(session: Session, state: bytes) -> None:
     session.serial, session.last_ns = serial, last_ns
     session.values.update(held.inputs)
     session.input_causes = {name: dict(entries) for name, entries in held.causes.items()}
+    return b"" if held.desk is None else held.desk.state

@@ -397,11 +397,15 @@ class Link:
         parameters: Mapping[str, float],
         epoch: int,
         start_ns: int = 0,
+        run: str = "",
     ) -> LinkSession:
-        """Open a session that begins at `start_ns`. Events are named `member/serial`."""
+        """Open a session that begins at `start_ns`. Events are named `member/serial`.
+
+        In a session for a `run` others may act on the twin, as it lets them.
+        """
         session_id = f"{self._prefix}-{next(self._serial)}"
         session = await self.resume(session_id, member, 0, epoch)
-        await session.open(seed, parameters, start_ns)
+        await session.open(seed, parameters, start_ns, run)
         return session
 
     async def resume(self, session_id: str, member: str, frame: int, epoch: int) -> LinkSession:
@@ -554,10 +558,12 @@ class LinkSession:
                 {"member": self.member},
             )
 
-    async def open(self, seed: int, parameters: Mapping[str, float], start_ns: int = 0) -> None:
+    async def open(
+        self, seed: int, parameters: Mapping[str, float], start_ns: int = 0, run: str = ""
+    ) -> None:
         """Begin at `start_ns`; `Link.session` does this."""
         opened = twin_pb2.SessionRequest.Open(
-            member=self.member, seed=seed, parameters=parameters, start_ns=start_ns
+            member=self.member, seed=seed, parameters=parameters, start_ns=start_ns, run=run
         )
         await self._ask(twin_pb2.SessionRequest(open=opened), "opened")
 

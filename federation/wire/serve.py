@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -30,6 +31,8 @@ from federation.twin import Description, Twin, failed
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
 from federation.wire import codec, status
+from federation.wire.acting import Acting, SeatedDesk, Stops, done_with, encode_receipt
+from federation.wire.credentials import Keyring
 from federation.wire.enrol import keep_name
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
 
@@ -38,6 +41,9 @@ INLINE_S = 1e-3
 
 BLOCKED_S = 0.05
 """How long a step may seem to take on a busy machine that takes almost no time of its own."""
+
+ORDERS = ("Select", "Operate", "Confirm", "Release", "Halt", "Lift")
+"""The RPCs whose request is a signed order and whose answer a receipt."""
 
 _ANSWERS = twin_pb2.SessionResponse.DESCRIPTOR.fields_by_name["answers"].number
 _T = TypeVar("_T")
@@ -63,6 +69,9 @@ class ServeOptions:
     the event loop instead, which spares it two changes of threads: for a process that does
     nothing else, and models that never wait for something in this process. With several threads
     nothing is done there.
+
+    Who may act on its sessions stands in the `keyring`; without one nobody may. What is stopped is
+    kept in `stops_file`, so that it stays so when the process is started again.
     """
 
     host: str = "127.0.0.1"
@@ -74,6 +83,8 @@ class ServeOptions:
     grace_s: float = 2.0
     inline_s: float = 0.0
     max_message_bytes: int = 64 * MEBIBYTE
+    keyring: Keyring = field(default_factory=Keyring)
+    stops_file: Path | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +100,8 @@ class _Hosted:
     epoch: int = 0
     answer: bytes | None = None
     session: ModelSession | None = None
+    desk: SeatedDesk | None = None
+    """Where it is acted on; only for a session that was opened for a run."""
     opened: twin_pb2.SessionRequest.Open | None = None
     failure: FederationError | None = None
     streams: int = 0
@@ -276,6 +289,9 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             max_message_bytes=options.max_message_bytes,
             takes_batches=True,
         )
+        self._acting = Acting(
+            name, self.description.domain, options.keyring, Stops(options.stops_file)
+        )
         self._factory = factory
         self._options = options
         self._threads = ThreadPoolExecutor(options.threads, thread_name_prefix=f"twin-{name}")
@@ -308,7 +324,87 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 twin_pb2.FlexibilityResponse.SerializeToString,
             ),
         }
+        for rpc in (*ORDERS, "ReadDesk", "Decide"):
+            handlers[rpc] = grpc.unary_unary_rpc_method_handler(
+                getattr(self, rpc),
+                getattr(twin_pb2, f"{rpc}Request").FromString,
+                getattr(twin_pb2, f"{rpc}Response").SerializeToString,
+            )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    async def Select(  # noqa: N802
+        self,
+        request: twin_pb2.SelectRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.SelectRequest, twin_pb2.SelectResponse],
+    ) -> twin_pb2.SelectResponse:
+        receipt = await self._order("select", request.signed, context)
+        return twin_pb2.SelectResponse(receipt=receipt)
+
+    async def Operate(  # noqa: N802
+        self,
+        request: twin_pb2.OperateRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.OperateRequest, twin_pb2.OperateResponse],
+    ) -> twin_pb2.OperateResponse:
+        receipt = await self._order("operate", request.signed, context)
+        return twin_pb2.OperateResponse(receipt=receipt)
+
+    async def Confirm(  # noqa: N802
+        self,
+        request: twin_pb2.ConfirmRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ConfirmRequest, twin_pb2.ConfirmResponse],
+    ) -> twin_pb2.ConfirmResponse:
+        receipt = await self._order("confirm", request.signed, context)
+        return twin_pb2.ConfirmResponse(receipt=receipt)
+
+    async def Release(  # noqa: N802
+        self,
+        request: twin_pb2.ReleaseRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ReleaseRequest, twin_pb2.ReleaseResponse],
+    ) -> twin_pb2.ReleaseResponse:
+        receipt = await self._order("release", request.signed, context)
+        return twin_pb2.ReleaseResponse(receipt=receipt)
+
+    async def Halt(  # noqa: N802
+        self,
+        request: twin_pb2.HaltRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.HaltRequest, twin_pb2.HaltResponse],
+    ) -> twin_pb2.HaltResponse:
+        receipt = await self._order("halt", request.signed, context)
+        return twin_pb2.HaltResponse(receipt=receipt)
+
+    async def Lift(  # noqa: N802
+        self,
+        request: twin_pb2.LiftRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.LiftRequest, twin_pb2.LiftResponse],
+    ) -> twin_pb2.LiftResponse:
+        receipt = await self._order("lift", request.signed, context)
+        return twin_pb2.LiftResponse(receipt=receipt)
+
+    async def _order(
+        self, rpc: str, signed: twin_pb2.Signed, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> twin_pb2.Receipt:
+        async with status.refusing(context):
+            return encode_receipt(self._acting.handle(rpc, signed))
+        raise AssertionError("abort raises")
+
+    async def ReadDesk(  # noqa: N802
+        self,
+        request: twin_pb2.ReadDeskRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ReadDeskRequest, twin_pb2.ReadDeskResponse],
+    ) -> twin_pb2.ReadDeskResponse:
+        async with status.refusing(context):
+            return self._acting.look(request.signed)
+        raise AssertionError("abort raises")
+
+    async def Decide(  # noqa: N802
+        self,
+        request: twin_pb2.DecideRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.DecideRequest, twin_pb2.DecideResponse],
+    ) -> twin_pb2.DecideResponse:
+        async with status.refusing(context):
+            is_confirmed = self._acting.decide(request.selected)
+            return twin_pb2.DecideResponse(is_confirmed=is_confirmed)
+        raise AssertionError("abort raises")
 
     async def Describe(  # noqa: N802
         self,
@@ -462,6 +558,10 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         hosted.answer = answer
         hosted.frame = request.frame
         hosted.epoch = max(hosted.epoch, request.epoch)
+        if hosted.desk is not None:
+            hosted.desk.epoch = hosted.epoch
+            if hosted.desk.desk.doubts():
+                self._acting.ask_arbiters(hosted.desk)
         if request.HasField("close"):
             self._forget_later(request.session)
 
@@ -532,7 +632,9 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                         self._open(hosted, request.open)
                         response.opened.SetInParent()
                     case "snapshot":
-                        state = codec.encode_session(_usable(hosted))
+                        desk = hosted.desk
+                        saved = b"" if desk is None else desk.save()
+                        state = codec.encode_session(_usable(hosted), saved)
                         response.snapshot_taken.state = state
                     case "restore":
                         self._restore(hosted, request.restore.state)
@@ -570,6 +672,10 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         session = ModelSession(self._factory(), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
         hosted.session, hosted.opened, hosted.failure = session, opened, None
+        if opened.run:
+            hosted.desk = self._acting.seat(
+                opened.run, opened.member, self.description, opened.start_ns
+            )
 
     def _advance(
         self,
@@ -581,8 +687,15 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         response.advanced.SetInParent()
         add = response.advanced.results.add
         began_s, began_cpu_s = time.perf_counter(), time.thread_time()
+        desk = hosted.desk
         for step in advance.steps:
-            result = session.advance(codec.decode_step_input(step))
+            given = codec.decode_step_input(step)
+            if desk is not None:
+                result = desk.advance(session, given)
+            elif given.desk is None:
+                result = session.advance(given)
+            else:
+                result = done_with(session, given, given.desk)
             codec.write_step_result(add(), result)
         if advance.steps:
             took_s = time.perf_counter() - began_s
@@ -598,12 +711,17 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         opened = hosted.opened
         session = ModelSession(self._factory(), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
-        codec.restore_session(session, state)
-        self._end(hosted)
+        state_of_desk = codec.restore_session(session, state)
+        self._end(hosted, keeps_desk=True)
         hosted.session, hosted.failure = session, None
+        if hosted.desk is not None:
+            hosted.desk.take_up(state_of_desk)
 
-    def _end(self, hosted: _Hosted) -> None:
+    def _end(self, hosted: _Hosted, *, keeps_desk: bool = False) -> None:
         session, hosted.session = hosted.session, None
+        if hosted.desk is not None and not keeps_desk:
+            self._acting.unseat(hosted.desk)
+            hosted.desk = None
         if session is not None:
             with _blaming(self.name):
                 session.twin.close()
