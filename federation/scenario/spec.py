@@ -333,10 +333,14 @@ def _links(folder: Path, map_: Map) -> tuple[tuple[str, str, float], ...]:
 
 @dataclass(frozen=True)
 class Document:
-    """The text of a scenario with the line of every key, for errors that help."""
+    """The text of a scenario, or of another `model`, with the line of every key, for errors that
+    help."""
 
     text: str
     path: str
+    model: type[Part] = Scenario
+    noun: str = "a scenario"
+    invalid: Reason = Reason.SCENARIO_INVALID
 
     @cached_property
     def tree(self) -> yaml.Node:
@@ -345,9 +349,9 @@ class Document:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             line = mark.line + 1 if mark else 1
-            raise self.error_at(Reason.SCENARIO_INVALID, line, f"{error.problem}") from None
+            raise self.error_at(self.invalid, line, f"{error.problem}") from None
         if not isinstance(tree, yaml.MappingNode):
-            raise self.error_at(Reason.SCENARIO_INVALID, 1, "a scenario is a mapping of keys")
+            raise self.error_at(self.invalid, 1, f"{self.noun} is a mapping of keys")
         return tree
 
     def line(self, path: tuple[int | str, ...]) -> int:
@@ -378,17 +382,17 @@ class Document:
         line = self.line(path)
         dotted = ".".join(str(p) for p in path)
         if first["type"] == "extra_forbidden":
-            known = _keys(path[:-1])
+            known = _keys(path[:-1], self.model)
             close = difflib.get_close_matches(str(path[-1]), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
             return self.error_at(Reason.UNKNOWN_KEY, line, f"unknown key {path[-1]!r}{hint}")
         message = first["msg"].removeprefix("Value error, ")
-        return self.error_at(Reason.SCENARIO_INVALID, line, f"{dotted or 'scenario'}: {message}")
+        whole = self.noun.split()[-1]
+        return self.error_at(self.invalid, line, f"{dotted or whole}: {message}")
 
 
-def _keys(path: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `path` knows, as they are written in a document."""
-    model: type[Part] = Scenario
+def _keys(path: tuple[int | str, ...], model: type[Part]) -> list[str]:
+    """The keys that the part of `model` at `path` knows, as they are written in a document."""
     for key in path:  # indices and free names, such as those of members, name no field
         annotation = _fields(model).get(str(key))
         for part in (annotation, *get_args(annotation)):

@@ -1,0 +1,1 @@
+"""A hostile optimiser against the guard, before a simulated town with a referee of its own."""
