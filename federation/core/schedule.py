@@ -172,13 +172,13 @@ class Schedule:
         hashes: bool = False,
     ) -> Schedule:
         """Another schedule that stands where this one does between two instants, and goes on
-        with these sessions. With `hashes` its digest goes on, too."""
+        with these sessions. With `hashes` its digest goes on, too. Its clocks stand still."""
         other = Schedule(
             self._wiring,
             sessions,
             horizon_ns,
-            wall=self._wall,
-            cpu=self._cpu,
+            wall=_stopped,
+            cpu=_stopped,
             pools=self._pools,
             keeps=keeps,
         )
@@ -453,6 +453,10 @@ class Schedule:
     def _is_kept(self, record: Record) -> bool:
         outlets = self._exchange.members[record.owner].outlets
         return outlets[record.variable] in self._kept
+
+
+def _stopped() -> float:
+    return 0.0
 
 
 def _mix(place: Place, changed: list[str]) -> None:
