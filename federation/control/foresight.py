@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from federation.control.loop import IN_FORCE, Comparison, Decision, Loop, Rating
-from federation.core.bundle import Bundle, Priority, Setpoint
+from federation.core.bundle import Bundle, Priority
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
 from federation.plan.belief import Assessment
 from federation.plan.crews import CrewPlanner, Family, Key, Order
 from federation.plan.joint import JointModel, joint_model
 from federation.plan.visits import Task
-from federation.twin import HOUR_NS, SYSTEM, Cut, LinearBlock, Step, Vector
+from federation.twin import SYSTEM, Cut, LinearBlock, Step, Vector
 
 Screen = Callable[[Bundle], Sequence[str]]
 """Says why a bundle may not take effect; nothing when it may."""
@@ -140,9 +140,7 @@ class ForesightPlanner(CrewPlanner):
         travel = [of(source.travel) for source in self._sources]
         self._belief.look(cut.time_ns, remaining)
         keys, tasks = self._tasks(self._belief.hours, busy, travel)
-        weighted = sum(
-            weight * float(of(name)[0]) for name, weight in cut.weights.items()
-        )
+        weighted = sum(weight * float(of(name)[0]) for name, weight in cut.weights.items())
         return Situation(cut, remaining, busy, travel, keys, tasks, weighted)
 
     def observed(self, situation: Situation) -> float:
@@ -188,7 +186,9 @@ class ForesightPlanner(CrewPlanner):
         weighted: list[float] = []
         figures: dict[str, float] = dict.fromkeys(cut.weights, 0.0)
         for number in range(self._ahead.futures):
-            glimpse = cut.future(number, self.follower(order), until_ns, self._believed(cut, number))
+            glimpse = cut.future(
+                number, self.follower(order), until_ns, self._believed(cut, number)
+            )
             growth = {n: glimpse.growth(n, until_ns) for n in cut.weights}
             weighted.append(sum(weight * growth[n] for n, weight in cut.weights.items()))
             for figure, value in growth.items():

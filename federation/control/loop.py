@@ -111,7 +111,8 @@ class Decision:
         mine = self.rating(self.chosen)
         return (
             f"{self.occasion}: {self.chosen} is followed, {self.why}; {mine.mean:,.0f} expected "
-            f"within {hours:.0f} h in {len(mine.weighted)} futures" + (f"; {others}" if others else "")
+            f"within {hours:.0f} h in {len(mine.weighted)} futures"
+            + (f"; {others}" if others else "")
         )
 
 

@@ -8,7 +8,6 @@ objects. The run that is forked does not feel it.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ import numpy as np
 from federation.core.ledger import Entry, Record
 from federation.core.schedule import Schedule
 from federation.errors import Reason, ScenarioError
-from federation.scenario.run import Case, Experiment, blame, build_twin, parameters_of
+from federation.scenario.future import Future
+from federation.scenario.run import Case, Experiment, blame, build_twin
 from federation.scenario.spec import PLANNER, Scenario
-from federation.scenario.study import quantile
 from federation.twin import NOTHING, Glimpse, Planner, Session, Twin, Vector
 
 
@@ -127,18 +126,7 @@ class RunCut:
     ) -> Glimpse:
         began_s = time.process_time()
         case, scenario = self.foresight.case, self.foresight.scenario
-        luck = int.from_bytes(
-            hashlib.sha256(
-                f"{case.seed}/{case.run}/future/{self.time_ns}/{number}".encode()
-            ).digest()[:8],
-            "little",
-        )
-        draws = np.random.default_rng(luck)
-        drawn = {
-            name: float(quantile(scenario.uncertainty[name], draws.random(1))[0])
-            for name in sorted(scenario.uncertainty)
-        }
-        other = Case(0, luck, case.measure, parameters_of(scenario, case.measure, drawn))
+        other = Future(number).case(scenario, case, self.time_ns)
         sessions = self._sessions(
             planner, other.parameters, {n: other.member_seed(n) for n in self.foresight.sessions}
         )
@@ -198,9 +186,7 @@ class RunCut:
                 found[name].twin.restore(state)
         return found
 
-    def _finish(
-        self, schedule: Schedule, sessions: Mapping[str, Session], note: object
-    ) -> str:
+    def _finish(self, schedule: Schedule, sessions: Mapping[str, Session], note: object) -> str:
         take = note if callable(note) else (lambda entries: None)
         try:
             return schedule.run(lambda entries, settled_ns: take(entries))
