@@ -599,13 +599,13 @@ class BrokerServer:
         if case is None:
             raise _no_case(name)
         origin = memory.origin
+        _check_is_lived(name, origin)
         if origin is not None and cut_ns < origin.until_ns:
             raise ScenarioError(
                 Reason.INSTANT_PASSED,
                 f"{name} has its past up to {origin.until_ns} ns from {origin.run}: fork that one",
                 {"run": origin.run},
             )
-        _check_is_lived(name, origin)
         new = replace(case, measure=measure or case.measure)
         if new != case or future is not None:
             folder = self.options.scenario_folder

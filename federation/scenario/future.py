@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from federation.errors import Reason, ScenarioError
 from federation.scenario.run import Case, parameters_of
 from federation.scenario.spec import Scenario
 from federation.scenario.study import quantile
-from federation.twin import NOTHING, Vector
+from federation.twin import Vector
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Future:
 
     number: int = 0
     seed: int | None = None
-    parameters: Mapping[str, float] = NOTHING
-    believed: Mapping[str, Mapping[str, Vector]] = NOTHING
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    believed: Mapping[str, Mapping[str, Vector]] = field(default_factory=dict)
 
     def case(self, scenario: Scenario, case: Case, time_ns: int) -> Case:
         """What the members of a future from `time_ns` on are opened with.
