@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos published proto lock system clean
+.PHONY: demo test property check soak bench chaos kills published proto lock system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -35,6 +35,9 @@ bench: $(INSTALLED)  ## the federation beside HELICS and mosaik on the same work
 
 chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how it took them
 	$(BIN)/python -m tests.chaos
+
+kills: $(INSTALLED)  ## kill who brings a bundle to four twins 200 times, after every message
+	$(BIN)/python -m tests.kills
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,12 @@ from federation.loop import run
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
+    from federation.control.stop import Verdict
     from federation.scenario.run import Case, Outcome
     from federation.scenario.spec import Policy, Scenario
     from federation.twin import Description, Planner
+    from federation.wire.credentials import Identity
+    from federation.wire.roster import Post
 
 DEMO = "regions/shelby/earthquake.yaml"
 PLANNER_FACTORY = "federation.__main__:planner"
@@ -230,6 +233,7 @@ def command_report(options: argparse.Namespace) -> int:
 
 def command_serve(options: argparse.Namespace) -> int:
     from federation.scenario.run import build_twin
+    from federation.wire.credentials import Keyring
     from federation.wire.serve import INLINE_S, ServeOptions, serve
 
     config = dict(_setting(text) for text in options.config)
@@ -247,6 +251,8 @@ def command_serve(options: argparse.Namespace) -> int:
                 advertise=options.advertise,
                 inline_s=INLINE_S,
                 max_message_bytes=options.max_message_mib << 20,
+                keyring=Keyring() if options.keyring is None else Keyring.load(options.keyring),
+                state_file=options.state,
             ),
         )
     )
@@ -266,9 +272,80 @@ def command_broker(options: argparse.Namespace) -> int:
                 scenario_folder=options.scenarios,
                 planner=planner,
                 keep_runs=options.keep_runs,
+                roster=_roster_of(options),
                 max_message_bytes=options.max_message_mib << 20,
             )
         )
+    )
+    return 0
+
+
+def _roster_of(options: argparse.Namespace) -> Path | None:
+    """Where a broker notes its twins: beside its store, if that is a file, unless told."""
+    if options.roster is not None:
+        return Path(options.roster)
+    return None if "://" in options.store else Path(f"{options.store}.roster.json")
+
+
+def command_stop(options: argparse.Namespace) -> int:
+    from federation.control import stop
+
+    return _at_twins(options, lambda posts, who: stop.stop(posts, who, options.reason), "stopped")
+
+
+def command_release(options: argparse.Namespace) -> int:
+    from federation.control import stop
+
+    if options.bundle:
+        run_name, bundle = options.bundle
+        return _at_twins(
+            options, lambda posts, who: stop.release(posts, who, run_name, bundle), "released"
+        )
+    return _at_twins(options, lambda posts, who: stop.lift(posts, who, options.stop), "lifted")
+
+
+def _at_twins(
+    options: argparse.Namespace,
+    ask: Callable[[Sequence[Post], Identity], Awaitable[Sequence[Verdict]]],
+    done: str,
+) -> int:
+    """Ask the twins that are meant, and say what each said; 3 when one of them did not do it."""
+    from federation.control import stop
+    from federation.wire.credentials import Identity
+
+    if not (options.twin or options.domain or options.all):
+        raise ScenarioError(Reason.SCENARIO_INVALID, "say which: --twin ADDRESS, --domain D, --all")
+    identity = Identity.load(options.identity, options.key)
+
+    async def work() -> Sequence[Verdict]:
+        posts = await stop.find_posts(options.twin, options.broker, options.roster)
+        # a twin that is named is meant, whatever its domain
+        return await ask(
+            stop.of_domain(posts, options.domain if not options.twin else None), identity
+        )
+
+    verdicts = run(work())
+    for verdict in verdicts:
+        what = f"{verdict.post.name} at {verdict.post.address}"
+        if verdict.error is not None:
+            say(f"NOT {done}: {what}: {verdict.error}")
+        else:
+            print(f"{done}: {what}: {', '.join(verdict.done) or 'nothing'}")
+    return 3 if any(verdict.error is not None for verdict in verdicts) else 0
+
+
+def command_keys_new(options: argparse.Namespace) -> int:
+    """Make a key pair, and say how the keyring has it."""
+    from federation.wire.credentials import Identity
+
+    identity = Identity.generate(options.identity)
+    options.dir.mkdir(parents=True, exist_ok=True)
+    file = options.dir / f"{options.identity}.pem"
+    identity.save(file)
+    say(f"the private key is in {file}; keep it there. The keyring of a twin has:")
+    print(
+        f"- name: {options.identity}\n  public_key: {identity.public_key}\n"
+        f"  roles: [{', '.join(options.role)}]\n  domains: {json.dumps(options.domain)}"
     )
     return 0
 
@@ -434,6 +511,18 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--config", metavar="KEY=VALUE", action="append", default=[], help="for its constructor"
     )
+    server.add_argument(
+        "--keyring",
+        type=Path,
+        metavar="FILE",
+        help="who may act on it, see: multitwin keys (nobody)",
+    )
+    server.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="where it keeps stops and confirmations, over restarts",
+    )
     server.add_argument("--advertise", metavar="ADDRESS", help="what the broker calls (host:port)")
     _server_options(server)
     server.set_defaults(do=command_serve)
@@ -450,6 +539,9 @@ def parser() -> argparse.ArgumentParser:
     )
     broker.add_argument(
         "--keep-runs", type=_positive, metavar="N", help="drop all but the newest N ended runs"
+    )
+    broker.add_argument(
+        "--roster", metavar="FILE", help="where it notes its twins (STORE.roster.json)"
     )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
@@ -488,6 +580,8 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--recorded", default="", metavar="A,B", help="all but these do")
     _broker_option(replay)
     replay.set_defaults(do=command_replay)
+
+    _acting_commands(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
@@ -542,6 +636,68 @@ def _member_commands(command: argparse.ArgumentParser) -> None:
             "--at", type=float, metavar="H", help="when, in hours of the run (as soon as it can be)"
         )
         _broker_option(change)
+
+
+def _acting_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    stop = commands.add_parser(
+        "stop",
+        help="stop what is autonomous, now",
+        description="Stop all that is autonomous at twins: what loops have set falls back to what "
+        "a person has set, or to the safe default, and nothing new is taken until a person "
+        "releases it. The twins are asked directly; their broker may be dead.",
+    )
+    stop.add_argument("--reason", required=True, metavar="TEXT", help="why, for the record")
+    stop.set_defaults(do=command_stop)
+    release = commands.add_parser(
+        "release",
+        help="lift stops, or undo a bundle",
+        description="Lift what was stopped at twins. What had fallen away stays away until "
+        "somebody sets it anew.",
+    )
+    which = release.add_mutually_exclusive_group()
+    which.add_argument(
+        "--stop", action="append", default=[], metavar="ID", help="only this stop (all)"
+    )
+    which.add_argument("--bundle", nargs=2, metavar=("RUN", "ID"), help="undo this bundle instead")
+    release.set_defaults(do=command_release)
+    for command in (stop, release):
+        command.add_argument(
+            "--twin", action="append", default=[], metavar="ADDRESS", help="this twin"
+        )
+        command.add_argument("--broker", metavar="ADDRESS", help="the twins that it has")
+        command.add_argument(
+            "--roster",
+            type=Path,
+            default=Path("broker.sqlite.roster.json"),
+            metavar="FILE",
+            help="and those that are here (broker.sqlite.roster.json)",
+        )
+        who = command.add_mutually_exclusive_group()
+        who.add_argument("--domain", metavar="D", help="those of this domain")
+        who.add_argument("--all", action="store_true", help="all of them")
+        command.add_argument(
+            "--as", dest="identity", required=True, metavar="NAME", help="who asks"
+        )
+        command.add_argument(
+            "--key", type=Path, required=True, metavar="FILE", help="that one's private key"
+        )
+    keys = commands.add_parser("keys", help="make keys for those who act")
+    new = keys.add_subparsers(dest="change", required=True, metavar="CHANGE").add_parser(
+        "new", help="make a key pair"
+    )
+    new.add_argument("identity", metavar="NAME")
+    new.add_argument("--dir", type=Path, default=Path("keys"), metavar="D", help="(keys)")
+    new.add_argument(
+        "--role",
+        action="append",
+        required=True,
+        choices=("guard", "operator", "optimiser", "observer"),
+        help="what it may do",
+    )
+    new.add_argument(
+        "--domain", action="append", default=[], metavar="D", help="where, * for everywhere"
+    )
+    new.set_defaults(do=command_keys_new)
 
 
 def _run_argument(command: argparse.ArgumentParser) -> None:

@@ -72,6 +72,7 @@ from federation.v1 import (
 )
 from federation.wire import codec, status
 from federation.wire.link import MEBIBYTE, Link, LinkOptions
+from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
 
@@ -104,7 +105,7 @@ class BrokerOptions:
     `turn_within_s` fails. A broker that `continues`
     takes up the runs that an earlier life of it left unfinished; else they are marked as failed.
     With `keep_runs`, only so many runs that have ended stay in its store. `link` says how patient
-    it is with twins.
+    it is with twins. Where they are it notes in the file `roster`, for when it is dead.
     """
 
     host: str = "127.0.0.1"
@@ -120,6 +121,7 @@ class BrokerOptions:
     max_message_bytes: int = 64 * MEBIBYTE
     grace_s: float = 2.0
     link: LinkOptions = field(default_factory=LinkOptions)
+    roster: Path | None = None
 
 
 class BrokerServer:
@@ -147,6 +149,8 @@ class BrokerServer:
         self._stack = AsyncExitStack()
         self._turn = asyncio.Semaphore(self.options.parallel_runs)
         self._arrived = asyncio.Event()
+        file = self.options.roster
+        self._roster = None if file is None else Roster(file)
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -237,6 +241,23 @@ class BrokerServer:
     def note_arrival(self) -> None:
         self._arrived.set()
         self._arrived = asyncio.Event()
+        self.note_roster()
+
+    def note_roster(self, left: Sequence[str] = ()) -> None:
+        """Write down who is where, those that runs reach without registration among them."""
+        if self._roster is None:
+            return
+        leases = self.registry.members(time.monotonic_ns())
+        posts = [Post(x.member.name, x.member.address, x.member.domain) for x in leases]
+        for live in self._live.values():
+            descriptions = live.prepared.experiment.descriptions
+            for name, place in live.places.items():
+                if place.address is not None and name in descriptions:
+                    posts.append(Post(name, place.address, descriptions[name].domain))
+        try:
+            self._roster.note(posts, left)
+        except OSError as error:
+            _say(f"the roster could not be written: {error}")
 
     def _lease(self, name: str) -> Lease | None:
         leases = self.registry.members(time.monotonic_ns())
@@ -261,6 +282,7 @@ class BrokerServer:
         while True:
             await asyncio.sleep(LOOK_S)
             service.expire()
+            self.note_roster()
             for live in list(self._live.values()):
                 for name, lease in list(live.leases.items()):
                     key = (live.name, name)
@@ -1210,6 +1232,17 @@ class _Broker(BrokerService):
             store = self._broker.store
             await asyncio.to_thread(store.keep_lease_epoch, response.lease.epoch)
         self._broker.note_arrival()
+        return response
+
+    async def Leave(  # noqa: N802
+        self,
+        request: broker_pb2.LeaveRequest,
+        context: grpc.aio.ServicerContext[broker_pb2.LeaveRequest, broker_pb2.LeaveResponse],
+    ) -> broker_pb2.LeaveResponse:
+        leases = self.registry.members(time.monotonic_ns())
+        left = [lease.member.name for lease in leases if lease.id == request.lease]
+        response = await super().Leave(request, context)
+        self._broker.note_roster(left)
         return response
 
     async def Watch(  # noqa: N802

@@ -77,7 +77,7 @@ class Slot:
     """One entry of a priority array.
 
     `since_ns` is the step at which it came into force, None before that step; its lease counts
-    from there. `under` is the settled entry that it replaces while it is not settled itself.
+    from there. `under` is the confirmed entry that it replaces until it is confirmed itself.
     """
 
     value: float
@@ -86,7 +86,6 @@ class Slot:
     bundle: str
     lease_ns: int
     since_ns: int | None = None
-    is_settled: bool = False
     under: Slot | None = None
 
     @property
@@ -351,7 +350,7 @@ class Desk:
     @property
     def is_idle(self) -> bool:
         """Whether a step now has nothing to do with the desk; cheap, asked at every step."""
-        return not (self._is_changed or self._told or self._open)
+        return not (self._is_changed or self._told or self._open or self._slots)
 
     def step(self, time_ns: int, actions: tuple[Action, ...] = ()) -> DeskStep | None:
         """Come to a step of the session: what the model is given, or None when it is nothing.
@@ -529,7 +528,7 @@ class Desk:
             array = self._slots.get(place, {})
             slot = array.get(held.bundle.priority)
             if slot is not None and slot.bundle == held.bundle.id:
-                array[held.bundle.priority] = replace(slot, is_settled=True, under=None)
+                array[held.bundle.priority] = replace(slot, under=None)
                 if slot.under is not None:
                     self._retire(slot.under.bundle, f"replaced by {held.bundle.id}")
         self._put(replace(held, phase=Phase.CONFIRMED, until_ns=NEVER))
@@ -561,9 +560,9 @@ class Desk:
         self._retire(slot.bundle, why)
 
     def _retire(self, id: str, why: str) -> None:
-        """End a confirmed bundle that has no entry left."""
+        """End a bundle that has no entry left."""
         held = self._bundles.get(id)
-        if held is None or held.phase is not Phase.CONFIRMED:
+        if held is None or held.phase not in (Phase.OPERATED, Phase.CONFIRMED):
             return
         for array in self._slots.values():
             for slot in array.values():

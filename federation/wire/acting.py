@@ -30,6 +30,9 @@ from federation.wire.credentials import Keyring, permit
 DECIDE_WITHIN_S = 2.0
 """How long a bundle in doubt stays in force while its arbiter can't be asked; wall time."""
 
+CONFIRMED_KEPT = 256
+"""How many confirmed bundles a process remembers beyond its sessions."""
+
 _AGAIN_S = 0.1
 
 _log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ _log = logging.getLogger(__name__)
 class SeatedDesk:
     """A session's desk, with what its twin said last."""
 
-    def __init__(self, desk: Desk, description: Description, stops: Stops) -> None:
+    def __init__(self, desk: Desk, description: Description, standing: Standing) -> None:
         self.desk = desk
         self.lock = threading.Lock()
         self.epoch = 0
@@ -48,23 +51,31 @@ class SeatedDesk:
         self.asking: set[str] = set()
         """The bundles in doubt whose arbiter is being asked."""
         self._description = description
-        self._stops = stops
+        self._standing = standing
         self._outputs: dict[str, Vector] = {}
         self._kinds = {variable.name: variable.kind for variable in description.outputs()}
         self._last: DeskStep | None = None
-        for stop in stops.present():
+        for stop in standing.stops():
             desk.halt(stop)
 
     def advance(self, session: Session, given: StepInput) -> StepResult:
-        """Let the session do a step with what the desk has to do with it."""
-        with self.lock:
-            told = self._step(given)
-        result = done_with(session, given, told)
+        """Let the session do a step with what the desk has to do with it, which is mostly nothing.
+
+        An order that comes while it is seen that there is none counts from the next step on.
+        """
+        if self.desk.is_idle and not self.is_behind and given.desk is None:
+            self.desk.now_ns, self._last = given.time_ns, None
+            result = session.advance(given)
+        else:
+            with self.lock:
+                told = self._step(given)
+            result = done_with(session, given, told)
         self._outputs.update(result.outputs)
         return result
 
     def _step(self, given: StepInput) -> DeskStep | None:
         desk = self.desk
+        told: DeskStep | None
         if given.desk is not None:
             self.is_behind = True
             self.take_up(given.desk.state)
@@ -75,7 +86,7 @@ class SeatedDesk:
         else:
             if self.is_behind:
                 self.is_behind = False
-                self._stops.learn(desk)
+                self._standing.bring(desk)
             told = desk.step(given.time_ns, given.actions)
         self._last = told
         return told
@@ -107,11 +118,13 @@ def done_with(session: Session, given: StepInput, told: DeskStep | None) -> Step
     return result._replace(desk=told)
 
 
-class Stops:
-    """What is stopped in this process, whatever its sessions; kept in a file if there is one.
+class Standing:
+    """What holds in this process whatever its sessions: stops, and bundles that were confirmed.
 
-    With a file a stop outlives the process. A stop that comes with a session from another process
-    holds here as well, unless it was lifted here.
+    With a file it outlives the process, and what is acknowledged is on the disk: a twin that was
+    stopped is stopped when it is started again, and a bundle that its arbiter has confirmed stays
+    so although the arbiter's session is brought back from before. A stop that comes with a session
+    from another process holds here as well, unless it was lifted here.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -119,12 +132,14 @@ class Stops:
         self._lock = threading.Lock()
         self._stops: dict[str, Stop] = {}
         self._lifted: dict[str, None] = {}
+        self._confirmed: dict[str, None] = {}
         if file is not None and file.is_file():
             plain = json.loads(file.read_text(encoding="utf-8"))
             self._stops = {each["id"]: Stop(**each) for each in plain["stops"]}
             self._lifted = dict.fromkeys(plain["lifted"])
+            self._confirmed = dict.fromkeys(plain["confirmed"])
 
-    def present(self) -> tuple[Stop, ...]:
+    def stops(self) -> tuple[Stop, ...]:
         return tuple(self._stops.values())
 
     def halt(self, stop: Stop) -> None:
@@ -137,7 +152,7 @@ class Stops:
                     Reason.REQUEST_DIFFERS, f"the stop {stop.id} {what}; make a new one"
                 )
             if known is None:
-                self._keep({**self._stops, stop.id: stop}, self._lifted)
+                self._keep(stops={**self._stops, stop.id: stop})
 
     def lift(self, ids: tuple[str, ...]) -> None:
         """Fails with UNKNOWN_BUNDLE when there is no stop of such an id."""
@@ -150,35 +165,61 @@ class Stops:
                     f"{', '.join(self._stops) or 'none'}",
                 )
             left = {id: stop for id, stop in self._stops.items() if id not in ids}
-            self._keep(left, self._lifted | dict.fromkeys(ids))
+            self._keep(stops=left, lifted=self._lifted | dict.fromkeys(ids))
 
-    def learn(self, desk: Desk) -> None:
-        """Bring a desk that comes from elsewhere, and this, to the same stops."""
+    def confirm(self, desk: Desk, bundle: str) -> None:
+        """Keep that a bundle is confirmed, for longer than it may be forgotten."""
+        with self._lock:
+            found = self._confirmed | {_name(desk, bundle): None}
+            self._keep(confirmed=dict.fromkeys(list(found)[-CONFIRMED_KEPT:]))
+
+    def bring(self, desk: Desk) -> None:
+        """Bring a desk that comes from elsewhere, or from before, to what holds here."""
         with self._lock:
             news = {i: s for i, s in desk.stops.items() if i not in self._lifted}
             if news.keys() - self._stops.keys():
-                self._keep({**news, **self._stops}, self._lifted)
+                self._keep(stops={**news, **self._stops})
             desk.lift([id for id in desk.stops if id in self._lifted])
+            for held in desk.bundles():
+                if _name(desk, held.bundle.id) in self._confirmed:
+                    desk.learn(held.bundle.id, is_confirmed=True)
             for stop in self._stops.values():
                 desk.halt(stop)
 
-    def _keep(self, stops: dict[str, Stop], lifted: dict[str, None]) -> None:
+    def _keep(
+        self,
+        stops: dict[str, Stop] | None = None,
+        lifted: dict[str, None] | None = None,
+        confirmed: dict[str, None] | None = None,
+    ) -> None:
+        """Change what is not None, on the disk first."""
+        stops = self._stops if stops is None else stops
+        lifted = self._lifted if lifted is None else lifted
+        confirmed = self._confirmed if confirmed is None else confirmed
         if self._file is not None:
-            plain = {"stops": [asdict(s) for s in stops.values()], "lifted": list(lifted)}
+            plain = {
+                "stops": [asdict(stop) for stop in stops.values()],
+                "lifted": list(lifted),
+                "confirmed": list(confirmed),
+            }
             new = self._file.with_name(self._file.name + ".new")
             with new.open("w", encoding="utf-8") as out:
                 json.dump(plain, out)
                 out.flush()
                 os.fsync(out.fileno())
             new.replace(self._file)
-        self._stops, self._lifted = stops, lifted
+        self._stops, self._lifted, self._confirmed = stops, lifted, confirmed
+
+
+def _name(desk: Desk, bundle: str) -> str:
+    return f"{desk.run} {desk.member} {bundle}"
 
 
 class Acting:
     """Takes the orders for the desks of one process."""
 
-    def __init__(self, name: str, domain: str, keyring: Keyring, stops: Stops) -> None:
-        self.stops = stops
+    def __init__(self, name: str, domain: str, keyring: Keyring, standing: Standing) -> None:
+        self.standing = standing
         self._name = name
         self._domain = domain
         self._keyring = keyring
@@ -187,7 +228,7 @@ class Acting:
 
     def seat(self, run: str, member: str, description: Description, start_ns: int) -> SeatedDesk:
         """A desk for a session that was opened for a run; the last that was opened is acted on."""
-        seated = SeatedDesk(Desk(run, member, description, start_ns), description, self.stops)
+        seated = SeatedDesk(Desk(run, member, description, start_ns), description, self.standing)
         self._desks[run, member] = seated
         return seated
 
@@ -205,7 +246,7 @@ class Acting:
         if what in ("halt", "lift"):
             permit(known, what, self._domain)
             return self._stop(order, known.name)
-        content = hashlib.sha256(signed.order).hexdigest()
+        content = _content(order)
         seated = self._find(order.run, order.member)
         with seated.lock:
             desk = seated.desk
@@ -218,7 +259,8 @@ class Acting:
                 held = desk.held(handle.bundle)
                 priority = None if held is None else held.bundle.priority
             permit(known, what, self._domain, priority)
-            self._check_epoch(seated, order.epoch)
+            if what != "release":  # which is towards safety
+                self._check_epoch(seated, order.epoch)
 
             def do() -> Receipt:
                 match what:
@@ -229,7 +271,9 @@ class Acting:
                     case "operate":
                         return desk.operate(handle.bundle, handle.digest, known.name, seated.read)
                     case "confirm":
-                        return desk.confirm(handle.bundle, handle.digest, known.name)
+                        done = desk.confirm(handle.bundle, handle.digest, known.name)
+                        self.standing.confirm(desk, handle.bundle)
+                        return done
                     case _:
                         return desk.release(handle.bundle, f"released by {known.name}")
 
@@ -240,7 +284,7 @@ class Acting:
         if order.WhichOneof("what") != "look":
             raise _denied(f"{known.name} has not signed that it looks")
         answer = twin_pb2.ReadDeskResponse()
-        for stop in self.stops.present():
+        for stop in self.standing.stops():
             answer.stops.add(id=stop.id, by=stop.by, reason=stop.reason)
         for seated in list(self._desks.values()):
             with seated.lock:
@@ -291,11 +335,11 @@ class Acting:
             if not order.halt.reason:
                 raise ScenarioError(Reason.SCENARIO_INVALID, "a stop has a reason")
             stop = Stop(order.request, by, order.halt.reason)
-            self.stops.halt(stop)
+            self.standing.halt(stop)
             change: Callable[[Desk], None] = lambda desk: desk.halt(stop)  # noqa: E731
         else:
             ids = tuple(order.lift.stops)
-            self.stops.lift(ids)
+            self.standing.lift(ids)
             change = lambda desk: desk.lift(ids)  # noqa: E731
         for seated in list(self._desks.values()):
             with seated.lock:
@@ -342,6 +386,14 @@ async def _asked(address: str, selected: bytes) -> bool:
                 if error.reason not in (Reason.UNREACHABLE, Reason.NOT_LIVE):
                     raise error from None
             await asyncio.sleep(_AGAIN_S)
+
+
+def _content(order: twin_pb2.Order) -> str:
+    """What tells an order from another one under its id; not under which epoch it was repeated."""
+    said = twin_pb2.Order()
+    said.CopyFrom(order)
+    said.ClearField("epoch")
+    return hashlib.sha256(said.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _token(signed: twin_pb2.Signed, address: str) -> str:

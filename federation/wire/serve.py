@@ -31,7 +31,7 @@ from federation.twin import Description, Twin, failed
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
 from federation.wire import codec, status
-from federation.wire.acting import Acting, SeatedDesk, Stops, done_with, encode_receipt
+from federation.wire.acting import Acting, SeatedDesk, Standing, done_with, encode_receipt
 from federation.wire.credentials import Keyring
 from federation.wire.enrol import keep_name
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
@@ -70,8 +70,8 @@ class ServeOptions:
     nothing else, and models that never wait for something in this process. With several threads
     nothing is done there.
 
-    Who may act on its sessions stands in the `keyring`; without one nobody may. What is stopped is
-    kept in `stops_file`, so that it stays so when the process is started again.
+    Who may act on its sessions stands in the `keyring`; without one nobody may. What was
+    stopped, and what was confirmed, is kept in `state_file`, over restarts of the process.
     """
 
     host: str = "127.0.0.1"
@@ -84,7 +84,7 @@ class ServeOptions:
     inline_s: float = 0.0
     max_message_bytes: int = 64 * MEBIBYTE
     keyring: Keyring = field(default_factory=Keyring)
-    stops_file: Path | None = None
+    state_file: Path | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -290,7 +290,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             takes_batches=True,
         )
         self._acting = Acting(
-            name, self.description.domain, options.keyring, Stops(options.stops_file)
+            name, self.description.domain, options.keyring, Standing(options.state_file)
         )
         self._factory = factory
         self._options = options
