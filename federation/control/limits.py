@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from federation.control.monitor import Monitor
 from federation.control.reach import SLACK, Reach, name_of
 from federation.control.rules import ActuatorRule, RecoverySetpoint, Rules
 from federation.control.situation import NEVER, Forecast, Place, Refusal, Situation, Submission
-from federation.core.bundle import Bundle, Condition, Priority, Setpoint
+from federation.core.bundle import Bundle, Priority, Setpoint, bundle_of, plain_of
 from federation.twin import MINUTE_NS, Actuator, Description
 
 Verify = Callable[[str, bytes, bytes], bool]
@@ -78,7 +77,7 @@ class Memory:
     def move_to(self, time_ns: int, back_ns: int, longest_lease_ns: int) -> None:
         """Forget what no rule can ask for any more.
 
-        Of each place the last change stays, which the next may turn against.
+        Of each place the last change that took effect stays, which the next may turn against.
         """
         now_ns = self.now_ns = max(self.now_ns, time_ns)
         self.seen = {id_: end_ns for id_, end_ns in self.seen.items() if end_ns > now_ns}
@@ -86,7 +85,7 @@ class Memory:
             if bundle.expires_ns + longest_lease_ns <= now_ns:
                 self.settle(bundle.id, bundle.expires_ns)
         self.passed = {id_: at_ns for id_, at_ns in self.passed.items() if at_ns > now_ns - back_ns}
-        last = {change.place: change for change in self.changes}
+        last = {c.place: c for c in self.changes if c.time_ns != NEVER}
         self.changes = [
             c for c in self.changes if c.time_ns > now_ns - back_ns or c is last[c.place]
         ]
@@ -96,15 +95,15 @@ class Memory:
         return {
             "now_ns": self.now_ns,
             "seen": dict(self.seen),
-            "open": [json.loads(json.dumps(asdict(bundle))) for bundle in self.open.values()],
-            "changes": [list(change) for change in self.changes],
+            "open": [plain_of(bundle) for bundle in self.open.values()],
+            "changes": [[*c[:1], list(c.place), *c[2:]] for c in self.changes],
             "passed": dict(self.passed),
         }
 
     @classmethod
     def restored(cls, plain: Mapping[str, Any]) -> Memory:
         """The memory of which `plain` is a snapshot."""
-        bundles = [_bundle(fields) for fields in plain["open"]]
+        bundles = [bundle_of(fields) for fields in plain["open"]]
         changes = [Change(c[0], (c[1][0], c[1][1], c[1][2]), *c[2:]) for c in plain["changes"]]
         return cls(
             plain["now_ns"],
@@ -435,14 +434,3 @@ def _place(setpoint: Setpoint) -> Place:
 def _planned(setpoint: RecoverySetpoint) -> Place:
     member, _, actuator = setpoint.of.partition(".")
     return (member, actuator, setpoint.entity)
-
-
-def _bundle(fields: Mapping[str, Any]) -> Bundle:
-    return Bundle(
-        **{
-            **fields,
-            "setpoints": tuple(Setpoint(**s) for s in fields["setpoints"]),
-            "priority": Priority(fields["priority"]),
-            "conditions": tuple(Condition(**c) for c in fields["conditions"]),
-        }
-    )

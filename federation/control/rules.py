@@ -300,20 +300,21 @@ class Rules(Part):
         A range may only narrow the actuator's own, and must hold its safe default. What a rule
         reads needs a rule that says when it is usable.
         """
+        for name in self.values:
+            self._kind(name, descriptions, ("values", name))
         for name, rule in self.actuators.items():
             where = ("actuators", name)
             actuator = self.actuator(name, descriptions, where)
             low, high = self.low(name, actuator), self.high(name, actuator)
             if not actuator.low <= low <= high <= actuator.high:
                 text = f"{name}: {low:g}..{high:g} is not within the actuator's own "
-                raise self.error(where, f"{text}{actuator.low:g}..{actuator.high:g}")
+                side = "high" if high > actuator.high else "low"
+                raise self.error((*where, side), f"{text}{actuator.low:g}..{actuator.high:g}")
             if not low <= actuator.safe_default <= high:
                 text = f"{name}: its safe default {actuator.safe_default:g} is outside of its range"
                 raise self.error(where, text)
             for needed in rule.needs:
                 self._readable(needed, descriptions, (*where, "needs"))
-        for name in self.values:
-            self._kind(name, descriptions, ("values", name))
         for i, exclusion in enumerate(self.not_together):
             self._check_terms(exclusion, ("not_together", i), descriptions)
         for i, sum_ in enumerate(self.sums):

@@ -80,14 +80,30 @@ class Bundle:
         return hashlib.sha256(self.canonical()).hexdigest()
 
 
+def plain_of(bundle: Bundle) -> dict[str, Any]:
+    """Its fields as plain data, as JSON has them."""
+    plain = asdict(bundle)
+    for name in ("setpoints", "conditions"):
+        plain[name] = list(plain[name])
+    return plain | {"priority": int(bundle.priority)}
+
+
 def bundle_of(plain: Mapping[str, Any]) -> Bundle:
-    """A bundle again from `asdict`, or from JSON of that. Fails with KeyError or TypeError."""
+    """The bundle whose plain data these are; numbers that JSON lacks may be words ("nan").
+
+    Fails with KeyError, TypeError or ValueError.
+    """
+    setpoints = [Setpoint(**{**s, "value": float(s["value"])}) for s in plain["setpoints"]]
+    conditions = [
+        Condition(**{**c, "low": float(c["low"]), "high": float(c["high"])})
+        for c in plain["conditions"]
+    ]
     return Bundle(
         **{
             **plain,
-            "setpoints": tuple(Setpoint(**each) for each in plain["setpoints"]),
-            "conditions": tuple(Condition(**each) for each in plain["conditions"]),
+            "setpoints": tuple(setpoints),
             "priority": Priority(plain["priority"]),
+            "conditions": tuple(conditions),
         }
     )
 

@@ -72,8 +72,10 @@ class Author:
         """A plan that is in order but for what is asked for."""
         self.serial += 1
         age = self.draw.uniform(0, 3) if age_min is None else age_min
-        cut_ns = max(0, self.town.now_ns - round(age * MINUTE_NS)) if age >= 0 else round(
-            self.town.now_ns - age * MINUTE_NS
+        cut_ns = (
+            max(0, self.town.now_ns - round(age * MINUTE_NS))
+            if age >= 0
+            else round(self.town.now_ns - age * MINUTE_NS)
         )
         bundle = Bundle(
             f"plan-{self.serial}",
@@ -313,11 +315,14 @@ class Author:
         """A hospital gets too little whatever the plans say."""
         hospital = self.draw.randrange(3)
         place = ("grid", "feed", f"f{hospital}")
-        self.send(self.plan(self.set(place, self.now(place) - 10), delay_min=0))
-        self.town.efficiency[hospital] = 0.42
-        for _ in range(7):
-            self.quiet(self.draw.uniform(0.5, 2))
-            self.send(self.plan(*self.modest()))
+        self.send(self.plan(self.set(place, 36, 20), delay_min=0))
+        self.town.efficiency[hospital] = 0.4  # 36 MW are too few, and the 40 of the default enough
+        if self.draw.random() < 0.5:  # and nobody says anything
+            self.quiet(13)
+        else:
+            for _ in range(12):
+                self.quiet(self.draw.uniform(0.5, 2))
+                self.send(self.plan(*self.modest()))
         self.town.efficiency[hospital] = 1.0
 
     def forecast_missing(self) -> None:

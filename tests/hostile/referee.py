@@ -23,6 +23,11 @@ from tests.hostile.town import ACTUATORS, DESCRIPTIONS, HOSPITALS, RUN, Place, T
 
 MINUTE = 60 * 10**9
 RULES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("town.yaml").read_text())
+PLACES: dict[str, list[Place]] = {
+    f"{member}.{a.name}": [(member, a.name, entity) for entity in description.ids(a.kind)]
+    for member, description in DESCRIPTIONS.items()
+    for a in description.actuators
+}
 TOLERANCE = 1e-6
 """Ten thousandths of what would be seen, and far above the rounding of sums."""
 
@@ -65,7 +70,12 @@ class Referee:
             found.add("size")
         # counted as if everything on its way took effect now, and this with it
         window = RULES["bundles"]["within_min"] * MINUTE
-        counted = [b for b, at in self.town.took_effect.items() if self._recent(at, window)]
+        counted = [
+            bundle
+            for bundle, _ in itertools.takewhile(
+                lambda item: self._recent(item[1], window), reversed(self.town.took_effect.items())
+            )
+        ]
         on_the_way = self._on_the_way()
         counted += [b.id for b in on_the_way]
         if len({b for b in counted if b in self.let_go}) >= RULES["bundles"]["at_most"]:
@@ -100,7 +110,9 @@ class Referee:
 
     def _unsettled(self, bundle: Bundle, places: list[Place]) -> set[str]:
         found = set()
-        waiting = {(s.member, s.actuator, s.entity) for b in self._on_the_way() for s in b.setpoints}
+        waiting = {
+            (s.member, s.actuator, s.entity) for b in self._on_the_way() for s in b.setpoints
+        }
         for place in places:
             held = self.town.slots.get(place, {})
             by_people = [p for p in held if int(p) < 3]
@@ -155,9 +167,7 @@ class Referee:
                 if not all(low - TOLERANCE <= t <= high + TOLERANCE for t in totals):
                     found.add("sums")
         ties = [self._may_be(("grid", "tie", e), values) for e in ("north", "south")]
-        if "grid.tie" in names and any(
-            a >= 0.5 and b >= 0.5 for a, b in itertools.product(*ties)
-        ):
+        if "grid.tie" in names and any(a >= 0.5 and b >= 0.5 for a, b in itertools.product(*ties)):
             found.add("exclusions")
         if "water.pump" in names:
             wet = self._unusable("water.flood") or max(self._last("water.flood").values) >= 1
@@ -203,19 +213,23 @@ class Referee:
     def look(self) -> None:
         """Note every breach of the envelope by what is in force now."""
         now = self.town.now_ns
+        by_people = {
+            f"{place[0]}.{place[1]}"
+            for place, held in self.town.slots.items()
+            if any(int(priority) < 3 for priority in held)
+        }
         for rule in RULES["sums"]:
+            if by_people & set(rule["over"]):
+                continue  # what people set is theirs to answer for
             total = sum(
                 weight * self.town.in_force(place)
                 for name, weight in rule["over"].items()
                 for place in self._places(name)
-                if not self._is_held_by_people(name)
             )
-            if any(self._is_held_by_people(name) for name in rule["over"]):
-                continue  # what people set is theirs to answer for
             low, high = rule.get("at_least", -math.inf), rule.get("at_most", math.inf)
             if not low - TOLERANCE <= total <= high + TOLERANCE:
                 self.breaches.append(f"{rule['name']} at {total:g} at {now}")
-        if not self._is_held_by_people("grid.tie"):
+        if "grid.tie" not in by_people:
             north, south = (self.town.in_force(("grid", "tie", e)) for e in ("north", "south"))
             if north >= 0.5 and south >= 0.5:
                 self.breaches.append(f"both ties at {now}")
@@ -240,8 +254,7 @@ class Referee:
         return found
 
     def _places(self, name: str) -> list[Place]:
-        member, _, actuator = name.partition(".")
-        return [(member, actuator, e) for e in DESCRIPTIONS[member].ids(ACTUATORS[name].kind)]
+        return PLACES[name]
 
     def _on_the_way(self) -> list[Bundle]:
         return [p.bundle for p in self.town.pending]
@@ -251,11 +264,10 @@ class Referee:
 
     def _history(self, place: Place, window: float) -> list[tuple[int, float]]:
         """(when, by how much) the loop moved a place, and what is on its way."""
-        found = [
-            (m.time_ns, m.value - m.before)
-            for m in self.town.moves
-            if m.place == place and self._recent(m.time_ns, window)
-        ]
+        recent = itertools.takewhile(
+            lambda m: self._recent(m.time_ns, window), reversed(self.town.moves.get(place, []))
+        )
+        found = [(m.time_ns, m.value - m.before) for m in recent]
         for bundle in self._on_the_way():
             if bundle.author != "guard":
                 for s in bundle.setpoints:
@@ -266,16 +278,17 @@ class Referee:
 
     def _turns(self, place: Place, window: float) -> list[bool]:
         """Of each move of a place in the window, whether it went against the one before it."""
-        own = [m for m in self.town.moves if m.place == place]
+        own = self.town.moves.get(place, [])
         found = []
-        for i, m in enumerate(own):
-            if i and self._recent(m.time_ns, window):
-                drift = m.before - own[i - 1].value or own[i - 1].value - own[i - 1].before
-                found.append(drift * (m.value - m.before) < 0)
+        for last, m in zip(own[-2::-1], own[:0:-1], strict=True):  # backwards
+            if not self._recent(m.time_ns, window):
+                break
+            drift = m.before - last.value or last.value - last.before
+            found.append(drift * (m.value - m.before) < 0)
         return found
 
     def _is_turn(self, place: Place, step: float) -> bool:
-        own = [m for m in self.town.moves if m.place == place]
+        own = self.town.moves.get(place, [])
         if not own:
             return False
         drift = self.town.in_force(place) - own[-1].value or own[-1].value - own[-1].before
@@ -318,8 +331,3 @@ class Referee:
                 is_now = i == 0 and self.town.now_ns - reading.time_ns <= rule["age_min"] * MINUTE
                 return None if is_now else int(reading.time_ns)
         return int(told[0].time_ns) if told else self.town.now_ns
-
-    def _is_held_by_people(self, name: str) -> bool:
-        return any(
-            int(p) < 3 for place in self._places(name) for p in self.town.slots.get(place, {})
-        )

@@ -94,10 +94,12 @@ class Suite:
             if was is Mode.LOOP:
                 self.switch_ms.append((time.perf_counter() - started_s) * 1000)
 
-    def play(self, hostile: int, safe: int = 0) -> None:
+    def play(self, hostile: int, safe: int = 0, until_breach: bool = False) -> None:
         """Play attempts of all kinds in turn until so many plans of both sorts have come."""
         turn = 0
         while self.hostile < hostile or self.safe < safe:
+            if until_breach and (self.breaches or self.referee.breaches):
+                break
             kind = Author.kinds[turn % len(Author.kinds)]
             turn += 1
             self.calm()

@@ -100,7 +100,7 @@ class Town:
     now_ns: int = 0
     slots: dict[Place, dict[Priority, Standing]] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)
+    moves: dict[Place, list[Move]] = field(default_factory=dict)
     took_effect: dict[str, int] = field(default_factory=dict)
     efficiency: list[float] = field(default_factory=lambda: [1.0] * len(HOSPITALS))
     flood_m: list[float] = field(default_factory=lambda: [0.0] * len(PUMPS))
@@ -209,7 +209,7 @@ class Town:
             )
             if bundle.author != "guard" and s.value != before[place]:
                 move = Move(self.now_ns, place, before[place], s.value, bundle.id)
-                self.moves.append(move)
+                self.moves.setdefault(place, []).append(move)
 
 
 def _exists(place: Place) -> bool:
