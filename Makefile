@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos kills published proto lock system clean
+.PHONY: demo test property check soak bench chaos kills level5 published proto lock system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -38,6 +38,9 @@ chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how i
 
 kills: $(INSTALLED)  ## kill who brings a bundle to four twins 200 times, after every message
 	$(BIN)/python -m tests.kills
+
+level5: $(INSTALLED)  ## the closed loop beside an open plan and plain rules, 200 paired runs a scenario
+	$(BIN)/python -m benchmarks.level5
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 

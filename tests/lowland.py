@@ -48,8 +48,14 @@ repairs:
   decide_every_min: 60
   horizon_h: 24
   work:
-    - {actuator: reservoir.gate, remaining: reservoir.level, busy: reservoir.opening, travel: reservoir.way}
-    - {actuator: polder.pump, remaining: polder.water, busy: polder.pumping, travel: polder.way}
+    - actuator: reservoir.gate
+      remaining: reservoir.level
+      busy: reservoir.opening
+      travel: reservoir.way
+    - actuator: polder.pump
+      remaining: polder.water
+      busy: polder.pumping
+      travel: polder.way
 uncertainty:
   sky.wetness: {uniform: [0.5, 3.0]}
 measures:
@@ -118,7 +124,7 @@ class Keeps(Twin):
 
 
 class Reservoir(Keeps):
-    """Rain fills it, a gate empties it, a leak does so too; what it can't hold goes over the dam."""
+    """Rain fills it; a gate and a leak empty it; what it can't hold goes over the dam."""
 
     def describe(self) -> Description:
         return Description(

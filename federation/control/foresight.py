@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from federation.control.loop import IN_FORCE, Comparison, Decision, Loop, Rating
-from federation.core.bundle import Bundle, Priority
+from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
 from federation.plan.belief import Assessment
@@ -53,9 +53,24 @@ class Foreseeing:
     futures: int
 
 
-VARIANTS: Mapping[str, Mapping[str, float]] = {
-    "hospitals first": {"medical": 30.0},
-}
+PLAIN = "joint plan"
+
+VARIANTS: Mapping[str, Mapping[str, float]] = {"hospitals first": {"medical": 30.0}}
+"""Other weights of the members' costs in the joint model, tried at the first decision. Hospital
+beds count there with what they cost, which says little of the lives that hang on them."""
+
+LAST_H = 12.0
+"""No thinking when so little of the run is left: nothing begun then ends in time."""
+
+CORRECTED_SHARE = 0.2
+"""Estimates that inspections have corrected since the last decision, over all work that was
+believed in then, from which on it is worthwhile to think again."""
+
+OFF_SHARE = 0.25
+"""How far off a prediction must have been, in parts of itself, to be a reason to think again."""
+
+QUIET_H = 6.0
+"""Corrections alone are no reason to think again before this time has passed."""
 
 
 class ForesightPlanner(CrewPlanner):
@@ -80,9 +95,12 @@ class ForesightPlanner(CrewPlanner):
         self._sources = tuple(sources)
         self._ahead = ahead
         self._screen = screen
-        self._variants: dict[str, JointModel] = {}
+        self._models: dict[str, JointModel] = {}
+        self._style = PLAIN
+        """The model whose plan won when it was tried first."""
         self._has_deliberated = False
         self._told = 0
+        self._corrected_h = self._believed_h = 0.0
 
     def open(self, seed: int, parameters: Mapping[str, float]) -> None:
         super().open(seed, parameters)
@@ -93,12 +111,14 @@ class ForesightPlanner(CrewPlanner):
 
     def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
         super().prepare(blocks)
+        assert self._model is not None
+        self._models[PLAIN] = self._model
         for name, factors in VARIANTS.items():
             scaled = {
                 member: replace(block, cost=block.cost * factors.get(member, 1.0))
                 for member, block in blocks.items()
             }
-            self._variants[name] = joint_model(
+            self._models[name] = joint_model(
                 scaled, self._couplings, self._periods_ns, self._starts_ns, self.crews
             )
 
@@ -152,8 +172,20 @@ class ForesightPlanner(CrewPlanner):
         now_ns = situation.cut.time_ns
         if self._planned_ns is None:
             return "first damage"
+        if situation.cut.horizon_ns - now_ns < LAST_H * HOUR_NS:
+            return ""
+        if drift is not None and abs(drift.observed - drift.predicted) > max(
+            2.0 * drift.deviation, OFF_SHARE * abs(drift.predicted)
+        ):
+            return f"the last prediction was off by {drift.drift:+.0%}"
         if self._is_stale(now_ns, situation.remaining, situation.keys, situation.tasks):
-            return "new damage or an old plan"
+            return "the plan is old or damage has come that it does not know"
+        corrected_h = self._belief.corrected_h - self._corrected_h
+        if (
+            now_ns - self._planned_ns >= QUIET_H * HOUR_NS
+            and corrected_h > CORRECTED_SHARE * self._believed_h
+        ):
+            return f"inspections have corrected {corrected_h:,.0f} crew-hours"
         return ""
 
     def until_ns(self, situation: Situation) -> int:
@@ -161,39 +193,50 @@ class ForesightPlanner(CrewPlanner):
 
     def forecast(self, situation: Situation) -> Rating:
         if self._planned_ns is None:
-            self._order = self._planned(situation, self._model)
-        return self._rated(situation, IN_FORCE, self._order)
+            self._order = self._planned(situation, self._models[self._style])
+        return self._tried(situation, Rating(IN_FORCE, (), {}), self._order)
 
     def plan(self, situation: Situation) -> Mapping[str, Order]:
         found: dict[str, Order] = {}
         if self._planned_ns is not None:
-            found["joint plan"] = self._planned(situation, self._model)
-        found["nearest first"] = ()
-        for name, model in self._variants.items():
-            found[name] = self._planned(situation, model)
-        return {n: order for n, order in found.items() if order != self._order}
+            found[f"new {self._style}"] = self._planned(situation, self._models[self._style])
+        else:
+            for style, model in self._models.items():
+                if style != self._style:
+                    found[style] = self._planned(situation, model)
+        return {name: order for name, order in found.items() if order != self._order}
 
     def _planned(self, situation: Situation, model: JointModel | None) -> Order:
         schedule = self._solved(situation.tasks, model)
         keys = situation.keys
         return tuple((keys[v.task], round(v.crews)) for v in schedule.visits if v.sent)
 
-    def verify(self, situation: Situation, name: str, plan: Order, best: Rating) -> Rating:
-        return self._rated(situation, name, plan)
-
-    def _rated(self, situation: Situation, name: str, order: Order) -> Rating:
-        cut, until_ns = situation.cut, self.until_ns(situation)
-        weighted: list[float] = []
-        figures: dict[str, float] = dict.fromkeys(cut.weights, 0.0)
+    def verify(
+        self, situation: Situation, plans: Mapping[str, Order], in_force: Rating
+    ) -> Sequence[Rating]:
+        """Future by future: who is worse than the plan in force so far is tried in no other."""
+        ratings = {name: Rating(name, (), {}) for name in plans}
+        alive = list(plans)
         for number in range(self._ahead.futures):
-            glimpse = cut.future(
-                number, self.follower(order), until_ns, self._believed(cut, number)
-            )
-            growth = {n: glimpse.growth(n, until_ns) for n in cut.weights}
-            weighted.append(sum(weight * growth[n] for n, weight in cut.weights.items()))
-            for figure, value in growth.items():
-                figures[figure] += value / self._ahead.futures
-        return Rating(name, tuple(weighted), figures)
+            if alive and number:
+                in_force = self._tried(situation, in_force, self._order)
+            for name in tuple(alive):
+                ratings[name] = self._tried(situation, ratings[name], plans[name])
+                if ratings[name].less(in_force)[0] <= 0.0:
+                    alive.remove(name)
+        return [in_force, *ratings.values()]
+
+    def _tried(self, situation: Situation, rating: Rating, order: Order) -> Rating:
+        """A rating with one more future."""
+        cut, until_ns, number = situation.cut, self.until_ns(situation), len(rating.weighted)
+        glimpse = cut.future(number, self.follower(order), until_ns, self._believed(cut, number))
+        growth = {n: glimpse.growth(n, until_ns) for n in cut.weights}
+        weighted = sum(weight * growth[n] for n, weight in cut.weights.items())
+        means = {
+            figure: (rating.figures.get(figure, 0.0) * number + value) / (number + 1)
+            for figure, value in growth.items()
+        }
+        return Rating(rating.name, (*rating.weighted, weighted), means)
 
     def _believed(self, cut: Cut, number: int) -> dict[str, dict[str, Vector]]:
         """Work that may be the true one in a future, by member and output."""
@@ -207,21 +250,87 @@ class ForesightPlanner(CrewPlanner):
         return found
 
     def guard(self, situation: Situation, plan: Order) -> Sequence[str]:
-        return () if self._screen is None else self._screen(self.bundle(situation, plan))
+        bundle = self.bundle(situation, plan)
+        return self._own_limits(situation, bundle) if self._screen is None else self._screen(bundle)
 
     def bundle(self, situation: Situation, plan: Order) -> Bundle:
-        """What would be set at once: the crews that are free, in the order of the plan."""
-        return Bundle("", "", (), Priority.AUTONOMOUS, situation.cut.time_ns, 0, "")
+        """What a plan sets at the next step: the crews that are free, sent in its order."""
+        cut = situation.cut
+        free = self._free(situation)
+        setpoints = []
+        for (i, c), crews in self._next(situation, plan):
+            there = round(situation.busy[i][c])
+            more = min(crews - there, free)
+            if more > 0:
+                free -= more
+                family = self.families[i]
+                component = family.components[c]
+                setpoints.append(
+                    Setpoint(family.member, family.actuator, component, float(there + more))
+                )
+        digest = hashlib.sha256(f"{cut.digest}/{plan}".encode()).hexdigest()
+        return Bundle(
+            f"crews-{cut.time_ns}-{digest[:12]}",
+            "",
+            tuple(setpoints),
+            Priority.AUTONOMOUS,
+            cut.time_ns,
+            cut.time_ns + self._period_ns,
+            "planner",
+            digest,
+        )
+
+    def _free(self, situation: Situation) -> int:
+        return round(self.crews - float(sum(b.sum() for b in situation.busy)))
+
+    def _next(self, situation: Situation, plan: Order) -> list[tuple[Key, int]]:
+        """The components that crews go to, in turn: the plan's, then the nearest."""
+        planned = [(key, n) for key, n in plan if situation.remaining[key[0]][key[1]] > 0]
+        named = {key for key, _ in planned}
+        others = [
+            (situation.travel[i][c], (i, c))
+            for i, c in situation.keys
+            if (i, c) not in named and situation.busy[i][c] == 0
+        ]
+        return planned + [(key, 1) for _, key in sorted(others)]
+
+    def _own_limits(self, situation: Situation, bundle: Bundle) -> list[str]:
+        """Whether setpoints are in the ranges of their actuators, and crews in their pool."""
+        found = []
+        used = float(sum(b.sum() for b in situation.busy))
+        for setpoint in bundle.setpoints:
+            i = next(
+                i
+                for i, f in enumerate(self.families)
+                if (f.member, f.actuator) == (setpoint.member, setpoint.actuator)
+            )
+            family = self.families[i]
+            there = situation.busy[i][family.components.index(setpoint.entity)]
+            used += setpoint.value - float(there)
+            if not 0.0 <= setpoint.value <= family.most_crews:
+                found.append(
+                    f"{setpoint.value:g} crews at {setpoint.entity}, where at most "
+                    f"{family.most_crews:g} can work"
+                )
+        if used > self.crews:
+            found.append(f"{used:g} crews, of which there are {self.crews:g}")
+        return found
 
     def act(self, situation: Situation, name: str, plan: Order | None) -> str:
         if plan is not None:
             self._order = plan
+            self._style = name if name in self._models else self._style
         self._planned_ns = situation.cut.time_ns
+        self._corrected_h = self._belief.corrected_h
+        self._believed_h = sum(task.work_h for task in situation.tasks)
         self._known = self._weighed = [r > 0 for r in situation.remaining]
         return hashlib.sha256(repr(self._order).encode()).hexdigest()
 
     def binding(self, situation: Situation, name: str) -> Sequence[str]:
-        return ()
+        sent = sum(s.value for s in self.bundle(situation, self._order).setpoints)
+        if sent < self._free(situation):
+            return ()
+        return (f"all {self.crews:g} crews are engaged",)
 
     def record(self, decision: Decision) -> None:
         return None

@@ -47,8 +47,9 @@ class Rating:
         return _deviation(self.weighted)
 
     def less(self, other: Rating) -> tuple[float, float]:
-        """By how much it is below another in the same futures: mean, and its standard error."""
-        apart = [b - a for a, b in zip(self.weighted, other.weighted, strict=True)]
+        """By how much it is below another in the futures that both were tried in: the mean, and
+        its standard error, which is 0 for one future."""
+        apart = [b - a for a, b in zip(self.weighted, other.weighted, strict=False)]
         error = _deviation(apart) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
         return sum(apart) / len(apart), error
 
@@ -88,7 +89,7 @@ class Decision:
     occasion: str
     until_ns: int
     ratings: tuple[Rating, ...]
-    """Of all candidates, the best first."""
+    """Of all candidates, the best first: those behind the chosen one are its near misses."""
     chosen: str
     why: str
     setpoints: str
@@ -107,12 +108,13 @@ class Decision:
 
     def sentence(self) -> str:
         hours = (self.until_ns - self.cut_ns) / HOUR_NS
-        others = ", ".join(f"{r.name} {r.mean:,.0f}" for r in self.ratings if r.name != self.chosen)
         mine = self.rating(self.chosen)
+        apart = [(r.name, -r.less(mine)[0]) for r in self.ratings if r is not mine]
+        others = ", ".join(f"{name} {more:+,.0f}" for name, more in apart)
         return (
             f"{self.occasion}: {self.chosen} is followed, {self.why}; {mine.mean:,.0f} expected "
             f"within {hours:.0f} h in {len(mine.weighted)} futures"
-            + (f"; {others}" if others else "")
+            + (f", against which {others}" if others else "")
         )
 
 
@@ -134,15 +136,17 @@ class Stages(Protocol[Situation, Plan]):
         ...
 
     def forecast(self, situation: Situation) -> Rating:
-        """The plan in force in the futures."""
+        """The plan in force, named IN_FORCE, in a first future."""
         ...
 
     def plan(self, situation: Situation) -> Mapping[str, Plan]:
         """Other plans, by name."""
         ...
 
-    def verify(self, situation: Situation, name: str, plan: Plan, best: Rating) -> Rating:
-        """A plan in the same futures; `best` is the best rating so far."""
+    def verify(
+        self, situation: Situation, plans: Mapping[str, Plan], in_force: Rating
+    ) -> Sequence[Rating]:
+        """All plans in the same futures, and the one in force in as many as any of them."""
         ...
 
     def guard(self, situation: Situation, plan: Plan) -> Sequence[str]:
@@ -164,7 +168,8 @@ class Loop(Generic[Situation, Plan]):
     """Observe, forecast, plan, verify, guard, act, compare, record.
 
     A plan takes the place of the one in force when it is better in the mean of the same futures
-    by more than `noise` standard errors of their difference. `clock` gives seconds and only
+    by more than `noise` standard errors of their difference; one that was dropped before it was
+    tried in all of them does not. `clock` gives seconds and only
     measures (`spent_s`).
     """
 
@@ -199,12 +204,10 @@ class Loop(Generic[Situation, Plan]):
             in_force = stages.forecast(situation)
         with self._stage("plan"):
             plans = dict(stages.plan(situation))
-        ratings = [in_force]
         with self._stage("verify"):
-            for name, plan in plans.items():
-                best = min(ratings, key=lambda r: r.mean)
-                ratings.append(stages.verify(situation, name, plan, best))
-        ratings.sort(key=lambda r: r.mean)
+            ratings = [*stages.verify(situation, plans, in_force)]
+        in_force = next(rating for rating in ratings if rating.name == IN_FORCE)
+        ratings.sort(key=lambda rating: -rating.less(in_force)[0])
         with self._stage("guard"):
             chosen, why, refused = self._choose(situation, in_force, ratings, plans)
         with self._stage("act"):
@@ -243,7 +246,7 @@ class Loop(Generic[Situation, Plan]):
             if rating is in_force:
                 break
             gain, error = rating.less(in_force)
-            if gain <= self.noise * error:
+            if gain <= self.noise * error or len(rating.weighted) < len(in_force.weighted):
                 continue
             found = tuple(self.stages.guard(situation, plans[rating.name]))
             if not found:

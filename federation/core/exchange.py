@@ -141,7 +141,7 @@ class Member:
     """From when on its values are of this quality."""
 
     def adopt(self, other: Member) -> None:
-        """Take over where `other`, of the same name and wiring, stands; share nothing that moves."""
+        """Take over where `other`, of the same wiring, stands; share nothing that moves."""
         self.next_ns, self.since_ns, self.until_ns = other.next_ns, other.since_ns, other.until_ns
         self.reached_ns, self.granted, self.awaits = other.reached_ns, other.granted, other.awaits
         self.quality, self.degraded_ns = other.quality, other.degraded_ns

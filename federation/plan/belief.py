@@ -48,6 +48,8 @@ class Belief:
         self._known = [np.ones(size, dtype=bool) for size in sizes]
         self._factor: list[Vector] = [np.ones(size) for size in sizes]
         self.hours: list[Vector] = [np.zeros(size) for size in sizes]
+        self.corrected_h = 0.0
+        """By how many crew-hours inspections have corrected estimates so far, up or down."""
 
     def look(self, time_ns: int, remaining: Sequence[Vector]) -> None:
         """Take note of reports at an instant, in which `remaining` is what is really left."""
@@ -62,6 +64,8 @@ class Belief:
         before = self._left[family]
         known, factor = self._known[family].copy(), self._factor[family].copy()
         known |= (left < before) | (time_ns >= self._due_ns[family])
+        inspected = known & ~self._known[family]
+        self.corrected_h += float(np.abs((factor - 1.0) * left)[inspected].sum())
         for i in np.flatnonzero(left > before).tolist():
             self._damaged[family][i] += 1
             draws = np.random.default_rng(

@@ -9,7 +9,7 @@ objects. The run that is forked does not feel it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -186,10 +186,14 @@ class RunCut:
                 found[name].twin.restore(state)
         return found
 
-    def _finish(self, schedule: Schedule, sessions: Mapping[str, Session], note: object) -> str:
-        take = note if callable(note) else (lambda entries: None)
+    def _finish(
+        self,
+        schedule: Schedule,
+        sessions: Mapping[str, Session],
+        note: Callable[[Iterable[Entry]], None],
+    ) -> str:
         try:
-            return schedule.run(lambda entries, settled_ns: take(entries))
+            return schedule.run(lambda entries, settled_ns: note(entries))
         finally:
             for session in sessions.values():
                 session.twin.close()
