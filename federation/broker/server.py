@@ -1292,7 +1292,10 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
         context: grpc.aio.ServicerContext[scenario_pb2.GetRunRequest, scenario_pb2.GetRunResponse],
     ) -> scenario_pb2.GetRunResponse:
         async with refusing(context):
-            return scenario_pb2.GetRunResponse(run=await self._report(request.name))
+            run = await self._broker.find(request.name)
+            return scenario_pb2.GetRunResponse(
+                run=await self._broker.report(run), document=run.document, measure=run.measure
+            )
         raise AssertionError("abort raises")
 
     async def ListRuns(  # noqa: N802
