@@ -136,6 +136,8 @@ class Made:
     chosen: str = IN_FORCE
     candidates: Mapping[str, Candidate] = field(default_factory=dict)
     ratings: tuple[Rating, ...] = ()
+    is_shadow: bool = False
+    """Nobody followed it, and it waits to be scored."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,6 @@ class LiveLoop:
         self._asked: set[str] = set()
         self._turn = asyncio.Lock()
         """Of what may act at a time there is one."""
-        self._made: Made | None = None
-        self._candidates: dict[str, Candidate] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -281,7 +281,7 @@ class LiveLoop:
             self._reload_rules()
             began_s = time.perf_counter()
             await self.view.look_at_clocks()
-            self._made = None
+            cut = self.view.timed(cut)
             decision: Decision | None = None
             why = ""
             turning = asyncio.ensure_future(
@@ -322,7 +322,8 @@ class LiveLoop:
         return sum(w * (cut.value(*variable) or 0.0) for variable, w in self.weights.items())
 
     async def compare(self, known: Known) -> None:
-        """Hold the last decision to what came of it, and score it when nobody followed it."""
+        """See whether what is known can be acted on, and hold the last decision to what came of
+        it."""
         last = self.decisions[-1] if self.decisions else None
         situation = self.view.situation(known.cut, known.desks)
         for key in self._keys():
@@ -341,21 +342,32 @@ class LiveLoop:
         self._note(audit.Observed(last.id, now_ns, {"weighted": predicted}, {"weighted": grew}))
         for key in self._keys():
             self._climb(Compared(key, predicted, grew, sd))
-        if last.bundle is None or was_done != IN_FORCE or last.chosen == IN_FORCE:
-            return
-        keys = [k for k in self.ladder.keys(last.bundle, self.terms.operator) if k in self._keys()]
-        if not any(self.ladder.standings[k].earned < 5 for k in keys):
-            return
-        others = [r.name for r in last.ratings if r.name not in (IN_FORCE, last.chosen)]
-        names = (last.chosen, *others[:1])
-        costs = [
-            (await self.trials.run(then, name, None, now_ns)).growth(self.weights, now_ns)
-            for name in names
-        ]
-        for key in keys:
-            good = last.verdict is not None and last.verdict.good
-            alternative = costs[1] if len(costs) > 1 else None
-            self._climb(Scored(key, last.id, costs[0], grew, alternative, good))
+
+    async def score(self, now_ns: int) -> None:
+        """Score the decisions that nobody followed and whose time has passed: what they would have
+        cost, in forks of what has been, beside what was done instead."""
+        due = [made for made in self.decisions if made.is_shadow and made.known.until_ns <= now_ns]
+        for made in due:
+            made.is_shadow = False
+            assert made.bundle is not None
+            keys = [
+                k for k in self.ladder.keys(made.bundle, self.terms.operator) if k in self._keys()
+            ]
+            if not any(self.ladder.standings[key].earned < 5 for key in keys):
+                continue
+            then, until_ns = made.known.cut, made.known.until_ns
+            others = [r.name for r in made.ratings if r.name not in (IN_FORCE, made.chosen)]
+            lived, *trials = await asyncio.gather(
+                self.trials.lived(then, until_ns),
+                *(self.trials.run(then, n, None, until_ns) for n in (made.chosen, *others[:1])),
+            )
+            cost, *alternative = (t.growth(self.weights, until_ns) for t in trials)
+            grew = lived.growth(self.weights, until_ns)
+            is_good = made.verdict is not None and made.verdict.good
+            for key in keys:
+                self._climb(
+                    Scored(key, made.id, cost, grew, *(alternative or (None,)), is_good=is_good)
+                )
 
     # -- forecast, plan, verify ----------------------------------------------------------------
 
@@ -533,6 +545,7 @@ class LiveLoop:
             made.outcome = self._propose(made, candidate)
         else:
             made.outcome = "advised"
+        made.is_shadow = made.outcome != "committed" and made.chosen != IN_FORCE
         return bundle.digest()
 
     async def _carry_out(self, decision: str, bundle: Bundle) -> str:
@@ -689,6 +702,7 @@ class LiveLoop:
             verdict = self.guard.judge(submission, situation, forecast)
         self._judged(proposal, verdict)
         made.outcome = await self._carry_out(proposal, bundle) if verdict.passed else "refused"
+        made.is_shadow = made.outcome != "committed"
 
     def _submitted(self, bundle: Bundle) -> Submission:
         """A bundle as the optimiser proposes it."""
@@ -888,6 +902,7 @@ class _Stages:
 
     def occasion(self, situation: Known, drift: Comparison | None) -> str:
         self._wait(self._live.compare(situation))
+        self._wait(self._live.score(situation.cut.time_ns))
         return "" if situation.until_ns <= situation.cut.time_ns else "time to decide"
 
     def until_ns(self, situation: Known) -> int:

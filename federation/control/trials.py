@@ -118,6 +118,18 @@ class Trials:
         told = dict(zip(self._wanted, outputs, strict=True))
         return Trial(measure, cut.time_ns, told, actions)
 
+    async def lived(self, cut: Observation, until_ns: int) -> Trial:
+        """What has become of the run itself, from a cut up to an instant that is settled."""
+        with self._view.asking():
+            outputs = await asyncio.gather(
+                *(self._told(self._view.run, variable, cut) for variable in self._wanted)
+            )
+        told = {
+            variable: [point for point in points if point[0] <= until_ns]
+            for variable, points in zip(self._wanted, outputs, strict=True)
+        }
+        return Trial(self._view.measure, cut.time_ns, told, ())
+
     async def _told(
         self, fork: str, variable: Variable, cut: Observation
     ) -> list[tuple[int, Vector]]:

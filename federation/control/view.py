@@ -174,6 +174,10 @@ class LiveView:
             changed = self._changed
             await changed.wait()
 
+    def timed(self, observation: Observation) -> Observation:
+        """An observation with what is known of the clocks by now."""
+        return Observation(observation.time_ns, self._timed(observation.readings))
+
     def now(self) -> Observation:
         """The run as far as it is settled."""
         found = dict(self._kept)
