@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from federation.__main__ import planner as build_planner
 from federation.core.coupling import Wiring
@@ -88,6 +89,7 @@ def again(planner: Planner, scenario: Scenario, cut: RunCut) -> Planner:
     descriptions = {n: s.description for n, s in cut.foresight.sessions.items()}
     policy = scenario.measures[cut.foresight.case.measure].crews
     other = build_planner(scenario, descriptions, policy)
+    other.open(0, {"crews": 12.0})
     other.restore(planner.snapshot())
     return other
 
@@ -104,6 +106,25 @@ def test_a_fork_of_shelby_goes_on_bit_for_bit_and_the_run_does_not_feel_it() -> 
     plain, watched = cut_at(scenario, case, look)
     assert watched == plain
     assert ends == [plain] * 3
+
+
+def test_a_fork_of_a_run_that_rehearses_comes_to_the_same_decisions() -> None:
+    whole = load(SHELBY)
+    assert whole.repairs is not None
+    repairs = whole.repairs.model_copy(update={"rehearse_h": 0.5, "futures": 1})
+    scenario = whole.model_copy(update={"horizon_h": 15.0, "repairs": repairs})
+    case = Case(3, 31, "level5", {"disaster": {"field": 1.0}})
+    ends: list[tuple[str, int]] = []
+
+    def look(cut: RunCut, planner: Planner) -> None:
+        if cut.time_ns // HOUR_NS in (0, 2):
+            other = again(planner, scenario, cut)
+            ends.append((cut.exact(other)[0], len(other.loop.decisions)))  # type: ignore[attr-defined]
+
+    plain, watched = cut_at(scenario, case, look)
+    assert watched == plain
+    assert [digest for digest, _ in ends] == [plain] * 2
+    assert ends[0][1] == ends[1][1] >= 1
 
 
 def test_a_future_knows_nothing_of_the_seed_and_parameters_of_the_run_it_comes_from() -> None:

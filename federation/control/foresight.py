@@ -12,12 +12,12 @@ import numpy as np
 from federation.control.loop import IN_FORCE, Comparison, Decision, Loop, Rating
 from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.core.coupling import Coupling
-from federation.errors import Reason, ScenarioError
+from federation.errors import PlanError, Reason, ScenarioError
 from federation.plan.belief import Assessment
 from federation.plan.crews import CrewPlanner, Family, Key, Order
 from federation.plan.joint import JointModel, joint_model
 from federation.plan.visits import Task
-from federation.twin import SYSTEM, Cut, LinearBlock, Step, Vector
+from federation.twin import HOUR_NS, SYSTEM, Cut, LinearBlock, Step, Vector
 
 Screen = Callable[[Bundle], Sequence[str]]
 """Says why a bundle may not take effect; nothing when it may."""
@@ -54,6 +54,9 @@ class Foreseeing:
 
 
 PLAIN = "joint plan"
+
+NEAREST: Order = ()
+"""The order of no plan: all crews go to the nearest."""
 
 VARIANTS: Mapping[str, Mapping[str, float]] = {"hospitals first": {"medical": 30.0}}
 """Other weights of the members' costs in the joint model, tried at the first decision. Hospital
@@ -105,6 +108,16 @@ class ForesightPlanner(CrewPlanner):
     def open(self, seed: int, parameters: Mapping[str, float]) -> None:
         super().open(seed, parameters)
         self.loop: Loop[Situation, Order] = Loop(self, seed, time.perf_counter)
+
+    def _state(self) -> dict[str, object]:
+        outside = ("_sources", "_ahead", "_screen", "loop")
+        kept = {n: value for n, value in super()._state().items() if n not in outside}
+        return {**kept, "_memory": self.loop.memory()}
+
+    def restore(self, state: bytes) -> None:
+        super().restore(state)
+        self.loop = Loop(self, 0, time.perf_counter)
+        self.loop.recall(vars(self).pop("_memory"))
 
     def foresees(self) -> bool:
         return True
@@ -192,22 +205,31 @@ class ForesightPlanner(CrewPlanner):
         return min(situation.cut.time_ns + self._ahead.rehearse_ns, situation.cut.horizon_ns)
 
     def forecast(self, situation: Situation) -> Rating:
+        """At first the plan of the joint model is in force, or, where there is none or the guard
+        refuses it, that crews go to the nearest."""
         if self._planned_ns is None:
-            self._order = self._planned(situation, self._models[self._style])
+            self._order = self._planned(situation, self._style) or NEAREST
+            if self.guard(situation, self._order):
+                self._order = NEAREST
         return self._tried(situation, Rating(IN_FORCE, (), {}), self._order)
 
     def plan(self, situation: Situation) -> Mapping[str, Order]:
-        found: dict[str, Order] = {}
+        """At first one for each of the other weights, later a new one with those that won."""
+        found: dict[str, Order | None] = {}
         if self._planned_ns is not None:
-            found[f"new {self._style}"] = self._planned(situation, self._models[self._style])
+            found[f"new {self._style}"] = self._planned(situation, self._style)
         else:
-            for style, model in self._models.items():
+            for style in self._models:
                 if style != self._style:
-                    found[style] = self._planned(situation, model)
-        return {name: order for name, order in found.items() if order != self._order}
+                    found[style] = self._planned(situation, style)
+        return {n: order for n, order in found.items() if order and order != self._order}
 
-    def _planned(self, situation: Situation, model: JointModel | None) -> Order:
-        schedule = self._solved(situation.tasks, model)
+    def _planned(self, situation: Situation, style: str) -> Order | None:
+        """The order of a plan with some weights; None when the solver finds none."""
+        try:
+            schedule = self._solved(situation.tasks, self._models[style])
+        except PlanError:
+            return None
         keys = situation.keys
         return tuple((keys[v.task], round(v.crews)) for v in schedule.visits if v.sent)
 

@@ -118,6 +118,10 @@ class Decision:
         )
 
 
+Memory = tuple[int, tuple[Decision, ...], tuple[Comparison, ...], float]
+"""Seed, decisions, comparisons, and the weighted figure at the last decision."""
+
+
 class Stages(Protocol[Situation, Plan]):
     """What the loop does in each of its stages."""
 
@@ -189,6 +193,15 @@ class Loop(Generic[Situation, Plan]):
         self._clock = clock
         self._base = 0.0
         """The weighted figure at the cut of the last decision."""
+
+    def memory(self) -> Memory:
+        """All that a loop carries from turn to turn."""
+        return self.seed, tuple(self.decisions), tuple(self.comparisons), self._base
+
+    def recall(self, memory: Memory) -> None:
+        """Go on from there."""
+        self.seed, decisions, comparisons, self._base = memory
+        self.decisions, self.comparisons = list(decisions), list(comparisons)
 
     def turn(self, cut: Cut) -> Decision | None:
         """Look once; the decision when there was occasion for one."""

@@ -8,7 +8,6 @@ objects. The run that is forked does not feel it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -39,9 +38,6 @@ class Foresight:
         self.experiment = experiment
         self.sessions = sessions
         self.planner = planner
-        self.futures = 0
-        self.futures_s = 0.0
-        """How many futures there were, and the CPU time that they took."""
 
     def attend(self, schedule: Schedule) -> None:
         """Have the planner called before its steps in this schedule."""
@@ -124,7 +120,6 @@ class RunCut:
         until_ns: int,
         believed: Mapping[str, Mapping[str, Vector]] = NOTHING,
     ) -> Glimpse:
-        began_s = time.process_time()
         case, scenario = self.foresight.case, self.foresight.scenario
         other = Future(number).case(scenario, case, self.time_ns)
         sessions = self._sessions(
@@ -159,8 +154,6 @@ class RunCut:
         for name, next_ns in wishes.items():
             schedule.wake(name, next_ns)
         self._finish(schedule, sessions, note)
-        self.foresight.futures += 1
-        self.foresight.futures_s += time.process_time() - began_s
         return Glimpse(number, {n: tuple(points) for n, points in series.items()}, until_ns)
 
     def _sessions(
