@@ -136,6 +136,8 @@ class Stage:
         """One decision, at an hour of the run."""
         loop = loop or self.loop
         self.let(at_h * HOUR_NS)
+        while loop.view.settled_ns < at_h * HOUR_NS - 1:
+            await loop.view.changed()
         cut = await loop.view.cut(HOUR_NS)
         assert cut is not None
         assert cut.time_ns == at_h * HOUR_NS - 1
@@ -297,7 +299,7 @@ def test_at_level_4_it_acts_when_every_domain_has_confirmed_and_not_before(
 
 
 def test_silence_a_no_and_a_state_that_has_moved_keep_it_from_acting(tmp_path: Path) -> None:
-    terms = replace(terms_of(tmp_path, 4), moves_by=0.03)
+    terms = replace(terms_of(tmp_path, 4), moves_by=0.1)
 
     async def story() -> None:
         async with at_work(terms) as stage:
@@ -311,7 +313,7 @@ def test_silence_a_no_and_a_state_that_has_moved_keep_it_from_acting(tmp_path: P
             assert (no.state, no.counts) == ("rejected", True)
             moved = await stage.decide(4)
             await answer(stage.address, moved.id, WIM, is_yes=True)
-            stage.let(4 * HOUR_NS + 40 * MINUTE_NS)
+            stage.let(4 * HOUR_NS + 30 * MINUTE_NS)
             while stage.loop.view.settled_ns < 4 * HOUR_NS + 30 * MINUTE_NS:
                 await stage.loop.view.changed()
             void = await answer(stage.address, moved.id, CISKA, is_yes=True)

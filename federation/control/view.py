@@ -17,7 +17,7 @@ import grpc
 from federation.control.actuation import Seat
 from federation.control.situation import NEVER, Place, Reading, Situation, Standing
 from federation.core.bundle import Priority
-from federation.core.ledger import Record
+from federation.core.ledger import Quality, Record
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.scenario.spec import Scenario, parse
 from federation.twin import Description
@@ -168,7 +168,7 @@ class LiveView:
             instant_ns = (self.settled_ns + 1) // every_ns * every_ns
             if instant_ns - 1 > self._cut_ns:
                 self._move_to(instant_ns - 1)
-                return Observation(self._cut_ns, self._timed(self._kept))
+                return self._observed(self._cut_ns, self._kept)
             if self.has_ended:
                 return None
             changed = self._changed
@@ -176,7 +176,7 @@ class LiveView:
 
     def timed(self, observation: Observation) -> Observation:
         """An observation with what is known of the clocks by now."""
-        return Observation(observation.time_ns, self._timed(observation.readings))
+        return self._observed(observation.time_ns, observation.readings)
 
     def now(self) -> Observation:
         """The run as far as it is settled."""
@@ -185,7 +185,7 @@ class LiveView:
             if record.time_ns > self.settled_ns:
                 break
             found[record.owner, record.variable] = _reading(record)
-        return Observation(self.settled_ns, self._timed(found))
+        return self._observed(self.settled_ns, found)
 
     async def changed(self) -> None:
         """Wait until the run has gone on, or ended."""
@@ -301,12 +301,31 @@ class LiveView:
             self._kept[record.owner, record.variable] = _reading(record)
         self._cut_ns = max(self._cut_ns, time_ns)
 
-    def _timed(self, kept: Mapping[Variable, Reading]) -> dict[Variable, Reading]:
-        """Readings with what is known of the clocks of their sources by now."""
-        return {
-            key: reading._replace(clock_error_s=self._clock_s.get(key[0], math.inf))
-            for key, reading in kept.items()
-        }
+    def _observed(self, time_ns: int, kept: Mapping[Variable, Reading]) -> Observation:
+        """Readings with when they were last told, and what is known of their sources' clocks."""
+        return Observation(
+            time_ns,
+            {
+                key: reading._replace(
+                    time_ns=self._told_ns(key[0], reading, time_ns),
+                    clock_error_s=self._clock_s.get(key[0], math.inf),
+                )
+                for key, reading in kept.items()
+            },
+        )
+
+    def _told_ns(self, member: str, reading: Reading, time_ns: int) -> int:
+        """When a value was last told. The ledger has it when it changes; a member that has done
+        its steps since then without another word has said that it holds. With all settled up to
+        `time_ns` that is at its last step or, if it has no period, until now."""
+        description = self.descriptions.get(member)
+        if description is None or reading.quality is not Quality.GOOD:
+            return reading.time_ns
+        policy = description.time
+        if not policy.period_ns:
+            return max(reading.time_ns, time_ns)
+        steps = (time_ns - policy.offset_ns) // policy.period_ns
+        return max(reading.time_ns, policy.offset_ns + steps * policy.period_ns)
 
     def _announce(self) -> None:
         self._changed.set()
