@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos kills level5 published proto lock system clean
+.PHONY: demo test property check soak bench chaos kills guard level5 published proto lock system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -41,6 +41,9 @@ kills: $(INSTALLED)  ## kill who brings a bundle to four twins 200 times, after 
 
 level5: $(INSTALLED)  ## the closed loop beside an open plan and plain rules, 200 paired runs a scenario
 	$(BIN)/python -m benchmarks.level5
+
+guard: $(INSTALLED)  ## 10,000 hostile plans against the guard; one JSON line says what got through
+	$(BIN)/python -m tests.hostile
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 

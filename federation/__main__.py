@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -459,6 +460,104 @@ class Progress:
 # -- the command line ------------------------------------------------------------------
 
 
+def command_audit_verify(options: argparse.Namespace) -> int:
+    from federation.control import audit
+
+    expected = None
+    if options.head:
+        count, _, hash_ = options.head.partition(":")
+        if not count.isdigit() or len(hash_) != 64:
+            raise ScenarioError(Reason.INVALID_KEY, f"{options.head!r} is no head: give COUNT:HASH")
+        expected = (int(count), hash_)
+    findings = audit.verify(options.directory, _head_key(options.key), expected)
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            where = f"{finding.file}, line {finding.line}" if finding.line else finding.file
+            print(f"{where}: {finding.what}: {finding.sentence}")
+    if findings:
+        say(f"{options.directory}: the trail is broken in {len(findings)} places")
+        return 3
+    count, hash_ = audit.heads(options.directory)
+    say(f"{options.directory}: whole; its head is {count}:{hash_}")
+    return 0
+
+
+def command_audit_query(options: argparse.Namespace) -> int:
+    from federation.control import audit
+
+    try:
+        found = audit.query(
+            options.directory, options.limit, options.since, options.until, _head_key(options.key)
+        )
+    except ScenarioError as error:
+        if error.reason is not Reason.TRAIL_BROKEN:
+            raise
+        say(f"multitwin: {error}; see multitwin audit verify {options.directory}")
+        return 3
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for decision in found:
+        when = datetime.fromtimestamp(decision["time_unix_s"], UTC).isoformat(timespec="seconds")
+        print(f"{decision['decision']}  {when}  level {decision['level']}")
+        print(f"  limits: {', '.join(decision['limits']) or 'none'}")
+        for alternative in decision["alternatives"]:
+            print(f"  alternative: {json.dumps(alternative)}")
+        for verdict in decision["verdicts"]:
+            refusals = "; ".join(f"{rule}: {text}" for rule, text in verdict["refusals"])
+            print(f"  guard: {'passed' if verdict['passed'] else refusals or verdict['mode']}")
+        for person in decision["approvals"]:
+            print(f"  approved by {person['person']} for {', '.join(person['domains'])}")
+        for no in decision["rejections"]:
+            print(f"  rejected by {no['person'] or 'silence'}: {no['why']}")
+        for act in decision["acts"]:
+            print(f"  {act['state']} {act['detail']}".rstrip())
+        for outcome in decision["outcomes"]:
+            for name, observed in outcome["observed"].items():
+                predicted = outcome["predicted"].get(name)
+                print(f"  {name}: {observed} (predicted {predicted})")
+    return 0
+
+
+def command_audit_repair(options: argparse.Namespace) -> int:
+    from federation.control import audit
+
+    cut = audit.repair(options.directory)
+    if options.json:
+        print(json.dumps({"cut": cut}))
+    say(f"cut off {cut!r}" if cut else "there is nothing to repair")
+    return 0
+
+
+def _head_key(path: str | None) -> Callable[[bytes, bytes], bool] | None:
+    """Whether the owner of a public key signed a message with a signature."""
+    if path is None:
+        return None
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise ScenarioError(Reason.MISSING_FILE, f"there is no key at {path}") from None
+    except ValueError:
+        raise ScenarioError(Reason.INVALID_KEY, f"{path} is no public key in PEM form") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ScenarioError(Reason.INVALID_KEY, f"{path} is no Ed25519 key")
+
+    def verify(message: bytes, signature: bytes) -> bool:
+        try:
+            key.verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+    return verify
+
+
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="multitwin",
@@ -582,6 +681,7 @@ def parser() -> argparse.ArgumentParser:
     replay.set_defaults(do=command_replay)
 
     _acting_commands(commands)
+    _audit_commands(commands.add_parser("audit", help="the trail of the loop's decisions"))
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
@@ -595,6 +695,40 @@ def parser() -> argparse.ArgumentParser:
     _broker_option(history)
     history.set_defaults(do=command_history)
     return main
+
+
+def _audit_commands(command: argparse.ArgumentParser) -> None:
+    commands = command.add_subparsers(dest="what", required=True, metavar="WHAT")
+    verify = commands.add_parser(
+        "verify",
+        help="find altered, missing, moved and inserted records",
+        description="Look at every record of a trail. Exits with 0 when it is whole, 3 when not.",
+        epilog="Keep the head that it prints somewhere else: with --head it finds a trail that was "
+        "put back to an older state together with its own head.",
+    )
+    verify.add_argument("--head", metavar="COUNT:HASH", help="of a head that was kept elsewhere")
+    verify.set_defaults(do=command_audit_verify)
+    query = commands.add_parser(
+        "query",
+        help="decisions in which a limit was active: alternatives, who approved, what came of it",
+    )
+    query.add_argument("--limit", default="", metavar="NAME", help="such as sum:fuel, or fuel")
+    query.add_argument("--since", type=_instant, default=float("-inf"), metavar="TIME", help="ISO")
+    query.add_argument("--until", type=_instant, default=float("inf"), metavar="TIME", help="ISO")
+    query.set_defaults(do=command_audit_query)
+    repair = commands.add_parser("repair", help="cut off the torn last line that a crash left")
+    repair.set_defaults(do=command_audit_repair)
+    for one in (verify, query, repair):
+        one.add_argument("directory", metavar="DIR", help="the trail's folder")
+        one.add_argument("--json", action="store_true", help="one JSON document")
+    for one in (verify, query):
+        one.add_argument("--key", metavar="FILE", help="public key (PEM) of who signs the heads")
+
+
+def _instant(text: str) -> float:
+    """Unix seconds of an ISO 8601 instant, in UTC unless it says otherwise."""
+    found = datetime.fromisoformat(text)
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 def _member_commands(command: argparse.ArgumentParser) -> None:

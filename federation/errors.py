@@ -59,6 +59,7 @@ class Reason(StrEnum):
     RULES_OUTDATED = "RULES_OUTDATED"
     TRAIL_BROKEN = "TRAIL_BROKEN"
     TRAIL_IN_USE = "TRAIL_IN_USE"
+    INVALID_KEY = "INVALID_KEY"
     # a twin broke its contract
     NOT_FINITE = "NOT_FINITE"
     WRONG_SHAPE = "WRONG_SHAPE"

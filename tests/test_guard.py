@@ -24,7 +24,7 @@ from federation.errors import Reason, ScenarioError
 from federation.twin import MINUTE_NS
 from tests.hostile.plans import Author, keys
 from tests.hostile.referee import Referee
-from tests.hostile.suite import TOWN, Suite
+from tests.hostile.suite import RULES, TOWN, Suite
 from tests.hostile.town import DESCRIPTIONS, FEEDERS, PUMPS, RUN, TIES, Place, Town
 
 TEXT = TOWN.read_text(encoding="utf-8")
@@ -35,9 +35,9 @@ F5: Place = ("grid", "feed", "f5")
 class Desk:
     """A town with a guard whose every bundle takes effect at once, and somebody who sends plans."""
 
-    def __init__(self, text: str = TEXT) -> None:
+    def __init__(self) -> None:
         self.town = Town()
-        self.guard = Guard(documents.parse(text), DESCRIPTIONS, lambda *_: True)
+        self.guard = Guard(RULES, DESCRIPTIONS, lambda *_: True)
         self.author = Author(self.town, random.Random(1), keys(1))
         self.town.settle = self.guard.settle
         self.town.tell()

@@ -400,58 +400,72 @@ def _read(
     if not segments(folder) and head is None:
         text = f"there is no trail at {folder}"
         raise ScenarioError(Reason.MISSING_FILE, text, {"file": str(folder)})
-    lines = list(_lines(folder))
-    numbers = {line.record["number"] for line in lines if line.record and not line.is_torn}
     findings: list[Finding] = []
-    by_number: dict[int, dict[str, Any]] = {}
-    before, due = ORIGIN, 1
-    for file, number, record, is_torn in lines:
+    sound: list[tuple[Line, dict[str, Any]]] = []
+    records: dict[int, dict[str, Any]] = {}
+    lost: set[int] = set()
+    """The numbers that lines had which are no sound records any more."""
+    last = 0
+    for line in _lines(folder):
+        file, number, record, is_torn = line
         if is_torn:
-            acknowledged = head is not None and int(head.get("count", 0)) >= due
-            text = "the line does not end" + ("; its record was acknowledged" * acknowledged)
+            is_told = head is not None and int(head.get("count", 0)) > last
+            text = "the line does not end" + ("; its record was acknowledged" * is_told)
             findings.append(Finding(file, number, "torn", text))
-            due += 1
-            continue
-        if record is None:
-            text = f"record {due} was altered, or the line was never a record"
+            last += 1
+            lost.add(last)
+        elif record is None:
+            last += 1
+            lost.add(last)
+            text = f"record {last} was altered, or the line was never a record"
             findings.append(Finding(file, number, "altered", text))
-            before, due = "", due + 1
-            continue
-        found = record["number"]
-        if found in by_number:
-            what = "doubled" if by_number[found] == record else "inserted"
-            findings.append(Finding(file, number, what, f"there is another record {found}"))
-            continue
-        by_number[found] = record
-        if found > due:
-            gone = [n for n in range(due, found) if n not in numbers]
-            if gone:
-                which = f"record {gone[0]}" + (f" to {gone[-1]}" if len(gone) > 1 else "")
-                text = f"{which} is missing before it"
-                findings.append(Finding(file, number, "missing", text))
-            if len(gone) < found - due:
-                text = f"record {found} stands where {due} belongs"
-                findings.append(Finding(file, number, "moved", text))
-        elif found < due:
-            text = f"record {found} stands where {due} belongs"
-            findings.append(Finding(file, number, "moved", text))
-        elif before and record["before"] != before:
-            text = f"record {found} does not follow from the one before it"
-            findings.append(Finding(file, number, "inserted", text))
-        before, due = record["hash"], found + 1
-    findings += _judge_head(head, by_number, verify_head)
+        elif (last := record["number"]) in records:
+            what = "doubled" if records[last] == record else "inserted"
+            findings.append(Finding(file, number, what, f"there is another record {last} before"))
+        else:
+            records[last] = record
+            sound.append((line, record))
+    findings += _judge_order(sound, records, lost)
+    findings += _judge_head(head, records, lost, verify_head)
     if expected is not None and (
-        expected[0] and by_number.get(expected[0], {}).get("hash") != expected[1]
+        expected[0] and records.get(expected[0], {}).get("hash") != expected[1]
     ):
         text = f"record {expected[0]} is not the one that was kept elsewhere"
         findings.append(Finding(HEAD, 0, "cut", text))
-    return [by_number[n] for n in sorted(by_number)], findings
+    return [records[n] for n in sorted(records)], findings
+
+
+def _judge_order(
+    sound: list[tuple[Line, dict[str, Any]]], records: Mapping[int, dict[str, Any]], lost: set[int]
+) -> list[Finding]:
+    """Whether the sound records are all there, in order, and follow from each other."""
+    findings = []
+    before = 0
+    for (line, record), due in zip(sound, sorted(records), strict=True):
+        number = record["number"]
+        gone = [n for n in range(before + 1, due) if n not in lost]
+        before = due
+        if gone:
+            which = f"record {gone[0]}" + (f" to {gone[-1]}" if len(gone) > 1 else "")
+            text = f"{which} is missing before it"
+            findings.append(Finding(line.file, line.line, "missing", text))
+        if number != due:
+            text = f"record {number} stands where {due} belongs"
+            findings.append(Finding(line.file, line.line, "moved", text))
+        previous = records.get(number - 1) if number > 1 else {"hash": ORIGIN}
+        if previous is not None and record["before"] != previous["hash"]:
+            text = f"record {number} does not follow from {number - 1}: one of them is not genuine"
+            findings.append(Finding(line.file, line.line, "inserted", text))
+    return findings
 
 
 def _judge_head(
-    head: dict[str, Any] | None, records: Mapping[int, dict[str, Any]], verify: Verify | None
+    head: dict[str, Any] | None,
+    records: Mapping[int, dict[str, Any]],
+    lost: set[int],
+    verify: Verify | None,
 ) -> list[Finding]:
-    last = max(records, default=0)
+    last = max([*records, *lost], default=0)
     if head is None:
         if last <= 1 and verify is None:
             return []  # the first record was written, and then the process died
@@ -468,7 +482,7 @@ def _judge_head(
         return [Finding(HEAD, 0, "cut", f"of {count} records the last {count - last} are gone")]
     if count < last - 1:
         return [Finding(HEAD, 0, "head", f"it speaks of {count} records and there are {last}")]
-    if count and records.get(count, {}).get("hash") != hash_:
+    if count and count not in lost and records.get(count, {}).get("hash") != hash_:
         return [Finding(HEAD, 0, "head", f"record {count} is not the one that it speaks of")]
     return []
 

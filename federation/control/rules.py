@@ -182,7 +182,16 @@ class Evidence(Part):
     def _possible(self) -> Self:
         if not self.regret < self.worst:
             raise ValueError("the mean regret that is allowed must be below the worst")
+        if self.slack(1, 0.0) > self.regret:
+            text = f"{self.decisions} decisions can't show it: without any regret and any spread "
+            raise ValueError(f"{text}the bound is {self.slack(1, 0.0):.3g}")
         return self
+
+    def slack(self, block: int, variance: float) -> float:
+        """What the bound of `control.autonomy` adds to the mean of a block, counting from 1."""
+        n = self.decisions
+        log = math.log(2 * block * (block + 1) / (1 - self.confidence))
+        return math.sqrt(2 * variance * log / n) + 2 * self.worst * 7 * log / (3 * (n - 1))
 
 
 class Drift(Part):
@@ -203,7 +212,7 @@ class Grant(Part):
     twin: str
     action: str = Field(description="an actuator, or a class of `classes`")
     operator: str
-    start: Level = 3
+    start: Literal[3, 4] = Field(default=3, description="5 can only be earned")
     at_most: Level = 5
 
     @model_validator(mode="after")
@@ -282,6 +291,12 @@ class Rules(Part):
             limits = (rule.change, rule.changes, rule.entities, rule.reversals)
             spans += [limit.within_ns for limit in limits]
         return max(spans)
+
+    @cached_property
+    def grants(self) -> dict[tuple[str, str, str], Grant]:
+        """What is granted, by twin, action class and operator."""
+        grants = self.autonomy.grants if self.autonomy else ()
+        return {(g.twin, g.action, g.operator): g for g in grants}
 
     @cached_property
     def longest_lease_ns(self) -> int:

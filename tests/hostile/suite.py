@@ -19,6 +19,7 @@ from tests.hostile.referee import Referee
 from tests.hostile.town import DESCRIPTIONS, Town
 
 TOWN = Path(__file__).with_name("town.yaml")
+RULES = load(TOWN)
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Suite:
         pairs = keys(self.seed)
         self.known = public(pairs)
         self.town = Town()
-        self.guard = Guard(load(TOWN), DESCRIPTIONS, self.verify)
+        self.guard = Guard(RULES, DESCRIPTIONS, self.verify)
         self.referee = Referee(self.town, self.known)
         self.author = Author(self.town, random.Random(self.seed), pairs)
         self.author.send = self.send
