@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ from federation.wire.orders import Hand
 from tests.waterworks import EPOCH, RUN, SAFE, bundle
 
 NAMES = ("east", "north", "south", "west")
-STEP_S = 0.002
+STEP_S = 0.005
 """Wall time per second of the run."""
 
-WINDOW_S = 150
+WINDOW_S = 60
 """The bundle's window, in seconds of the run; some 0.4 s of wall time."""
 
 ASK_S = 0.3
@@ -153,6 +154,7 @@ class _Site:
 
     name: str
     address: str
+    run: str
     session: LinkSession
     now_s: int = -1
     speed: float = SAFE
@@ -178,8 +180,8 @@ class Tally:
     wall_s: float = 0.0
 
 
-async def kill(count: int) -> Tally:
-    """Kill coordinators until so many have been."""
+async def kill(count: int, lanes: int = 1) -> Tally:
+    """Kill coordinators until so many have been; `lanes` at a time, each in a run of its own."""
     began_s = time.perf_counter()
     tally = Tally()
     async with AsyncExitStack() as stack:
@@ -190,35 +192,49 @@ async def kill(count: int) -> Tally:
             f"identities: [{{name: guard-1, public_key: {guard.public_key}, roles: [guard], "
             "domains: ['*']}]\n"
         )
-        nursery = await stack.enter_async_context(
-            _nursery(sys.executable, "-m", "tests.kills", "--coordinators")
-        )
-        assert await _heard(nursery) == "ready"
-        sites = [await stack.enter_async_context(_site(name, folder)) for name in NAMES]
+        links = [await stack.enter_async_context(_link(name, folder)) for name in NAMES]
         hands = {
-            site.name: await stack.enter_async_context(Hand(site.address, guard)) for site in sites
+            link.name: await stack.enter_async_context(Hand(link.address, guard)) for link in links
         }
-        is_over = False
+        numbers = itertools.count()
 
-        async def go_on(site: _Site) -> None:
-            while not is_over:
-                await site.go()
-                await asyncio.sleep(STEP_S)
+        async def lane(place: int) -> None:
+            """Bundle after bundle at four sessions, which go on meanwhile."""
+            run = f"{RUN}-lane-{place}"
+            async with _nursery(sys.executable, "-m", "tests.kills", "--coordinators") as nursery:
+                assert await _heard(nursery) == "ready"
+                sites = []
+                for link in links:
+                    session = await link.session(link.name, 1, {}, EPOCH, run=run)
+                    sites.append(_Site(link.name, link.address, run, session))
+                    await sites[-1].go()
+                going = [asyncio.create_task(_go_on(site)) for site in sites]
+                try:
+                    while tally.kills < count:
+                        number = next(numbers)
+                        await _one(number, folder, nursery, sites, hands, tally)
+                        for task in going:
+                            if task.done():
+                                task.result()
+                        if number % 20 == 19:
+                            far = (
+                                f"  {tally.kills}/{count} kills, {tally.half_applied} half applied"
+                            )
+                            print(far, file=sys.stderr, flush=True)
+                finally:
+                    for task in going:
+                        task.cancel()
+                    await asyncio.gather(*going, return_exceptions=True)
 
-        going = [asyncio.create_task(go_on(site)) for site in sites]
-        try:
-            number = 0
-            while tally.kills < count:
-                await _one(number, folder, nursery, sites, hands, tally)
-                number += 1
-                for task in going:
-                    if task.done():
-                        task.result()
-        finally:
-            is_over = True
-            await asyncio.gather(*going, return_exceptions=True)
+        await asyncio.gather(*map(lane, range(lanes)))
     tally.wall_s = time.perf_counter() - began_s
     return tally
+
+
+async def _go_on(site: _Site) -> None:
+    while True:
+        await site.go()
+        await asyncio.sleep(STEP_S)
 
 
 async def _one(
@@ -232,7 +248,7 @@ async def _one(
     """One bundle, whose coordinator is killed at a point of its own."""
     journal = folder / f"journal-{number}"
     speeds = {name: 2.0 + (number + i) % 8 for i, name in enumerate(NAMES)}
-    what = bundle(f"b{number}", speeds, expires_s=1 << 30)
+    what = replace(bundle(f"b{number}", speeds, expires_s=1 << 30), run=sites[0].run)
     seats = {site.name: {"address": site.address, "epoch": EPOCH} for site in sites}
     order = {
         "key": str(folder / "guard.pem"),
@@ -262,7 +278,8 @@ async def _one(
     await asyncio.sleep(ASK_S)
     applied: dict[str, bool] = {}
     for site in sites:
-        (desk,) = (await hands[site.name].look()).desks
+        desks = (await hands[site.name].look()).desks
+        (desk,) = [desk for desk in desks if desk.run == site.run]
         held = {each.bundle: each.value for each in desk.in_force}
         applied[site.name] = held == {what.id: speeds[site.name]}
         model = speeds[site.name] if applied[site.name] else SAFE
@@ -276,7 +293,7 @@ async def _one(
     else:
         tally.compensated += 1
     for site in sites:
-        await hands[site.name].release(RUN, site.name, what.id, request=f"clean-{number}")
+        await hands[site.name].release(site.run, site.name, what.id, request=f"clean-{number}")
     while any(site.speed != SAFE for site in sites):
         await asyncio.sleep(STEP_S)
 
@@ -341,26 +358,25 @@ async def serving_process(
 
 
 @asynccontextmanager
-async def _site(name: str, folder: Path) -> AsyncIterator[_Site]:
+async def _link(name: str, folder: Path) -> AsyncIterator[Link]:
     keyring = str(folder / "keyring.yaml")
     async with (
         serving_process(name, "--keyring", keyring) as (address, _),
         await Link.connect(address, name) as link,
     ):
-        site = _Site(name, address, await link.session(name, 1, {}, EPOCH, run=RUN))
-        await site.go()
-        yield site
+        yield link
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     options.add_argument("--kills", type=int, default=200, metavar="N", help="(200)")
+    options.add_argument("--lanes", type=int, default=4, metavar="N", help="at a time (4)")
     options.add_argument("--coordinators", action="store_true", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.coordinators:
         _coordinators()
         return 0
-    tally = run(kill(asked.kills))
+    tally = run(kill(asked.kills, asked.lanes))
     for line in tally.half:
         print(line, file=sys.stderr)
     plain = {k: v for k, v in vars(tally).items() if k != "half"}

@@ -94,6 +94,8 @@ async def refusal(asked: Awaitable[object]) -> Reason:
 
 
 def test_a_setpoint_comes_with_the_next_step_and_falls_back_when_its_lease_ends() -> None:
+    """LEVEL45 16."""
+
     async def tell() -> None:
         async with site() as north, Hand(north.address, GUARD) as guard:
             assert await north.speed() == SAFE
@@ -114,6 +116,8 @@ def test_a_setpoint_comes_with_the_next_step_and_falls_back_when_its_lease_ends(
 
 
 def test_a_person_is_over_the_loop_and_when_they_release_it_the_loop_is_back() -> None:
+    """LEVEL45 17."""
+
     async def tell() -> None:
         async with (
             site() as north,
@@ -139,6 +143,8 @@ def test_a_person_is_over_the_loop_and_when_they_release_it_the_loop_is_back() -
 
 
 def test_two_loops_on_one_actuator_get_the_same_verdicts_every_time() -> None:
+    """LEVEL45 9 and 17."""
+
     async def tell() -> list[object]:
         async with site() as north, Hand(north.address, GUARD) as guard:
             a, b = bundle("a", author="north loop"), bundle("b", {"north": 2.0}, author="other")
@@ -160,6 +166,8 @@ def test_two_loops_on_one_actuator_get_the_same_verdicts_every_time() -> None:
 
 @pytest.mark.parametrize("identity", [OPTIMISER, OBSERVER, KIM, STRANGER, Identity.generate("x")])
 def test_only_the_guard_lets_a_loop_act(identity: Identity) -> None:
+    """LEVEL45 13."""
+
     async def tell() -> None:
         async with (
             site() as north,
@@ -275,6 +283,8 @@ def test_a_caller_of_an_epoch_that_is_over_is_refused() -> None:
 
 
 def test_a_decision_whose_state_has_moved_is_refused_before_and_after_it_is_selected() -> None:
+    """LEVEL45 11."""
+
     async def tell() -> None:
         async with site() as north, Hand(north.address, GUARD) as guard:
             low = Condition("north", "level", SYSTEM, 0.0, 0.05)
@@ -355,6 +365,7 @@ def test_a_keyring_is_read_from_a_file_and_keeps_guard_and_optimiser_apart(
 
 
 def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Path) -> None:
+    """LEVEL45 18."""
     file = tmp_path / "state.json"
 
     async def tell() -> None:
@@ -403,6 +414,7 @@ def test_a_stop_does_not_wait_for_a_step_and_only_a_person_lifts_it(tmp_path: Pa
 def test_a_domain_is_stopped_within_a_second_when_the_broker_is_dead(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """LEVEL45 18."""
     roster = tmp_path / "broker.sqlite.roster.json"
     key, keyring = tmp_path / "kim.pem", tmp_path / "keyring.yaml"
     KIM.save(key)
@@ -471,7 +483,7 @@ class Going:
     async def _go(self, at: dict[str, Site]) -> None:
         while not self._is_over:
             await asyncio.gather(*(one.run() for one in at.values()))
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.005)
 
     async def end(self) -> None:
         self._is_over = True
@@ -483,6 +495,8 @@ async def speeds(at: dict[str, Site]) -> dict[str, float]:
 
 
 def test_a_bundle_comes_into_force_at_four_twins(tmp_path: Path) -> None:
+    """LEVEL45 15."""
+
     async def tell() -> None:
         async with sites(*FOUR) as at:
             journal = FileJournal(tmp_path / "journal")
@@ -544,7 +558,7 @@ def test_a_condition_on_a_twin_that_is_not_set_counts_as_well(tmp_path: Path) ->
 def test_who_brings_a_bundle_may_die_in_any_stage(
     tmp_path: Path, stage: Stage, comes_back: bool
 ) -> None:
-    """It dies when the first member has done what the stage asks, and no other was asked."""
+    """It dies when the first member has done what a stage asks, before all have. LEVEL45 15."""
 
     class Deadly:
         def __init__(self, of: Task, identity: Identity) -> None:
@@ -579,7 +593,10 @@ def test_who_brings_a_bundle_may_die_in_any_stage(
             work = asyncio.create_task(
                 carry_out(task(bundle(speeds=FOUR), at), GUARD, journal, messengers=Deadly)
             )
-            await dead.wait()
+            waits = asyncio.create_task(dead.wait())
+            await asyncio.wait({waits, work}, return_when=asyncio.FIRST_COMPLETED)
+            waits.cancel()
+            assert not work.done()
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
             expected = FOUR if stage is Stage.CONFIRMING else dict.fromkeys(FOUR, SAFE)
@@ -703,7 +720,7 @@ def test_an_actuation_ends_one_way_or_the_other_and_writes_before_it_asks(
 
 
 def test_a_coordinator_that_is_killed_leaves_no_bundle_half_applied() -> None:
-    """The few of `make kills` that fit in here; that has 200."""
+    """The few of `make kills` that fit in here; that has 200. LEVEL45 15."""
     tally = run(kill(8))
     assert tally.kills >= 8
     assert (tally.half_applied, tally.half, tally.unended) == (0, [], 0)

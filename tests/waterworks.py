@@ -34,7 +34,7 @@ from federation.wire.serve import ServeOptions, serving
 RUN = "runs/waterworks-1"
 SAFE = 1.0
 EPOCH = 3
-WINDOW_NS = 20 * SECOND_NS
+WINDOW_NS = 80 * SECOND_NS
 
 GUARD = Identity.generate("guard-1")
 KIM = Identity.generate("kim")

@@ -154,7 +154,6 @@ class Desk:
         """What the model was last given at places that are held, or were a step ago."""
         self._ended: dict[Place, str] = {}
         """Why the last entry of a place has gone, until the model is told."""
-        self._serial = 0
         self._open: dict[str, None] = {}
         """The bundles whose end is not decided yet, in the order of their selection."""
         self._is_changed = False
@@ -437,7 +436,6 @@ class Desk:
         plain = {
             "now_ns": self.now_ns,
             "epoch": self.epoch,
-            "serial": self._serial,
             "stops": [asdict(stop) for stop in self.stops.values()],
             "slots": [
                 [*place, int(priority), asdict(slot)]
@@ -463,10 +461,10 @@ class Desk:
             stops = {each["id"]: Stop(**each) for each in plain["stops"]}
             told = {(a, e): value for a, e, value in plain["told"]}
             ended = {(a, e): why for a, e, why in plain["ended"]}
-            numbers = int(plain["now_ns"]), int(plain["epoch"]), int(plain["serial"])
+            numbers = int(plain["now_ns"]), int(plain["epoch"])
         except (ValueError, KeyError, TypeError) as error:
             raise _refusal(Reason.INVALID_FRAME, f"this is no state of a desk: {error}") from error
-        self.now_ns, self.epoch, self._serial = numbers
+        self.now_ns, self.epoch = numbers
         self._slots, self._answers, self.stops = slots, answers, stops
         self._told, self._ended = told, ended
         self._bundles = {held.bundle.id: held for held in bundles}
@@ -478,7 +476,7 @@ class Desk:
     def _changes(self, actions: tuple[Action, ...]) -> tuple[Operated, ...]:
         """What the model is to be given: where what is in force has changed, or was acted on."""
         disturbed = {(action.actuator, action.entity) for action in actions}
-        operated = []
+        operated: list[Operated] = []
         for place in sorted({*self._slots, *self._told}):
             array = self._slots.get(place)
             if array:
@@ -491,19 +489,21 @@ class Desk:
                     f"{slot.owner} sets {self._called(place)} to {slot.value:g} "
                     f"({priority.name.lower().replace('_', ' ')}, bundle {slot.bundle})"
                 )
-                operated.append(self._operated(place, slot.value, slot.signer, text))
+                given = (slot.value, slot.signer, text)
+                operated.append(self._operated(len(operated), place, *given))
             else:
                 value = self._actuators[place[0]][0].safe_default
                 if self._told.pop(place) != value and place not in disturbed:
                     why = self._ended.get(place, "nobody holds it")
                     text = f"{self._called(place)} falls back to {value:g}: {why}"
-                    operated.append(self._operated(place, value, DESK, text))
+                    operated.append(self._operated(len(operated), place, value, DESK, text))
         self._ended.clear()
         return tuple(operated)
 
-    def _operated(self, place: Place, value: float, by: str, text: str) -> Operated:
-        self._serial += 1
-        cause = f"{DESK}/{self.member}-{self._serial}"
+    def _operated(self, number: int, place: Place, value: float, by: str, text: str) -> Operated:
+        """The `number`-th setpoint of this instant; another desk of the member has other instants,
+        so its events have other names."""
+        cause = f"{DESK}/{self.member}-{self.now_ns}-{number:03d}"
         return Operated(Action(self.member, *place, value, cause), by, text)
 
     def _part(self, bundle: Bundle) -> Iterable[tuple[Place, float, int]]:
