@@ -54,7 +54,7 @@ def planner(scenario: Scenario, descriptions: Mapping[str, Description], policy:
         components = descriptions[member].ids(actuator.kind)
         families.append(Family(member, name, components, actuator.high))
     given = repairs.assessment
-    assessment = given and Assessment(given.sigma, *given.inspected_after_h)
+    assessment = Assessment(given.sigma, *given.inspected_after_h) if given else None
     offset_ns = round(repairs.decide_from_min * MINUTE_NS)
     period_ns = round(repairs.decide_every_min * MINUTE_NS)
     horizon_ns = round(repairs.horizon_h * HOUR_NS)

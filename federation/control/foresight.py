@@ -65,14 +65,18 @@ beds count there with what they cost, which says little of the lives that hang o
 LAST_H = 12.0
 """No thinking when so little of the run is left: nothing begun then ends in time."""
 
-CORRECTED_SHARE = 0.2
+LATER_SHARE = 2.0 / 3.0
+"""How far later decisions look ahead, in parts of how far the first one does. They also try a new
+plan in one future only: it rests on more than the old one, and time is short."""
+
+CORRECTED_SHARE = 0.3
 """Estimates that inspections have corrected since the last decision, over all work that was
 believed in then, from which on it is worthwhile to think again."""
 
 OFF_SHARE = 0.25
 """How far off a prediction must have been, in parts of itself, to be a reason to think again."""
 
-QUIET_H = 6.0
+QUIET_H = 12.0
 """Corrections alone are no reason to think again before this time has passed."""
 
 
@@ -202,7 +206,10 @@ class ForesightPlanner(CrewPlanner):
         return ""
 
     def until_ns(self, situation: Situation) -> int:
-        return min(situation.cut.time_ns + self._ahead.rehearse_ns, situation.cut.horizon_ns)
+        ahead_ns = self._ahead.rehearse_ns
+        if self._planned_ns is not None:
+            ahead_ns = round(LATER_SHARE * ahead_ns)
+        return min(situation.cut.time_ns + ahead_ns, situation.cut.horizon_ns)
 
     def forecast(self, situation: Situation) -> Rating:
         """At first the plan of the joint model is in force, or, where there is none or the guard
@@ -239,7 +246,8 @@ class ForesightPlanner(CrewPlanner):
         """Future by future: who is worse than the plan in force so far is tried in no other."""
         ratings = {name: Rating(name, (), {}) for name in plans}
         alive = list(plans)
-        for number in range(self._ahead.futures):
+        futures = self._ahead.futures if self._planned_ns is None else 1
+        for number in range(futures):
             if alive and number:
                 in_force = self._tried(situation, in_force, self._order)
             for name in tuple(alive):

@@ -223,6 +223,7 @@ class Loop(Generic[Situation, Plan]):
         ratings.sort(key=lambda rating: -rating.less(in_force)[0])
         with self._stage("guard"):
             chosen, why, refused = self._choose(situation, in_force, ratings, plans)
+        until_ns = stages.until_ns(situation)
         with self._stage("act"):
             setpoints = stages.act(situation, chosen, plans.get(chosen))
         with self._stage("record"):
@@ -233,7 +234,7 @@ class Loop(Generic[Situation, Plan]):
                 dict(cut.versions),
                 self.seed,
                 occasion,
-                stages.until_ns(situation),
+                until_ns,
                 tuple(ratings),
                 chosen,
                 why,
