@@ -294,6 +294,10 @@ class LiveLoop:
                 why = f"no decision within {self.terms.within_s:g} s"
                 self._stages.give_up()
                 await asyncio.gather(turning, return_exceptions=True)
+            except asyncio.CancelledError:
+                self._stages.give_up(even_acts=True)
+                await asyncio.gather(turning, return_exceptions=True)
+                raise
             except FederationError as error:
                 why = str(error)
             for key in self._keys():
@@ -884,9 +888,9 @@ class _Stages:
         self._waits: asyncio.Task[Any] | None = None
         self._acts = self._is_given_up = False
 
-    def give_up(self) -> None:
+    def give_up(self, *, even_acts: bool = False) -> None:
         """End what the turn waits for, unless it acts already; in the event loop."""
-        if not self._acts:
+        if even_acts or not self._acts:
             self._is_given_up = True
             if self._waits is not None:
                 self._waits.cancel()
