@@ -898,7 +898,8 @@ class _Stages:
     def observe(self, cut: Any) -> Known:
         self._acts = self._is_given_up = False
         known = self._wait(self._live.observe(cut.observation))
-        self._made = Made(f"decision-{cut.time_ns}", known)
+        # another loop over the run has its own
+        self._made = Made(f"{self._live.keys.optimiser.name}-{cut.time_ns}", known)
         return known
 
     def observed(self, situation: Known) -> float:
