@@ -365,13 +365,12 @@ class LiveLoop:
                 self.trials.lived(then, until_ns),
                 *(self.trials.run(then, n, None, until_ns) for n in (made.chosen, *others[:1])),
             )
-            cost, *alternative = (t.growth(self.weights, until_ns) for t in trials)
+            cost, *rest = (t.growth(self.weights, until_ns) for t in trials)
+            alternative = rest[0] if rest else None
             grew = lived.growth(self.weights, until_ns)
             is_good = made.verdict is not None and made.verdict.good
             for key in keys:
-                self._climb(
-                    Scored(key, made.id, cost, grew, *(alternative or (None,)), is_good=is_good)
-                )
+                self._climb(Scored(key, made.id, cost, grew, alternative, is_good))
 
     # -- forecast, plan, verify ----------------------------------------------------------------
 
@@ -977,7 +976,7 @@ def _split(name: str) -> Variable:
 
 
 def _at(series: Series, time_ns: int) -> Vector:
-    found = series.values[0]
+    found: Vector = series.values[0]
     for when_ns, value in zip(series.times_ns, series.values, strict=True):
         if when_ns > time_ns:
             break

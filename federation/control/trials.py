@@ -115,8 +115,8 @@ class Trials:
                 *(self._told(name, variable, cut) for variable in self._wanted)
             )
             actions = await self._actions(name, cut.time_ns)
-        told = dict(zip(self._wanted, outputs, strict=True))
-        return Trial(measure, cut.time_ns, told, actions)
+        found = dict(zip(self._wanted, outputs, strict=True))
+        return Trial(measure, cut.time_ns, found, actions)
 
     async def lived(self, cut: Observation, until_ns: int) -> Trial:
         """What has become of the run itself, from a cut up to an instant that is settled."""
