@@ -330,6 +330,59 @@ def _at_twins(
     return 3 if any(verdict.error is not None for verdict in verdicts) else 0
 
 
+def command_control(options: argparse.Namespace) -> int:
+    """Run the loop over a live run until that ends; what it may do stands in the rules."""
+    from federation.control.live import Keys, LiveLoop, Terms
+    from federation.control.people import control
+    from federation.twin import HOUR_NS, MINUTE_NS
+    from federation.wire.credentials import Identity, Keyring
+
+    terms = Terms(
+        level=options.level,
+        rules=options.rules,
+        state=options.state,
+        operator=options.operator,
+        every_ns=round(options.every_min * MINUTE_NS),
+        ahead_ns=round(options.ahead_h * HOUR_NS),
+        futures=options.futures,
+        within_s=options.within_s,
+        measures=tuple(options.measure),
+    )
+    keys = Keys(
+        Identity.load(options.key.stem, options.key),
+        Identity.load(options.optimiser_key.stem, options.optimiser_key),
+        Keyring.load(options.keyring),
+    )
+
+    async def work() -> None:
+        loop = LiveLoop(options.broker, options.run, terms, keys)
+        await control(loop, options.host, options.port)
+
+    telemetry.configure("control")
+    run(work())
+    return 0
+
+
+def command_proposals(options: argparse.Namespace) -> int:
+    from federation.control.people import print_proposals
+
+    run(print_proposals(options.control))
+    return 0
+
+
+def command_answer(options: argparse.Namespace) -> int:
+    """Say a person's yes or no; 3 when it does not count."""
+    from federation.control.people import answer
+    from federation.wire.credentials import Identity
+
+    person = Identity.load(options.identity, options.key)
+    told = run(
+        answer(options.control, options.proposal, person, is_yes=options.is_yes, why=options.why)
+    )
+    say(f"{options.proposal}: {told.state}: {told.sentence}")
+    return 0 if told.counts else 3
+
+
 def command_keys_new(options: argparse.Namespace) -> int:
     """Make a key pair, and say how the keyring has it."""
     from federation.wire.credentials import Identity
@@ -653,6 +706,7 @@ def parser() -> argparse.ArgumentParser:
     replay.set_defaults(do=command_replay)
 
     _acting_commands(commands)
+    _control_commands(commands)
     _audit_commands(commands.add_parser("audit", help="the trail of the loop's decisions"))
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
@@ -804,6 +858,60 @@ def _acting_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "--domain", action="append", default=[], metavar="D", help="where, * for everywhere"
     )
     new.set_defaults(do=command_keys_new)
+
+
+def _control_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    loop = commands.add_parser(
+        "control",
+        help="decide over a live run, within what the rules allow",
+        description="Look at a live run again and again, try the measures of its scenario in "
+        "futures forked from it, and advise (3), propose to persons (4) or act (5), never further "
+        "than the autonomy that the rules grant and that was earned.",
+    )
+    _run_argument(loop)
+    loop.add_argument("--level", type=int, required=True, choices=(3, 4, 5), help="no further")
+    loop.add_argument("--rules", type=Path, required=True, metavar="FILE", help="the owners' rules")
+    loop.add_argument("--keyring", type=Path, required=True, metavar="FILE", help="who may what")
+    loop.add_argument(
+        "--key", type=Path, required=True, metavar="FILE", help="the guard's key, NAME.pem"
+    )
+    loop.add_argument(
+        "--optimiser-key", type=Path, required=True, metavar="FILE", help="and the optimiser's"
+    )
+    loop.add_argument(
+        "--state", type=Path, required=True, metavar="DIR", help="what it knows, and its trail"
+    )
+    loop.add_argument("--operator", required=True, metavar="NAME", help="who is on duty")
+    loop.add_argument("--every-min", type=float, default=60.0, metavar="M", help="of the run (60)")
+    loop.add_argument("--ahead-h", type=float, default=24.0, metavar="H", help="of the run (24)")
+    loop.add_argument("--futures", type=_positive, default=2, metavar="N", help="(2)")
+    loop.add_argument("--within-s", type=float, default=60.0, metavar="S", help="to decide (60)")
+    loop.add_argument(
+        "--measure", action="append", default=[], metavar="NAME", help="to try (all that fit)"
+    )
+    loop.add_argument("--host", default="127.0.0.1", help="for people (127.0.0.1)")
+    loop.add_argument("--port", type=int, default=7800, help="for people (7800)")
+    _broker_option(loop)
+    loop.set_defaults(do=command_control)
+    seen = commands.add_parser("proposals", help="what a loop proposes, and how far it may go")
+    _control_option(seen)
+    seen.set_defaults(do=command_proposals)
+    for word, what in (("approve", "confirm"), ("reject", "refuse")):
+        said = commands.add_parser(word, help=f"{what} what a loop proposes")
+        said.add_argument("proposal", metavar="PROPOSAL")
+        said.add_argument("--as", dest="identity", required=True, metavar="NAME", help="who asks")
+        said.add_argument(
+            "--key", type=Path, required=True, metavar="FILE", help="that one's private key"
+        )
+        said.add_argument("--why", default="", metavar="TEXT", help="for the record")
+        _control_option(said)
+        said.set_defaults(do=command_answer, is_yes=word == "approve")
+
+
+def _control_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--control", default="127.0.0.1:7800", metavar="ADDRESS", help="(127.0.0.1:7800)"
+    )
 
 
 def _run_argument(command: argparse.ArgumentParser) -> None:

@@ -716,6 +716,36 @@ class Session:
                 )
         self.twin.open(seed, {**known, **parameters})
 
+    def diverge(
+        self,
+        time_ns: int,
+        seed: int,
+        parameters: Mapping[str, float],
+        believed: Mapping[str, Vector] = NOTHING,
+    ) -> int | None:
+        """Be one of the futures of a state that was just restored (see `Twin.diverge`).
+
+        `parameters` may leave out those that have their default. Fails with UNDECLARED_OUTPUT,
+        WRONG_SHAPE or NOT_FINITE for what is believed, and with TIME_REGRESSION.
+        """
+        if time_ns < self.last_ns:
+            raise TwinError(
+                Reason.TIME_REGRESSION,
+                f"{self.name} has done its step at {self.last_ns} ns; no other future can begin at "
+                f"{time_ns} ns",
+                {"member": self.name},
+            )
+        check_outputs(self.name, self.sizes, StepResult(time_ns, outputs=believed))
+        known = {p.name: p.default for p in self.description.parameters}
+        next_ns = self.twin.diverge(time_ns, seed, {**known, **parameters}, believed)
+        if next_ns is not None and next_ns < time_ns:
+            raise TwinError(
+                Reason.TIME_REGRESSION,
+                f"{self.name} asked, in a future from {time_ns} ns on, to wake at {next_ns} ns",
+                {"member": self.name},
+            )
+        return next_ns
+
     def advance(self, given: StepInput) -> StepResult:
         """Do one step, or redo the last one when `given.micro` > 0."""
         if self._can_redo:

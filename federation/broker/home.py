@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from federation.broker.clocks import Clocks
+from federation.broker.cuts import Cuts
 from federation.broker.memory import Added
-from federation.broker.seats import Done, Place
+from federation.broker.seats import Done, Place, Saved
 from federation.core.messages import Joined
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import Case, blame
 from federation.scenario.spec import PLANNER, Addition, Member, OnFailure, Scenario
-from federation.twin import LinearBlock, Planner, Session, StepInput, StepResult
+from federation.twin import NOTHING, LinearBlock, Planner, Session, StepInput, StepResult, Vector
 from federation.wire import codec
 from federation.wire.link import Link, LinkSession
 
@@ -135,6 +136,20 @@ Find = Callable[[str], Awaitable[Link]]
 """A link to where a member's service is now; fails when it is not there yet."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The future that a run goes on in after its past, from `time_ns` on.
+
+    `run` is the one that it has its past from, `cuts` what is known of the states of members there.
+    """
+
+    run: str
+    time_ns: int
+    case: Case
+    believed: Mapping[str, Mapping[str, Vector]]
+    cuts: Cuts
+
+
 class RunHome:
     """Opens the sessions of one run, where the services of its members are."""
 
@@ -147,8 +162,10 @@ class RunHome:
         epoch: int,
         find: Find | None,
         run: str = "",
+        ahead: Ahead | None = None,
     ) -> None:
         self.planner = planner
+        self._ahead = ahead
         self._run = run
         """Under which name others may act on the members; empty when nobody may."""
         self.seats: list[Seat] = []
@@ -175,7 +192,14 @@ class RunHome:
 
     def policy(self, member: str) -> OnFailure:
         found = self.members.get(member)
-        return OnFailure() if found is None else found.on_failure
+        policy = OnFailure() if found is None else found.on_failure
+        if self.diverges(member):  # a session of another seed has no past to come back by
+            return OnFailure(answer_within_s=policy.answer_within_s)
+        return policy
+
+    def diverges(self, member: str) -> bool:
+        """Whether a member goes on in another future than the one that its past is from."""
+        return self._ahead is not None and member != PLANNER
 
     def reaches(self, member: str) -> bool:
         """Whether a member is known to be anywhere; one that has left need not be."""
@@ -220,6 +244,23 @@ class RunHome:
         self._links[member] = link
         return session
 
+    async def open_future(
+        self, member: str, state: bytes, start_ns: int
+    ) -> tuple[LinkSession, int | None]:
+        ahead, link = self._ahead, self._links[member]
+        assert ahead is not None
+        session = await self._session_ahead(ahead, member, link, start_ns)
+        try:
+            believed = ahead.believed.get(member, NOTHING)
+            return session, await session.diverge(state, ahead.time_ns, believed)
+        except BaseException:
+            await leave(session)
+            raise
+
+    async def at_cut(self, member: str, steps: int, make: Callable[[], Awaitable[Saved]]) -> Saved:
+        assert self._ahead is not None
+        return await self._ahead.cuts.at(self._ahead.run, member, steps, make)
+
     async def leave(self) -> None:
         """End all sessions, and the links that were found on the way."""
         await asyncio.gather(*(leave(seat) for seat in self.seats))
@@ -230,6 +271,13 @@ class RunHome:
         parameters = self._parameters.get(member, {})
         seed = self._case.member_seed(member)
         return await link.session(member, seed, parameters, self._epoch, start_ns, self._run)
+
+    async def _session_ahead(
+        self, ahead: Ahead, member: str, link: Link, start_ns: int = 0
+    ) -> LinkSession:
+        parameters = ahead.case.parameters.get(member, self._parameters.get(member, {}))
+        seed = ahead.case.member_seed(member)
+        return await link.session(member, seed, parameters, self._epoch, start_ns)
 
     async def _open_again(self, member: str, service: str, start_ns: int) -> LinkSession:
         """A session where the service is found, which is waited for."""
@@ -294,7 +342,10 @@ class RunHome:
             return await self._fresh[member].flexibility(periods_ns)
         if member not in self._links:
             return None
-        session = await self._session(member, self._links[member])
+        if self._ahead is None:
+            session = await self._session(member, self._links[member])
+        else:  # who plans in a future is not told what is so in the run itself
+            session = await self._session_ahead(self._ahead, member, self._links[member])
         try:
             return await session.flexibility(periods_ns)
         finally:

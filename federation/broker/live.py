@@ -12,7 +12,8 @@ from itertools import zip_longest
 
 import numpy as np
 
-from federation.broker.home import Entrance, Find, Takeover
+from federation.broker.cuts import Cuts
+from federation.broker.home import Ahead, Entrance, Find, Takeover
 from federation.broker.memory import Memory, Origin
 from federation.broker.registry import Lease
 from federation.broker.seats import Place
@@ -67,6 +68,8 @@ class LiveRun:
     """How many entries of the ledger an earlier life of the broker has stored."""
     settled_ns: int = NOT_SETTLED
     """The instant up to which they are complete."""
+    cuts: Cuts = field(default_factory=Cuts)
+    """States of members that forks of one run share."""
     turn_within_s: float = TURN_WITHIN_S
     lookout: Lookout = field(default_factory=Lookout)
     _inbox: Inbox = field(default_factory=Inbox)
@@ -114,8 +117,9 @@ class LiveRun:
                     asked=self.asked,
                     gone=self._let_go,
                     lookout=self.lookout,
-                    # what has been is not acted on
-                    run="" if origin is not None and origin.is_replay else self.name,
+                    # what has been, and what only might be, is not acted on
+                    run=self.name if self._is_lived else "",
+                    ahead=self._ahead(),
                 )
             if origin is not None and origin.is_replay:
                 await asyncio.to_thread(self._compare, origin, outcome.digest)
@@ -136,6 +140,19 @@ class LiveRun:
             self._inbox.close()
             links = (*self.links.values(), *self._more_links)
             await asyncio.gather(*(link.close() for link in links))
+
+    @property
+    def _is_lived(self) -> bool:
+        origin = None if self.memory is None else self.memory.origin
+        return origin is None or not (origin.is_replay or origin.future is not None)
+
+    def _ahead(self) -> Ahead | None:
+        origin = None if self.memory is None else self.memory.origin
+        if origin is None or origin.future is None:
+            return None
+        time_ns, future = origin.until_ns + 1, origin.future
+        case = future.case(self.scenario, self.case, time_ns)
+        return Ahead(origin.run, time_ns, case, future.believed, self.cuts)
 
     async def _wait_for_turn(self, turn: asyncio.Semaphore) -> None:
         self.lookout.waits_for("its turn, after other runs", self.turn_within_s)

@@ -6,12 +6,16 @@ import base64
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
 
 from federation.broker.seats import Degradation, Past, Place, Saved, Succession
 from federation.broker.store import Frame, Item, Note, Store
 from federation.core.ledger import Quality
 from federation.core.messages import Degraded, Left, Ordered
 from federation.errors import Reason, ScenarioError
+from federation.scenario.future import Future
 from federation.scenario.run import Case
 from federation.twin import NO_DESK, Action, Description, DeskStep, StepResult
 from federation.v1 import error_pb2, twin_pb2
@@ -32,13 +36,14 @@ class Origin:
     """Where a run comes from: the run that it has its past from, and the instant of the cut.
 
     A replay goes through the record of that run again, whose digest it must give; those who
-    are `recorded` are no services in it.
+    are `recorded` are no services in it. After the cut a run may be in another `future`.
     """
 
     run: str
     until_ns: int
     is_replay: bool = False
     recorded: tuple[str, ...] = ()
+    future: Future | None = None
 
 
 Asked = Ordered | Left | Added
@@ -73,7 +78,34 @@ def write_description(member: str, description: Description, since_ns: int = 0) 
 
 
 def write_origin(origin: Origin) -> Note:
-    return Note("origin", 0, json.dumps(asdict(origin)).encode())
+    plain: dict[str, Any] = {
+        "run": origin.run,
+        "until_ns": origin.until_ns,
+        "is_replay": origin.is_replay,
+        "recorded": origin.recorded,
+    }
+    if (future := origin.future) is not None:
+        plain["future"] = {
+            "number": future.number,
+            "seed": future.seed,
+            "parameters": dict(future.parameters),
+            "believed": {
+                member: {name: values.tolist() for name, values in outputs.items()}
+                for member, outputs in future.believed.items()
+            },
+        }
+    return Note("origin", 0, json.dumps(plain).encode())
+
+
+def _read_origin(plain: dict[str, Any]) -> Origin:
+    future = plain.pop("future", None)
+    if future is not None:
+        believed = {
+            member: {name: np.array(values) for name, values in outputs.items()}
+            for member, outputs in future["believed"].items()
+        }
+        future = Future(future["number"], future["seed"], future["parameters"], believed)
+    return Origin(**{**plain, "recorded": tuple(plain["recorded"])}, future=future)
 
 
 def write_degraded(change: Degraded) -> Note:
@@ -139,7 +171,7 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
             case "case":
                 case = Case(**said)
             case "origin":
-                origin = Origin(**{**said, "recorded": tuple(said["recorded"])})
+                origin = _read_origin(said)
             case "described":
                 message = twin_pb2.Description.FromString(base64.b64decode(said["description"]))
                 descriptions[said["member"]] = codec.decode_description(message)

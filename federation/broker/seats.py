@@ -134,6 +134,15 @@ class Home(Protocol):
     async def open_heir(self, member: str, start_ns: int) -> Session:
         """Where the service is that is to take over."""
 
+    async def open_future(
+        self, member: str, state: bytes, start_ns: int
+    ) -> tuple[Session, int | None]:
+        """A session in the run's own future after the cut at which the member was in this state,
+        and the next instant that it wants."""
+
+    async def at_cut(self, member: str, steps: int, make: Callable[[], Awaitable[Saved]]) -> Saved:
+        """The state of a member at the cut, after so many steps; `make` makes it."""
+
 
 class Witness(Protocol):
     """Hears what becomes of a member, besides its answers."""
@@ -174,8 +183,15 @@ class MemberSeat:
         past: Past | None = None,
         start_ns: int = 0,
         desks: Mapping[tuple[int, int], DeskStep] | None = None,
+        *,
+        diverges: bool = False,
+        asks_to_wake: bool = False,
     ) -> None:
+        """With `diverges` the member goes on, after its past, in another future of it.
+        `asks_to_wake` says that it has no period."""
         self.member = member
+        self._diverges = diverges
+        self._asks_to_wake = asks_to_wake
         self._desks = desks
         """What its desk had to do with its steps, by instant and micro-step, when the run is one
         that is gone through again."""
@@ -212,7 +228,7 @@ class MemberSeat:
 
     async def open(self) -> None:
         """Open the member's session, unless there is a past to go through first."""
-        if not self._past.items:
+        if not self._past.items and not self._diverges:
             self._session = await self._open()
 
     def adopt(self, session: Session, present: StepInput, events: int) -> None:
@@ -254,6 +270,15 @@ class MemberSeat:
             self._track.add(step, item)
             known.append(item)
         self._known, self._rest, self._done = tuple(known), tuple(steps[len(known) :]), done
+        if self._diverges and not any(isinstance(item, StepResult) for item in items):
+            self._diverges = False
+            if self._quality is not Quality.HELD:
+                self._work(self._diverge())
+                return
+        self._get_on()
+
+    def _get_on(self) -> None:
+        """Have done what is not known of a frame."""
         if self._heir is not None and self._heir.done.cancelled():
             self._heir = None
         if self._heir is not None:
@@ -497,6 +522,39 @@ class MemberSeat:
 
         self._task.add_done_callback(ended)
 
+    # -- another future ----------------------------------------------------------------------
+
+    async def _diverge(self) -> None:
+        """Leave the past for a future of its own; what it now wants next is in its last answer."""
+        try:
+            if self._quality is Quality.SUBSTITUTED or self._past.items:
+                text = f"{self.member} was substituted or replaced; it can't have other futures"
+                raise TwinError(Reason.UNSUPPORTED, text, {"member": self.member})
+            saved = await self._home.at_cut(self.member, self._track.count, self._at_cut)
+            self._session, next_ns = await self._in_time(
+                self._home.open_future(self.member, saved.state, self._track.start_ns)
+            )
+        except FederationError as error:
+            self._end(error)
+            return
+        self._is_known = True
+        self._track.arrived()
+        if self._asks_to_wake and self._known:
+            self._known = (*self._known[:-1], self._known[-1]._replace(next_ns=next_ns))
+        self._get_on()
+
+    async def _at_cut(self) -> Saved:
+        """The state after the past, from a session that goes through it again."""
+        if self._track.is_saved:
+            assert self._track.saved is not None
+            return self._track.saved
+        session = await self._home.open(self.member, again=False, start_ns=self._track.start_ns)
+        try:
+            await self._redo(session)
+            return self._track.save(await self._in_time(session.snapshot()))
+        finally:
+            self._leave(session)
+
     # -- saving and coming back ------------------------------------------------------------
 
     def _is_time_to_save(self) -> bool:
@@ -587,7 +645,7 @@ class MemberSeat:
         return TwinError(
             Reason.MEMBER_LOST,
             f"{self.member} did not answer within {self._policy.answer_within_s:g} s for its step "
-            f"at {self._rest[0].time_ns} ns",
+            f"at {self._rest[0].time_ns if self._rest else self._track.last_ns} ns",
             {"member": self.member},
         )
 
@@ -640,6 +698,16 @@ class _Track:
         self._is_new = False
         """Another model goes on, which has seen no input yet."""
         self._serial = self._shift = 0
+
+    @property
+    def count(self) -> int:
+        """How many steps are done."""
+        return self._count
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the saved state is that after the last step."""
+        return self.saved is not None and self.saved.steps == self._count
 
     @property
     def saved_ns(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from federation.broker.cuts import Cuts
 from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, substitute_of
 from federation.broker.live import TURN_WITHIN_S, LiveRun, entrance
 from federation.broker.memory import (
@@ -45,6 +47,7 @@ from federation.broker.why import read_results
 from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.scenario.future import Future
 from federation.scenario.run import Case, Outcome, PlannerFactory
 from federation.scenario.spec import (
     PLANNER,
@@ -142,6 +145,7 @@ class BrokerServer:
         self.store: Store
         self.registry: Registry
         self._live: dict[str, LiveRun] = {}
+        self._cuts = Cuts()
         self._stack = AsyncExitStack()
         self._turn = asyncio.Semaphore(self.options.parallel_runs)
         self._arrived = asyncio.Event()
@@ -394,6 +398,13 @@ class BrokerServer:
         """Go on with a run of an earlier life, when its members are there again."""
         try:
             memory = await asyncio.to_thread(recall, self.store, run.name)
+            if memory.origin is not None and memory.origin.future is not None:
+                raise ScenarioError(
+                    Reason.UNSUPPORTED,
+                    f"the broker ended, and {run.name} is only what might become of "
+                    f"{memory.origin.run}: such a run is not continued",
+                    {"run": memory.origin.run},
+                )
             await self._go_on(run, memory, wait=True)
         except FederationError as error:
             await asyncio.to_thread(
@@ -460,6 +471,7 @@ class BrokerServer:
             asked=asked,
             stored=run.entries,
             settled_ns=run.settled_ns,
+            cuts=self._cuts,
         )
         await self._start(live)
 
@@ -588,6 +600,7 @@ class BrokerServer:
         measure: str = "",
         horizon_ns: int | None = None,
         orders: Sequence[Ordered] = (),
+        future: Future | None = None,
     ) -> str:
         """Start a run with the past of another one; fails as `Scenarios.ForkRun` does."""
         run = await self.find(name)
@@ -608,6 +621,7 @@ class BrokerServer:
         if case is None:
             raise _no_case(name)
         origin = memory.origin
+        _check_is_lived(name, origin)
         if origin is not None and cut_ns < origin.until_ns:
             raise ScenarioError(
                 Reason.INSTANT_PASSED,
@@ -615,9 +629,12 @@ class BrokerServer:
                 {"run": origin.run},
             )
         new = replace(case, measure=measure or case.measure)
-        if new != case:
+        if new != case or future is not None:
             folder = self.options.scenario_folder
             scenario = await asyncio.to_thread(parse, run.document, "scenario", folder)
+        if future is not None:
+            _check_future(future, memory, future.case(scenario, case, cut_ns + 1))
+        if new != case:
             _check_measure(scenario, case.measure, measure)
             items += [
                 write_replaced(
@@ -625,7 +642,8 @@ class BrokerServer:
                     Succession(cut_ns, f"crews are sent as in {measure}", is_same=False),
                 )
             ]
-        items = [write_case(new), write_origin(Origin(name, cut_ns)), *items]
+        origin = Origin(name, cut_ns, future=future)
+        items = [write_case(new), write_origin(origin), *items]
         items += [write_asked(replace(order, time_ns=cut_ns + 1)) for order in orders]
         return await self._begin_with_past(
             replace(run, measure=new.measure, horizon_ns=end_ns), items
@@ -651,6 +669,7 @@ class BrokerServer:
                 )
         if memory.case is None:
             raise _no_case(name)
+        _check_is_lived(name, memory.origin)
         if recorded_members:
             live_members = [member for member in known if member not in recorded_members]
         kept: list[Item] = []
@@ -684,6 +703,7 @@ class BrokerServer:
         )
         try:
             memory = await asyncio.to_thread(recall, self.store, made.name)
+            self._remember(memory)
             await self._go_on(made, memory, wait=False)
         except FederationError as error:
             await asyncio.to_thread(
@@ -691,6 +711,15 @@ class BrokerServer:
             )
             raise
         return made.name
+
+    def _remember(self, memory: Memory) -> None:
+        """Let the members of a fork begin at the last states that earlier forks have found."""
+        if memory.origin is None:
+            return
+        for member, past in memory.pasts.items():
+            known = self._cuts.before(memory.origin.run, member, past.steps)
+            if known is not None and (past.saved is None or past.saved.steps < known.steps):
+                past.saved = known
 
     def _forget(self, live: LiveRun) -> None:
         if live.unkept is None:
@@ -980,6 +1009,38 @@ def _member_of(item: Item) -> str:
     return ""
 
 
+def _check_is_lived(run: str, origin: Origin | None) -> None:
+    """Refuse to go on from a run that is only what might become of another one."""
+    if origin is not None and origin.future is not None:
+        raise ScenarioError(
+            Reason.UNSUPPORTED,
+            f"{run} is one of the futures of {origin.run}: it can't be forked or replayed",
+            {"run": origin.run},
+        )
+
+
+def _check_future(future: Future, memory: Memory, case: Case) -> None:
+    """Refuse a future of what its run does not have."""
+    for member in future.believed:
+        if member not in memory.descriptions or member == PLANNER:
+            known = ", ".join(sorted({*memory.descriptions} - {PLANNER}))
+            raise ScenarioError(
+                Reason.UNKNOWN_MEMBER,
+                f"the run has no member {member!r} to believe something of; it has {known}",
+                {"member": member},
+            )
+    for name in future.parameters:
+        member, _, parameter = name.partition(".")
+        parameters = {p.name for p in memory.descriptions[member].parameters}
+        if parameter not in parameters:
+            raise ScenarioError(
+                Reason.UNKNOWN_PARAMETER,
+                f"{member} has no parameter {parameter!r}; it has "
+                f"{', '.join(sorted(parameters)) or 'none'}",
+                {"member": member, "parameter": parameter},
+            )
+
+
 def _check_measure(scenario: Scenario, before: str, after: str) -> None:
     """Refuse a measure that a run can't change to in its midst."""
     if after not in scenario.measures:
@@ -1231,7 +1292,10 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
         context: grpc.aio.ServicerContext[scenario_pb2.GetRunRequest, scenario_pb2.GetRunResponse],
     ) -> scenario_pb2.GetRunResponse:
         async with refusing(context):
-            return scenario_pb2.GetRunResponse(run=await self._report(request.name))
+            run = await self._broker.find(request.name)
+            return scenario_pb2.GetRunResponse(
+                run=await self._broker.report(run), document=run.document, measure=run.measure
+            )
         raise AssertionError("abort raises")
 
     async def ListRuns(  # noqa: N802
@@ -1294,8 +1358,11 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
                     Ordered(request.operator, codec.decode_action(action))
                     for action in request.actions
                 ],
+                _future(request.future) if request.HasField("future") else None,
             )
-            return scenario_pb2.ForkRunResponse(run=await self._report(name))
+            return scenario_pb2.ForkRunResponse(
+                run=await self._report(name), is_future=request.HasField("future")
+            )
         raise AssertionError("abort raises")
 
     async def ReplayRun(  # noqa: N802
@@ -1436,6 +1503,19 @@ class _Control(control_pb2_grpc.ControlServicer):
         async with refusing(context):
             return await self._broker.why(request.run)
         raise AssertionError("abort raises")
+
+
+def _future(message: scenario_pb2.Future) -> Future:
+    seed = message.seed if message.HasField("seed") else None
+    if seed is not None and seed < 0:
+        raise ScenarioError(Reason.SCENARIO_INVALID, f"{seed} is no seed of a future")
+    for name, value in message.parameters.items():
+        if not math.isfinite(value):
+            raise ScenarioError(
+                Reason.NOT_FINITE, f"the parameter {name} is {value}", {"parameter": name}
+            )
+    believed = {b.member: codec.decode_values(b.outputs) for b in message.believed}
+    return Future(message.number, seed, dict(message.parameters), believed)
 
 
 def _named(operator: str) -> None:

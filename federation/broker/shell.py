@@ -19,6 +19,7 @@ from federation.broker.flow import Flow
 from federation.broker.home import (
     CLOSE_S,
     PLAN_WITHIN_S,
+    Ahead,
     Entrance,
     Find,
     PlannerSession,
@@ -234,6 +235,7 @@ async def run_live(
     gone: Callable[[str], None] = lambda member: None,
     lookout: Lookout | None = None,
     run: str = "",
+    ahead: Ahead | None = None,
 ) -> Outcome:
     """Do one run with members that are services, and the planner in this process.
 
@@ -256,7 +258,7 @@ async def run_live(
     ) as span:
         try:
             prepared = prepared or await prepare(scenario, case, factory, links)
-            home = RunHome(scenario, case, prepared.planner, links, epoch, find, run)
+            home = RunHome(scenario, case, prepared.planner, links, epoch, find, run, ahead)
             # a paced frame has one step, so that none is given before its time
             coordinator = prepared.experiment.coordinator(1 if scenario.pace else FRAME_STEPS)
             shell = Shell(
@@ -386,7 +388,7 @@ class Shell:
 
         async def sit(name: str, description: Description) -> Seat:
             is_known = name in self._memory.pasts or name in self._memory.desks
-            if home.policy(name) == OnFailure() and not is_known:
+            if home.policy(name) == OnFailure() and not is_known and not home.diverges(name):
                 return await home.open(name, again=False)
             seat = self._seat(name, description)
             if home.reaches(name):
@@ -437,7 +439,18 @@ class Shell:
         policy, past = self._home.policy(name), self._memory.pasts.get(name)
         sizes = description.output_sizes()
         desks = self._memory.desks.get(name)
-        return MemberSeat(name, sizes, policy, self._home, self, past, start_ns, desks)
+        return MemberSeat(
+            name,
+            sizes,
+            policy,
+            self._home,
+            self,
+            past,
+            start_ns,
+            desks,
+            diverges=self._home.diverges(name),
+            asks_to_wake=not description.time.period_ns,
+        )
 
     def _sit(self, name: str, seat: Seat) -> None:
         self._home.seats.append(seat)

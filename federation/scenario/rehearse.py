@@ -8,7 +8,6 @@ objects. The run that is forked does not feel it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,8 +16,8 @@ import numpy as np
 from federation.core.ledger import Entry, Record
 from federation.core.schedule import Schedule
 from federation.errors import Reason, ScenarioError
-from federation.scenario.run import Case, Experiment, blame, build_twin, parameters_of
-from federation.scenario.sampling import quantile
+from federation.scenario.future import Future
+from federation.scenario.run import Case, Experiment, blame, build_twin
 from federation.scenario.spec import PLANNER, Scenario
 from federation.twin import NOTHING, Glimpse, Planner, Session, Twin, Vector
 
@@ -122,18 +121,7 @@ class RunCut:
         believed: Mapping[str, Mapping[str, Vector]] = NOTHING,
     ) -> Glimpse:
         case, scenario = self.foresight.case, self.foresight.scenario
-        luck = int.from_bytes(
-            hashlib.sha256(
-                f"{case.seed}/{case.run}/future/{self.time_ns}/{number}".encode()
-            ).digest()[:8],
-            "little",
-        )
-        draws = np.random.default_rng(luck)
-        drawn = {
-            name: float(quantile(scenario.uncertainty[name], draws.random(1))[0])
-            for name in sorted(scenario.uncertainty)
-        }
-        other = Case(0, luck, case.measure, parameters_of(scenario, case.measure, drawn))
+        other = Future(number).case(scenario, case, self.time_ns)
         sessions = self._sessions(
             planner, other.parameters, {n: other.member_seed(n) for n in self.foresight.sessions}
         )

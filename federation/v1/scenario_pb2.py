@@ -27,13 +27,15 @@ from federation.v1 import twin_pb2 as federation_dot_v1_dot_twin__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x65ration/v1/scenario.proto\x12\rfederation.v1\x1a\x19\x66\x65\x64\x65ration/v1/error.proto\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x03\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08scenario\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.federation.v1.Run.State\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x0f\n\x07time_ns\x18\x05 \x01(\x03\x12\x12\n\nhorizon_ns\x18\x06 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12#\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x14.federation.v1.Error\x12 \n\x04kpis\x18\t \x03(\x0b\x32\x12.federation.v1.Kpi\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x80\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05\"R\n\x03Kpi\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\x01\x12\x10\n\x08is_stale\x18\x05 \x01(\x08\"j\n\x10\x43reateRunRequest\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bpace_factor\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0e\n\x0c_pace_factor\"4\n\x11\x43reateRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\"\x1d\n\rGetRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x0eGetRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x10ListRunsResponse\x12 \n\x04runs\x18\x01 \x03(\x0b\x32\x12.federation.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fWatchRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x10WatchRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\"\xb3\x01\n\x0e\x46orkRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07time_ns\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07measure\x18\x03 \x01(\t\x12\x17\n\nhorizon_ns\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12&\n\x07\x61\x63tions\x18\x05 \x03(\x0b\x32\x15.federation.v1.Action\x12\x10\n\x08operator\x18\x06 \x01(\tB\n\n\x08_time_nsB\r\n\x0b_horizon_ns\"2\n\x0f\x46orkRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\"P\n\x10ReplayRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0clive_members\x18\x02 \x03(\t\x12\x18\n\x10recorded_members\x18\x03 \x03(\t\"4\n\x11ReplayRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\" \n\x10\x43\x61ncelRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x11\x43\x61ncelRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run2\xa8\x04\n\tScenarios\x12N\n\tCreateRun\x12\x1f.federation.v1.CreateRunRequest\x1a .federation.v1.CreateRunResponse\x12\x45\n\x06GetRun\x12\x1c.federation.v1.GetRunRequest\x1a\x1d.federation.v1.GetRunResponse\x12K\n\x08ListRuns\x12\x1e.federation.v1.ListRunsRequest\x1a\x1f.federation.v1.ListRunsResponse\x12M\n\x08WatchRun\x12\x1e.federation.v1.WatchRunRequest\x1a\x1f.federation.v1.WatchRunResponse0\x01\x12H\n\x07\x46orkRun\x12\x1d.federation.v1.ForkRunRequest\x1a\x1e.federation.v1.ForkRunResponse\x12N\n\tReplayRun\x12\x1f.federation.v1.ReplayRunRequest\x1a .federation.v1.ReplayRunResponse\x12N\n\tCancelRun\x12\x1f.federation.v1.CancelRunRequest\x1a .federation.v1.CancelRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64\x65ration/v1/scenario.proto\x12\rfederation.v1\x1a\x19\x66\x65\x64\x65ration/v1/error.proto\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x03\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08scenario\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.federation.v1.Run.State\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x0f\n\x07time_ns\x18\x05 \x01(\x03\x12\x12\n\nhorizon_ns\x18\x06 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12#\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x14.federation.v1.Error\x12 \n\x04kpis\x18\t \x03(\x0b\x32\x12.federation.v1.Kpi\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x80\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x13\n\x0fSTATE_CANCELLED\x10\x05\"R\n\x03Kpi\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\r\n\x05value\x18\x04 \x01(\x01\x12\x10\n\x08is_stale\x18\x05 \x01(\x08\"j\n\x10\x43reateRunRequest\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bpace_factor\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0e\n\x0c_pace_factor\"4\n\x11\x43reateRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\"\x1d\n\rGetRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"T\n\x0eGetRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\x12\x10\n\x08\x64ocument\x18\x02 \x01(\t\x12\x0f\n\x07measure\x18\x03 \x01(\t\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x10ListRunsResponse\x12 \n\x04runs\x18\x01 \x03(\x0b\x32\x12.federation.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fWatchRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x10WatchRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\"\xda\x01\n\x0e\x46orkRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07time_ns\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07measure\x18\x03 \x01(\t\x12\x17\n\nhorizon_ns\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12&\n\x07\x61\x63tions\x18\x05 \x03(\x0b\x32\x15.federation.v1.Action\x12\x10\n\x08operator\x18\x06 \x01(\t\x12%\n\x06\x66uture\x18\x07 \x01(\x0b\x32\x15.federation.v1.FutureB\n\n\x08_time_nsB\r\n\x0b_horizon_ns\"\x9c\x02\n\x06\x46uture\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x39\n\nparameters\x18\x03 \x03(\x0b\x32%.federation.v1.Future.ParametersEntry\x12.\n\x08\x62\x65lieved\x18\x04 \x03(\x0b\x32\x1c.federation.v1.Future.Belief\x1aH\n\x06\x42\x65lief\x12\x0e\n\x06member\x18\x01 \x01(\t\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.federation.v1.VariableValues\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seed\"E\n\x0f\x46orkRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\x12\x11\n\tis_future\x18\x02 \x01(\x08\"P\n\x10ReplayRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0clive_members\x18\x02 \x03(\t\x12\x18\n\x10recorded_members\x18\x03 \x03(\t\"4\n\x11ReplayRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run\" \n\x10\x43\x61ncelRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x11\x43\x61ncelRunResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.federation.v1.Run2\xa8\x04\n\tScenarios\x12N\n\tCreateRun\x12\x1f.federation.v1.CreateRunRequest\x1a .federation.v1.CreateRunResponse\x12\x45\n\x06GetRun\x12\x1c.federation.v1.GetRunRequest\x1a\x1d.federation.v1.GetRunResponse\x12K\n\x08ListRuns\x12\x1e.federation.v1.ListRunsRequest\x1a\x1f.federation.v1.ListRunsResponse\x12M\n\x08WatchRun\x12\x1e.federation.v1.WatchRunRequest\x1a\x1f.federation.v1.WatchRunResponse0\x01\x12H\n\x07\x46orkRun\x12\x1d.federation.v1.ForkRunRequest\x1a\x1e.federation.v1.ForkRunResponse\x12N\n\tReplayRun\x12\x1f.federation.v1.ReplayRunRequest\x1a .federation.v1.ReplayRunResponse\x12N\n\tCancelRun\x12\x1f.federation.v1.CancelRunRequest\x1a .federation.v1.CancelRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'federation.v1.scenario_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_FUTURE_PARAMETERSENTRY']._loaded_options = None
+  _globals['_FUTURE_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_RUN']._serialized_start=134
   _globals['_RUN']._serialized_end=576
   _globals['_RUN_STATE']._serialized_start=448
@@ -47,27 +49,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETRUNREQUEST']._serialized_start=824
   _globals['_GETRUNREQUEST']._serialized_end=853
   _globals['_GETRUNRESPONSE']._serialized_start=855
-  _globals['_GETRUNRESPONSE']._serialized_end=904
-  _globals['_LISTRUNSREQUEST']._serialized_start=906
-  _globals['_LISTRUNSREQUEST']._serialized_end=962
-  _globals['_LISTRUNSRESPONSE']._serialized_start=964
-  _globals['_LISTRUNSRESPONSE']._serialized_end=1041
-  _globals['_WATCHRUNREQUEST']._serialized_start=1043
-  _globals['_WATCHRUNREQUEST']._serialized_end=1074
-  _globals['_WATCHRUNRESPONSE']._serialized_start=1076
-  _globals['_WATCHRUNRESPONSE']._serialized_end=1127
-  _globals['_FORKRUNREQUEST']._serialized_start=1130
-  _globals['_FORKRUNREQUEST']._serialized_end=1309
-  _globals['_FORKRUNRESPONSE']._serialized_start=1311
-  _globals['_FORKRUNRESPONSE']._serialized_end=1361
-  _globals['_REPLAYRUNREQUEST']._serialized_start=1363
-  _globals['_REPLAYRUNREQUEST']._serialized_end=1443
-  _globals['_REPLAYRUNRESPONSE']._serialized_start=1445
-  _globals['_REPLAYRUNRESPONSE']._serialized_end=1497
-  _globals['_CANCELRUNREQUEST']._serialized_start=1499
-  _globals['_CANCELRUNREQUEST']._serialized_end=1531
-  _globals['_CANCELRUNRESPONSE']._serialized_start=1533
-  _globals['_CANCELRUNRESPONSE']._serialized_end=1585
-  _globals['_SCENARIOS']._serialized_start=1588
-  _globals['_SCENARIOS']._serialized_end=2140
+  _globals['_GETRUNRESPONSE']._serialized_end=939
+  _globals['_LISTRUNSREQUEST']._serialized_start=941
+  _globals['_LISTRUNSREQUEST']._serialized_end=997
+  _globals['_LISTRUNSRESPONSE']._serialized_start=999
+  _globals['_LISTRUNSRESPONSE']._serialized_end=1076
+  _globals['_WATCHRUNREQUEST']._serialized_start=1078
+  _globals['_WATCHRUNREQUEST']._serialized_end=1109
+  _globals['_WATCHRUNRESPONSE']._serialized_start=1111
+  _globals['_WATCHRUNRESPONSE']._serialized_end=1162
+  _globals['_FORKRUNREQUEST']._serialized_start=1165
+  _globals['_FORKRUNREQUEST']._serialized_end=1383
+  _globals['_FUTURE']._serialized_start=1386
+  _globals['_FUTURE']._serialized_end=1670
+  _globals['_FUTURE_BELIEF']._serialized_start=1538
+  _globals['_FUTURE_BELIEF']._serialized_end=1610
+  _globals['_FUTURE_PARAMETERSENTRY']._serialized_start=1612
+  _globals['_FUTURE_PARAMETERSENTRY']._serialized_end=1661
+  _globals['_FORKRUNRESPONSE']._serialized_start=1672
+  _globals['_FORKRUNRESPONSE']._serialized_end=1741
+  _globals['_REPLAYRUNREQUEST']._serialized_start=1743
+  _globals['_REPLAYRUNREQUEST']._serialized_end=1823
+  _globals['_REPLAYRUNRESPONSE']._serialized_start=1825
+  _globals['_REPLAYRUNRESPONSE']._serialized_end=1877
+  _globals['_CANCELRUNREQUEST']._serialized_start=1879
+  _globals['_CANCELRUNREQUEST']._serialized_end=1911
+  _globals['_CANCELRUNRESPONSE']._serialized_start=1913
+  _globals['_CANCELRUNRESPONSE']._serialized_end=1965
+  _globals['_SCENARIOS']._serialized_start=1968
+  _globals['_SCENARIOS']._serialized_end=2520
 # @@protoc_insertion_point(module_scope)

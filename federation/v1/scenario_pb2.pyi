@@ -259,6 +259,12 @@ class GetRunResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
+    document: _builtins.str
+    """The text of its scenario."""
+    measure: _builtins.str
+    """The measure under which it goes on."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run."""
@@ -267,10 +273,12 @@ class GetRunResponse(_message.Message):
         self,
         *,
         run: Global___Run | None = ...,
+        document: _builtins.str = ...,
+        measure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "measure", b"measure", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,6 +396,7 @@ class ForkRunRequest(_message.Message):
     HORIZON_NS_FIELD_NUMBER: _builtins.int
     ACTIONS_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
+    FUTURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The other run's name, `runs/{run}`."""
     time_ns: _builtins.int
@@ -402,6 +411,13 @@ class ForkRunRequest(_message.Message):
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[_twin_pb2.Action]:
         """Setpoints that somebody asks for; they take effect right after the cut."""
 
+    @_builtins.property
+    def future(self) -> Global___Future:
+        """Which of the futures after the cut it is; unset: the one that the run itself is in. Older
+        brokers ignore it; those that know it answer with
+        `ForkRunResponse.is_future`.
+        """
+
     def __init__(
         self,
         *,
@@ -411,10 +427,11 @@ class ForkRunRequest(_message.Message):
         horizon_ns: _builtins.int | None = ...,
         actions: _abc.Iterable[_twin_pb2.Action] | None = ...,
         operator: _builtins.str = ...,
+        future: Global___Future | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns", "_time_ns", b"_time_ns", "horizon_ns", b"horizon_ns", "time_ns", b"time_ns"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns", "_time_ns", b"_time_ns", "future", b"future", "horizon_ns", b"horizon_ns", "time_ns", b"time_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns", "_time_ns", b"_time_ns", "actions", b"actions", "horizon_ns", b"horizon_ns", "measure", b"measure", "name", b"name", "operator", b"operator", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns", "_time_ns", b"_time_ns", "actions", b"actions", "future", b"future", "horizon_ns", b"horizon_ns", "measure", b"measure", "name", b"name", "operator", b"operator", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__horizon_ns: _TypeAlias = _typing.Literal["horizon_ns"]  # noqa: Y015
     _WhichOneofArgType__horizon_ns: _TypeAlias = _typing.Literal["_horizon_ns", b"_horizon_ns"]  # noqa: Y015
@@ -428,12 +445,107 @@ class ForkRunRequest(_message.Message):
 Global___ForkRunRequest: _TypeAlias = ForkRunRequest  # noqa: Y015
 
 @_typing.final
+class Future(_message.Message):
+    """A future of a run, which differs from it in what is not known at the cut.
+
+    Futures of one number, of one cut, meet the same luck and the same parameters, whatever is done
+    in them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Belief(_message.Message):
+        """Outputs of one member."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MEMBER_FIELD_NUMBER: _builtins.int
+        OUTPUTS_FIELD_NUMBER: _builtins.int
+        member: _builtins.str
+        """The member."""
+        @_builtins.property
+        def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_twin_pb2.VariableValues]:
+            """The outputs, whole."""
+
+        def __init__(
+            self,
+            *,
+            member: _builtins.str = ...,
+            outputs: _abc.Iterable[_twin_pb2.VariableValues] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "outputs", b"outputs"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ParametersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    BELIEVED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Which one; 0 is as good as any."""
+    seed: _builtins.int
+    """The seed of its luck; unset: from the run's seed, the cut and the number."""
+    @_builtins.property
+    def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Values of parameters by `member.parameter`. What the scenario has as uncertain and is not
+        named here is drawn by the future's luck; all else is as in the run.
+        """
+
+    @_builtins.property
+    def believed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Future.Belief]:
+        """Outputs that are only estimated, to be taken as the truth in this future."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        seed: _builtins.int | None = ...,
+        parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        believed: _abc.Iterable[Global___Future.Belief] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "believed", b"believed", "number", b"number", "parameters", b"parameters", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___Future: _TypeAlias = Future  # noqa: Y015
+
+@_typing.final
 class ForkRunResponse(_message.Message):
     """The run has been accepted."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
+    IS_FUTURE_FIELD_NUMBER: _builtins.int
+    is_future: _builtins.bool
+    """It is a future, as it was asked for."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The new run."""
@@ -442,10 +554,11 @@ class ForkRunResponse(_message.Message):
         self,
         *,
         run: Global___Run | None = ...,
+        is_future: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_future", b"is_future", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,10 +113,16 @@ class ScenariosServicer:
         run, which may be going on, does not feel it. Without changes it ends with the digest with
         which that one ends, unless people have asked for something that takes effect after the cut.
 
+        With `future` it is one of the futures that the past allows: all that is not known at the cut
+        is drawn anew. Such a run can't be forked or replayed itself, and a broker that is started
+        again does not continue it (UNSUPPORTED).
+
         Fails with RUN_NOT_FOUND, INSTANT_PASSED when the run is not settled up to the cut, the
         horizon lies before it, or the run has its own past from another one (metadata `run`) beyond
         it, JOURNAL_PRUNED, and SCENARIO_INVALID when the measure is unknown or
-        has other parameters than the run's: these are part of the past.
+        has other parameters than the run's: these are part of the past. With `future` also with
+        UNKNOWN_MEMBER and UNKNOWN_PARAMETER. The run fails with UNSUPPORTED when a twin can't have
+        other futures.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -593,22 +593,61 @@ class SessionRequest(_message.Message):
     @_typing.final
     class Restore(_message.Message):
         """Puts the session into a state that a session of the same twin, seed and parameters had, in
-        this process or another of the same version. Fails with UNSUPPORTED, TWIN_FAILED.
+        this process or another of the same version; with `diverge` the seed and the parameters may
+        be others. Fails with UNSUPPORTED, TWIN_FAILED, and with `diverge` also with UNDECLARED_OUTPUT,
+        WRONG_SHAPE and NOT_FINITE for what is believed, and with TIME_REGRESSION.
         """
 
         DESCRIPTOR: _descriptor.Descriptor
 
+        @_typing.final
+        class Diverge(_message.Message):
+            """Makes the session one of the futures that its past allows. What has happened and what has
+            been told stays; what is not known yet follows the seed and the parameters that the session
+            was opened with.
+            """
+
+            DESCRIPTOR: _descriptor.Descriptor
+
+            TIME_NS_FIELD_NUMBER: _builtins.int
+            BELIEVED_FIELD_NUMBER: _builtins.int
+            time_ns: _builtins.int
+            """The instant from which on the future may be another one; later than the session's last
+            step.
+            """
+            @_builtins.property
+            def believed(self) -> _containers.RepeatedCompositeFieldContainer[Global___VariableValues]:
+                """Outputs that are only estimated, to be taken as the truth."""
+
+            def __init__(
+                self,
+                *,
+                time_ns: _builtins.int = ...,
+                believed: _abc.Iterable[Global___VariableValues] | None = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["believed", b"believed", "time_ns", b"time_ns"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
         STATE_FIELD_NUMBER: _builtins.int
+        DIVERGE_FIELD_NUMBER: _builtins.int
         state: _builtins.bytes
         """`SnapshotTaken.state`, as it was."""
+        @_builtins.property
+        def diverge(self) -> Global___SessionRequest.Restore.Diverge:
+            """Set for another future. Older twins ignore it and leave `Restored.is_diverged` unset."""
+
         def __init__(
             self,
             *,
             state: _builtins.bytes = ...,
+            diverge: Global___SessionRequest.Restore.Diverge | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["diverge", b"diverge"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["diverge", b"diverge", "state", b"state"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -765,14 +804,27 @@ class SessionResponse(_message.Message):
 
         DESCRIPTOR: _descriptor.Descriptor
 
+        IS_DIVERGED_FIELD_NUMBER: _builtins.int
+        NEXT_NS_FIELD_NUMBER: _builtins.int
+        is_diverged: _builtins.bool
+        """The session is in another future, as it was asked for."""
+        next_ns: _builtins.int
+        """The next instant that an event-driven twin wants in it, `Diverge.time_ns` at the earliest;
+        unset for none.
+        """
         def __init__(
             self,
+            *,
+            is_diverged: _builtins.bool = ...,
+            next_ns: _builtins.int | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "next_ns", b"next_ns"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "is_diverged", b"is_diverged", "next_ns", b"next_ns"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__next_ns: _TypeAlias = _typing.Literal["next_ns"]  # noqa: Y015
+        _WhichOneofArgType__next_ns: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__next_ns) -> _WhichOneofReturnType__next_ns | None: ...
 
     @_typing.final
     class Closed(_message.Message):

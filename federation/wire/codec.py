@@ -269,7 +269,7 @@ def write_step_input(message: twin_pb2.StepInput, given: StepInput) -> None:
     if given.micro:
         message.micro = given.micro
     if given.inputs:
-        _write_values(message.inputs, given.inputs)
+        write_values(message.inputs, given.inputs)
     for variable, entries in given.causes.items():
         message.causes.add(
             variable=variable,
@@ -297,7 +297,7 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
                 f"the setpoint of {action.actuator}[{action.entity}] is {action.value}",
                 {"actuator": action.actuator, "entity": action.entity},
             )
-    inputs = _decode_values(message.inputs)
+    inputs = decode_values(message.inputs)
     for variable, values in inputs.items():
         _finite(variable, values)
     return StepInput(
@@ -322,7 +322,7 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
     if result.micro:
         message.micro = result.micro
     if result.outputs:
-        _write_values(message.outputs, result.outputs)
+        write_values(message.outputs, result.outputs)
     for variable, entries in result.causes.items():
         message.causes.add(variable=variable, indices=entries.keys(), events=entries.values())
     for event in result.events:
@@ -357,7 +357,7 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
     return StepResult(
         message.time_ns,
         message.micro,
-        _decode_values(message.outputs),
+        decode_values(message.outputs),
         {group.variable: dict(_pairs(group)) for group in message.causes},
         tuple(map(decode_event, message.events)),
         tuple(map(decode_action, message.actions)),
@@ -477,12 +477,12 @@ class _Values(Protocol):
     def add(self, *, variable: str, values: bytes) -> object: ...
 
 
-def _write_values(field: _Values, vectors: Mapping[str, Vector]) -> None:
+def write_values(field: _Values, vectors: Mapping[str, Vector]) -> None:
     for variable, vector in vectors.items():
         field.add(variable=variable, values=encode_vector(vector))
 
 
-def _decode_values(messages: Iterable[twin_pb2.VariableValues]) -> dict[str, Vector]:
+def decode_values(messages: Iterable[twin_pb2.VariableValues]) -> dict[str, Vector]:
     return {
         message.variable: decode_vector(message.values, message.variable) for message in messages
     }

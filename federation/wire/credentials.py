@@ -27,6 +27,9 @@ from federation.v1 import twin_pb2
 _CONTEXT = twin_pb2.Order.DESCRIPTOR.full_name.encode() + b"\0"
 """Stands before what is signed, so that no signature of anything else is one of an order."""
 
+_STATEMENT = b"multitwin.federation.v1.Statement\0"
+"""Stands before all else that is signed."""
+
 ANY = "*"
 """All domains."""
 
@@ -109,6 +112,10 @@ class Identity:
         """The public key's 32 bytes in base64, as a keyring has it."""
         return base64.b64encode(self.key.public_key().public_bytes_raw()).decode()
 
+    def attest(self, message: bytes) -> bytes:
+        """A signature of what is no order: a plan that is submitted, an answer to a proposal."""
+        return self.key.sign(_STATEMENT + message)
+
     def sign(self, order: twin_pb2.Order) -> twin_pb2.Signed:
         data = order.SerializeToString(deterministic=True)
         return twin_pb2.Signed(
@@ -153,6 +160,17 @@ class Keyring:
             return cls(map(_known, document.get("identities") or ()))
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise _invalid(f"{file} is no keyring: {error!r}") from error
+
+    def proves(self, name: str, role: Role, message: bytes, signature: bytes) -> bool:
+        """Whether an identity that has this role has attested this message."""
+        known = self._known.get(name)
+        if known is None or role not in known.roles:
+            return False
+        try:
+            known.key.verify(signature, _STATEMENT + message)
+        except InvalidSignature:
+            return False
+        return True
 
     def check(self, signed: twin_pb2.Signed) -> tuple[Known, twin_pb2.Order]:
         """Who signed an order, and the order. Fails with NOT_AUTHORISED."""

@@ -26,10 +26,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.twin import (
+    NOTHING,
     Description,
     LinearBlock,
     StepInput,
     StepResult,
+    Vector,
     check_outputs,
 )
 from federation.v1 import twin_pb2, twin_pb2_grpc
@@ -544,6 +546,26 @@ class LinkSession:
         """Continue from a state of a session of the same twin, seed and parameters."""
         request = twin_pb2.SessionRequest(restore=twin_pb2.SessionRequest.Restore(state=state))
         await self._ask(request, "restored")
+
+    async def diverge(
+        self, state: bytes, time_ns: int, believed: Mapping[str, Vector] = NOTHING
+    ) -> int | None:
+        """Continue from a state in one of its futures (see `Twin.diverge`), that of the seed and
+        the parameters that this session was opened with; the next instant that is wanted.
+
+        Fails with UNSUPPORTED, also when the twin is older than this.
+        """
+        restore = twin_pb2.SessionRequest.Restore(state=state)
+        restore.diverge.time_ns = time_ns
+        codec.write_values(restore.diverge.believed, believed)
+        answer = await self._ask(twin_pb2.SessionRequest(restore=restore), "restored")
+        if not answer.restored.is_diverged:
+            raise TwinError(
+                Reason.UNSUPPORTED,
+                f"{self.member} can't have other futures: its service is older than that",
+                {"member": self.member},
+            )
+        return answer.restored.next_ns if answer.restored.HasField("next_ns") else None
 
     async def flexibility(self, periods_ns: Sequence[int]) -> LinearBlock | None:
         """What the session could do; None when the twin has nothing to offer."""

@@ -658,8 +658,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                         state = codec.encode_session(_usable(hosted), saved)
                         response.snapshot_taken.state = state
                     case "restore":
-                        self._restore(hosted, request.restore.state)
-                        response.restored.SetInParent()
+                        self._restore(hosted, request.restore, response.restored)
                     case _:
                         self._end(hosted)
                         response.closed.SetInParent()
@@ -726,13 +725,27 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             usual_s = hosted.step_s if hosted.step_s < math.inf else 0.0
             hosted.step_s = max(took_s / len(advance.steps), 0.9 * usual_s)
 
-    def _restore(self, hosted: _Hosted, state: bytes) -> None:
+    def _restore(
+        self,
+        hosted: _Hosted,
+        restore: twin_pb2.SessionRequest.Restore,
+        restored: twin_pb2.SessionResponse.Restored,
+    ) -> None:
         """A fresh object takes the state, so that nothing of the old one shines through."""
         assert hosted.opened is not None
         opened = hosted.opened
         session = ModelSession(self._factory(), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
-        state_of_desk = codec.restore_session(session, state)
+        state_of_desk = codec.restore_session(session, restore.state)
+        if restore.HasField("diverge"):
+            believed = codec.decode_values(restore.diverge.believed)
+            next_ns = session.diverge(
+                restore.diverge.time_ns, opened.seed, dict(opened.parameters), believed
+            )
+            restored.is_diverged = True
+            if next_ns is not None:
+                restored.next_ns = next_ns
+        restored.SetInParent()
         self._end(hosted, keeps_desk=True)
         hosted.session, hosted.failure = session, None
         if hosted.desk is not None:

@@ -1,0 +1,426 @@
+"""The loop over a live federation: what it may do at each level, who lets it, what it learns.
+
+A lowland of services over real sockets; the reservoir goes on only as far as a test lets it, so
+that everything happens at known instants of the run, however slow the machine is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from federation.broker.server import BrokerOptions, BrokerServer
+from federation.control import audit
+from federation.control.autonomy import Key, Standing
+from federation.control.live import Keys, LiveLoop, Made, Terms
+from federation.control.people import answer, asking, serving_people, set_level
+from federation.control.situation import NEVER
+from federation.control.view import Holding
+from federation.errors import Reason, ScenarioError
+from federation.scenario.spec import parse
+from federation.scenario.study import cases
+from federation.twin import HOUR_NS, MINUTE_NS, Step, Twin
+from federation.v1 import autonomy_pb2
+from federation.wire.credentials import Identity, Keyring, Role
+from federation.wire.orders import Hand
+from federation.wire.serve import ServeOptions, serving
+from tests.lowland import SCENARIO, Polder, Reservoir, Sky, warden
+from tests.test_broker import Services, client
+from tests.test_wire import bounded
+
+DOCUMENT = SCENARIO + "pace: {factor: 1000000}\n"  # a paced run takes one step at a time
+
+RULES = """
+version: 1
+owners: {reservoir: the waterworks, polder: the water board}
+cut_min: 50
+life_min: 50
+bundles: {at_most: 20, within_min: 60}
+setpoints_at_most: 6
+members_at_most: 2
+actuators:
+  reservoir.gate:
+    change: {at_most: 2, within_min: 60}
+    changes: {at_most: 5, within_min: 60}
+    entities: {at_most: 1, within_min: 60}
+    reversals: {at_most: 3, within_min: 60}
+    lease_min: 180
+    needs: [reservoir.level]
+  polder.pump:
+    change: {at_most: 2, within_min: 60}
+    changes: {at_most: 5, within_min: 60}
+    entities: {at_most: 2, within_min: 60}
+    reversals: {at_most: 3, within_min: 60}
+    lease_min: 180
+    needs: [polder.water]
+values:
+  reservoir.level: {age_min: 30, clock_s: 30}
+  polder.water: {age_min: 30, clock_s: 30}
+never:
+  - {name: drowned, variable: polder.water, high: 100, for_over_min: 600, forecast_min: 60}
+recovery: {name: defaults, lease_min: 120, returns_after: 1}
+autonomy:
+  grants:
+    - {twin: reservoir, action: gate, operator: Ann, start: LEVEL}
+    - {twin: polder, action: pump, operator: Ann, start: LEVEL}
+  to_4: {decisions: 12, regret: 900, worst: 1000, confidence: 0.51}
+  to_5: {decisions: 12, regret: 900, worst: 1000, confidence: 0.51}
+  drift: {slack: 0.5, limit: 1000, band: 1000}
+  proposal_min: 10
+persons: {Wim: [water, weather], Ciska: [civil]}
+"""
+
+GUARD, OPTIMISER, RIVAL, WIM, CISKA, EVE = (
+    Identity.generate(name) for name in ("guard", "optimiser", "rival", "Wim", "Ciska", "Eve")
+)
+KEYRING = Keyring.of(
+    (GUARD, Role.GUARD, ["*"]),
+    (OPTIMISER, Role.OPTIMISER, ["*"]),
+    (RIVAL, Role.OPTIMISER, ["*"]),
+    (WIM, Role.OPERATOR, ["water", "weather"]),
+    (CISKA, Role.OPERATOR, ["civil"]),
+    (EVE, Role.OPERATOR, ["medicine"]),
+)
+
+
+class Held(Reservoir):
+    """In the live run it waits before each step that it is not let do yet."""
+
+    hold_ns = 0
+    seed_of_the_run = 0
+    may_go = threading.Condition()
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        super().open(seed, parameters)
+        self.is_live = seed == self.seed_of_the_run
+
+    def restore(self, state: bytes) -> None:
+        is_live = self.is_live
+        super().restore(state)
+        self.is_live = is_live
+
+    @classmethod
+    def let(cls, time_ns: int) -> None:
+        """Let the live run come to an instant."""
+        with cls.may_go:
+            cls.hold_ns = max(cls.hold_ns, time_ns)
+            cls.may_go.notify_all()
+
+    def advance(self, step: Step) -> None:
+        cls = type(self)
+        with cls.may_go:
+            if self.is_live and not cls.may_go.wait_for(lambda: step.time_ns <= cls.hold_ns, 50):
+                raise RuntimeError("nobody let the reservoir go on")
+        super().advance(step)
+
+
+@dataclass
+class Stage:
+    """A live run, a loop over it, and the people."""
+
+    held: type[Held]
+    services: Services
+    run: str
+    loop: LiveLoop
+    address: str
+    twins: dict[str, str]
+    broker: BrokerServer
+    now_s: list[float]
+
+    def let(self, time_ns: int) -> None:
+        self.held.let(time_ns)
+
+    async def decide(self, at_h: int, loop: LiveLoop | None = None) -> Made:
+        """One decision, at an hour of the run."""
+        loop = loop or self.loop
+        self.let(at_h * HOUR_NS)
+        while loop.view.settled_ns < at_h * HOUR_NS - 1:
+            await loop.view.changed()
+        cut = await loop.view.cut(HOUR_NS)
+        assert cut is not None
+        assert cut.time_ns == at_h * HOUR_NS - 1
+        await loop.decide(cut)
+        return loop.decisions[-1]
+
+    async def holding(self, member: str, entity: str) -> Holding | None:
+        actuator = {"reservoir": "gate", "polder": "pump"}[member]
+        return (await self.loop.view.desks()).holdings.get((member, actuator, entity))
+
+    async def tick(self, journal: Path) -> None:
+        """Let the run go on for half an hour whenever a bundle waits to be seen in force."""
+        seen = 0
+        while True:
+            await asyncio.sleep(0.02)
+            if not journal.is_file():
+                continue
+            count = journal.read_text().count('"watching"')
+            if count > seen:
+                seen = count
+                self.let(self.held.hold_ns + 30 * MINUTE_NS)
+
+
+def terms_of(folder: Path, level: int, rules: str = RULES) -> Terms:
+    file = folder / "rules.yaml"
+    file.write_text(rules.replace("LEVEL", str(min(level, 4))))
+    return Terms(
+        level=level,
+        rules=file,
+        state=folder / "state",
+        operator="Ann",
+        ahead_ns=3 * HOUR_NS,
+        measures=("plan",),
+        window_ns=2 * HOUR_NS,
+        stage_within_s=20.0,
+    )
+
+
+@asynccontextmanager
+async def at_work(
+    terms: Terms, document: str = DOCUMENT, **twins: Callable[[], Twin]
+) -> AsyncIterator[Stage]:
+    scenario = parse(document)
+    (case,) = cases(scenario, ["none"], 1, scenario.seed)
+
+    class Mine(Held):
+        hold_ns = 0
+        seed_of_the_run = case.member_seed("reservoir")
+
+    served = ServeOptions(grace_s=0.1, threads=8, keyring=KEYRING)
+    now_s = [1e9]
+    async with AsyncExitStack() as stack:
+        options = BrokerOptions(planner=warden, grace_s=0.1, parallel_runs=8)
+        broker = await stack.enter_async_context(BrokerServer(options))
+        addresses = {}
+        for name, twin in {"sky": Sky, "reservoir": Mine, "polder": Polder, **twins}.items():
+            addresses[name], _ = await stack.enter_async_context(serving(twin, name, served))
+        for name, address in addresses.items():
+            built = f'{name}: {{class: "tests.lowland:{name.capitalize()}"}}'
+            assert built in document
+            document = document.replace(built, f'{name}: {{address: "{address}"}}')
+        services = await stack.enter_async_context(client(broker.address))
+        stack.callback(Mine.let, NEVER)
+        run = (await services.create(document)).name
+        keys = Keys(GUARD, OPTIMISER, KEYRING)
+        loop = LiveLoop(broker.address, run, terms, keys, lambda: now_s[0])
+        await stack.enter_async_context(loop)
+        if terms.level == 5:  # as if it had been earned
+            loop.ladder.standings = {key: Standing(5, 5) for key in loop.ladder.standings}
+        address = await stack.enter_async_context(serving_people(loop, grace_s=0.1))
+        stage = Stage(Mine, services, run, loop, address, addresses, broker, now_s)
+        ticking = asyncio.create_task(stage.tick(terms.state / "intents.jsonl"))
+        stack.push_async_callback(_gone, ticking)
+        yield stage
+
+
+async def _gone(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def told(terms: Terms, kind: str) -> list[dict[str, object]]:
+    """What the trail says of one kind; the trail is whole."""
+    records = audit.read(
+        terms.state / "trail", lambda message, s: KEYRING.proves("guard", Role.GUARD, message, s)
+    )
+    return [record["body"] for record in records if record["kind"] == kind]
+
+
+def test_at_level_3_it_advises_and_what_it_advised_is_scored_by_what_came_of_it(
+    tmp_path: Path,
+) -> None:
+    terms = terms_of(tmp_path, 3)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            first = await stage.decide(2)
+            assert first.outcome == "advised"
+            assert first.bundle is not None
+            assert first.chosen == "plan"
+            assert first.verdict is not None
+            assert first.verdict.passed
+            desks = await stage.loop.view.desks()
+            assert not desks.holdings
+            gate = Key("reservoir", "gate", "Ann")
+            known = stage.loop.ladder.standings[gate]
+            stage.loop.ladder.standings[gate] = replace(known, regrets=(0.0,) * 11)
+            refusal = await set_level(stage.address, gate, 4, WIM)
+            assert refusal.level == 3
+            await stage.decide(5)  # three hours later it is known what it would have come to
+            assert stage.loop.ladder.standings[gate].earned == 4
+            assert stage.loop.ladder.level(gate) == 3  # a person promotes
+            pump = stage.loop.ladder.standings[Key("polder", "pump", "Ann")]
+            assert len(pump.regrets) == 1
+            assert pump.regrets[0] <= 0.0  # it was better than what people did
+            with pytest.raises(ScenarioError) as refused:  # it is not her water
+                await set_level(stage.address, gate, 4, CISKA)
+            assert refused.value.reason is Reason.NOT_AUTHORISED
+            assert (await set_level(stage.address, gate, 4, WIM)).level == 4
+            assert not (await stage.loop.view.desks()).holdings
+
+    bounded(story)
+    assert not told(terms, "acted")
+    (decided, _) = told(terms, "decided")
+    assert decided["level"] == 3
+    (observed,) = told(terms, "observed")
+    assert observed["decision"] == decided["decision"]
+
+
+def test_at_level_4_it_acts_when_every_domain_has_confirmed_and_not_before(
+    tmp_path: Path,
+) -> None:
+    terms = terms_of(tmp_path, 4)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            made = await stage.decide(2)
+            assert made.outcome == "proposed"
+            for person in (EVE, Identity(WIM.name, EVE.key)):
+                nobody = await answer(stage.address, made.id, person, is_yes=True)
+                assert not nobody.counts
+            half = await answer(stage.address, made.id, WIM, is_yes=True)
+            assert (half.state, half.counts) == ("open", True)
+            assert not (await stage.loop.view.desks()).holdings
+            whole = await answer(stage.address, made.id, CISKA, is_yes=True)
+            assert (whole.state, whole.sentence) == ("taken", "committed")
+            assert made.bundle is not None
+            for setpoint in made.bundle.setpoints:
+                held = await stage.holding(setpoint.member, setpoint.entity)
+                assert held is not None
+                assert (held.value, held.owner) == (setpoint.value, "optimiser")
+            again = await answer(stage.address, made.id, CISKA, is_yes=True)
+            assert not again.counts
+
+    bounded(story)
+    (approval, second) = told(terms, "approved")
+    assert (approval["person"], second["person"]) == ("Wim", "Ciska")
+    (found,) = audit.query(terms.state / "trail")
+    assert [act["state"] for act in found["acts"]] == ["committed"]
+    assert found["alternatives"]
+
+
+def test_silence_a_no_and_a_state_that_has_moved_keep_it_from_acting(tmp_path: Path) -> None:
+    terms = replace(terms_of(tmp_path, 4), moves_by=0.1)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            silent = await stage.decide(2)
+            assert silent.outcome == "proposed"
+            stage.now_s[0] += 601.0
+            late = await answer(stage.address, silent.id, WIM, is_yes=True)
+            assert (late.state, late.counts) == ("expired", False)
+            refused = await stage.decide(3)
+            no = await answer(stage.address, refused.id, CISKA, is_yes=False, why="not today")
+            assert (no.state, no.counts) == ("rejected", True)
+            moved = await stage.decide(4)
+            await answer(stage.address, moved.id, WIM, is_yes=True)
+            stage.let(4 * HOUR_NS + 30 * MINUTE_NS)
+            while stage.loop.view.settled_ns < 4 * HOUR_NS + 30 * MINUTE_NS:
+                await stage.loop.view.changed()
+            void = await answer(stage.address, moved.id, CISKA, is_yes=True)
+            assert void.state == "void"
+            assert not (await stage.loop.view.desks()).holdings
+            async with asking(stage.address) as stub:
+                listed = await stub.ListProposals(autonomy_pb2.ListProposalsRequest())
+            assert [p.state for p in listed.proposals] == ["void", "rejected", "expired"]
+
+    bounded(story)
+    whys = [str(body["why"]) for body in told(terms, "rejected")]
+    assert whys[:2] == ["nobody confirmed in time", "not today"]
+    assert whys[2].startswith("the state has moved")
+    assert not told(terms, "acted")
+
+
+def test_at_level_5_it_acts_renews_its_leases_and_obeys_a_stop_with_the_broker_deaf(
+    tmp_path: Path,
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            first = await stage.decide(2)
+            assert first.outcome == "committed"
+            held = await stage.holding("reservoir", "main")
+            assert held is not None
+            assert held.owner == "optimiser"
+            assert held.until_ns > 4 * HOUR_NS
+            later = await stage.decide(4)
+            assert later.outcome == "committed"
+            renewed = await stage.holding("reservoir", "main")
+            assert renewed is not None
+            assert renewed.until_ns > held.until_ns
+            # two of them over one actuator: who came first has it
+            other = replace(terms, state=tmp_path / "rival")
+            keys = Keys(GUARD, RIVAL, KEYRING)
+            async with LiveLoop(stage.broker.address, stage.run, other, keys) as rival:
+                rival.ladder.standings = dict.fromkeys(rival.ladder.standings, Standing(5, 5))
+                beaten = await stage.decide(5, rival)
+            assert beaten.outcome == "compensated"
+            assert "ACTUATOR_OWNED" in str(told(other, "acted")[-1]["detail"])
+            assert (await stage.decide(5)).outcome == "committed"
+            for name in ("reservoir", "polder"):
+                person = WIM if name == "reservoir" else CISKA
+                async with Hand(stage.twins[name], person) as hand:
+                    began_s = time.monotonic()
+                    await hand.halt("enough")
+                    assert time.monotonic() - began_s < 1.0
+            stopped = await stage.decide(6)
+            assert stopped.outcome != "committed"
+            assert not (await stage.loop.view.desks()).holdings
+
+    bounded(story)
+    acts = told(terms, "acted")
+    assert acts[0]["state"] == "committed"
+    assert told(terms, "observed")
+    assert all(judged["passed"] for judged in told(terms, "judged"))
+
+
+def test_what_drifts_or_is_stale_takes_its_autonomy_away_before_it_decides(
+    tmp_path: Path,
+) -> None:
+    drifting = RULES.replace("limit: 1000, band: 1000", "limit: 1000, band: 0.0001")
+    stale = RULES.replace("polder.water: {age_min: 30", "polder.water: {age_min: 5")
+    (tmp_path / "stale").mkdir()
+    for rules, folder, at_h, why in (
+        (drifting, tmp_path, 3, "standard deviations from the forecast"),
+        (stale, tmp_path / "stale", 2, "polder.water is not usable"),
+    ):
+        terms = terms_of(folder, 5, rules)
+
+        async def story(terms: Terms = terms, at_h: int = at_h) -> None:
+            async with at_work(terms) as stage:
+                for hour in range(2, at_h + 1):
+                    made = await stage.decide(hour)
+                    was_5 = hour < at_h
+                    assert (stage.loop.ladder.level(Key("polder", "pump", "Ann")) == 5) is was_5
+                assert made.outcome not in ("committed", "compensated", "recovery")
+
+        bounded(story)
+        moved = [body["detail"] for body in told(terms, "noted") if body["what"] == "level"]
+        assert any(why in str(detail) for detail in moved), moved
+
+
+def test_rules_that_change_count_from_the_next_decision_on(tmp_path: Path) -> None:
+    terms = terms_of(tmp_path, 5)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            tighter = RULES.replace("version: 1", "version: 2").replace("LEVEL", "3")
+            tighter = tighter.replace("operator: Ann, start: 3", "operator: Ann, at_most: 4")
+            terms.rules.write_text(tighter)
+            made = await stage.decide(2)
+            assert made.outcome == "proposed"
+            assert made.verdict is not None
+            assert stage.loop.rules.version == 2
+            terms.rules.write_text("version: 3")
+            assert (await stage.decide(3)).outcome == "proposed"
+            assert stage.loop.rules.version == 2
+
+    bounded(story)
+    assert [b["what"] for b in told(terms, "noted")].count("rules refused") == 1
