@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' syste
 	$(BIN)/multitwin demo --out runs/demo
 
 test: $(INSTALLED) system  ## the default tests, under ten minutes on two cores
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 published: $(INSTALLED)  ## the longer comparisons with published values
 	$(BIN)/pytest -m published
