@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -77,7 +77,7 @@ def scores(key: Key, count: int, regret: float = 0.0) -> list[Event]:
     return [Scored(key, f"d{i}", 10 + regret, 10.0, 11.0) for i in range(count)]
 
 
-def feed(ladder: Ladder, events: list[Event]) -> list[tuple[int, int, str]]:
+def feed(ladder: Ladder, events: Sequence[Event]) -> list[tuple[int, int, str]]:
     return [(m.before, m.after, m.why) for e in events for m in ladder.handle(e)]
 
 
