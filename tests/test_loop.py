@@ -262,11 +262,11 @@ def test_without_an_assessment_belief_is_the_truth() -> None:
 
 
 def short() -> Scenario:
-    """Fourteen hours of the region, looked ahead by two."""
+    """Five hours of the region, looked ahead by two."""
     scenario = load(SHELBY)
     assert scenario.repairs is not None
     repairs = scenario.repairs.model_copy(update={"rehearse_h": 2.0})
-    return scenario.model_copy(update={"horizon_h": 14.0, "repairs": repairs})
+    return scenario.model_copy(update={"horizon_h": 5.0, "repairs": repairs})
 
 
 def looped(seed: int, **more: object) -> tuple[Outcome, ForesightPlanner]:
@@ -336,14 +336,17 @@ def test_what_the_guard_refuses_is_not_followed() -> None:
         assert bundle.cut_ns < bundle.expires_ns
 
 
-def test_level_5_says_that_it_needs_forks_where_there_are_none() -> None:
-    _, planner = looped(31, foresees=lambda: True)
+def test_level_5_says_that_it_needs_forks_where_there_are_none(
+    run: tuple[Outcome, ForesightPlanner],
+) -> None:
+    _, planner = run
     fresh = Session(planner, "planner")
     planner._has_deliberated = False
     with pytest.raises(FederationError) as caught:
         fresh.advance(StepInput(0))
     assert caught.value.reason is Reason.UNSUPPORTED
     assert "--members local" in caught.value.message
+    planner._has_deliberated = True
 
 
 def test_the_blocks_of_an_assessed_run_know_only_medians() -> None:

@@ -112,7 +112,7 @@ def test_a_fork_of_a_run_that_rehearses_comes_to_the_same_decisions() -> None:
     whole = load(SHELBY)
     assert whole.repairs is not None
     repairs = whole.repairs.model_copy(update={"rehearse_h": 0.5, "futures": 1})
-    scenario = whole.model_copy(update={"horizon_h": 15.0, "repairs": repairs})
+    scenario = whole.model_copy(update={"horizon_h": 3.5, "repairs": repairs})
     case = Case(3, 31, "level5", {"disaster": {"field": 1.0}})
     ends: list[tuple[str, int]] = []
 

@@ -65,9 +65,13 @@ beds count there with what they cost, which says little of the lives that hang o
 LAST_H = 12.0
 """No thinking when so little of the run is left: nothing begun then ends in time."""
 
-LATER_SHARE = 2.0 / 3.0
-"""How far later decisions look ahead, in parts of how far the first one does. They also try a new
-plan in one future only: it rests on more than the old one, and time is short."""
+TAIL_SHARE, TAIL_RATE = 1.0 / 3.0, 0.5
+"""Beyond the time that futures are followed, what they cost is taken to grow at half the rate of
+the last third of that time. Without it a plan that begins with hospitals looked better than it
+was: what it leaves without power and water for longer came after the end."""
+
+LATER_FUTURES = 1
+"""Later decisions try a new plan in one future: it rests on more than the old one knew."""
 
 CORRECTED_SHARE = 0.3
 """Estimates that inspections have corrected since the last decision, over all work that was
@@ -206,10 +210,7 @@ class ForesightPlanner(CrewPlanner):
         return ""
 
     def until_ns(self, situation: Situation) -> int:
-        ahead_ns = self._ahead.rehearse_ns
-        if self._planned_ns is not None:
-            ahead_ns = round(LATER_SHARE * ahead_ns)
-        return min(situation.cut.time_ns + ahead_ns, situation.cut.horizon_ns)
+        return min(situation.cut.time_ns + self._ahead.rehearse_ns, situation.cut.horizon_ns)
 
     def forecast(self, situation: Situation) -> Rating:
         """At first the plan of the joint model is in force, or, where there is none or the guard
@@ -246,7 +247,7 @@ class ForesightPlanner(CrewPlanner):
         """Future by future: who is worse than the plan in force so far is tried in no other."""
         ratings = {name: Rating(name, (), {}) for name in plans}
         alive = list(plans)
-        futures = self._ahead.futures if self._planned_ns is None else 1
+        futures = self._ahead.futures if self._planned_ns is None else LATER_FUTURES
         for number in range(futures):
             if alive and number:
                 in_force = self._tried(situation, in_force, self._order)
@@ -266,7 +267,11 @@ class ForesightPlanner(CrewPlanner):
             figure: (rating.figures.get(figure, 0.0) * number + value) / (number + 1)
             for figure, value in growth.items()
         }
-        return Rating(rating.name, (*rating.weighted, weighted), means)
+        last_ns = round(TAIL_SHARE * (until_ns - cut.time_ns))
+        before = sum(w * glimpse.growth(n, until_ns - last_ns) for n, w in cut.weights.items())
+        tail_ns = situation.cut.horizon_ns - until_ns
+        tail = TAIL_RATE * (weighted - before) * tail_ns / max(last_ns, 1)
+        return Rating(rating.name, (*rating.weighted, weighted), means, (*rating.tails, tail))
 
     def _believed(self, cut: Cut, number: int) -> dict[str, dict[str, Vector]]:
         """Work that may be the true one in a future, by member and output."""

@@ -31,11 +31,21 @@ class Rating:
     """What a plan came to in the futures that it was tried in, from the cut on.
 
     `weighted` holds one sum per future, smaller is better; `figures` the mean growth of each.
+    `tails` are what is reckoned with in each future after it was no longer followed: they count
+    when plans are compared, and not in what is predicted.
     """
 
     name: str
     weighted: tuple[float, ...]
     figures: Mapping[str, float]
+    tails: tuple[float, ...] = ()
+
+    @property
+    def whole(self) -> tuple[float, ...]:
+        """Per future what was followed, and its tail."""
+        if not self.tails:
+            return self.weighted
+        return tuple(w + t for w, t in zip(self.weighted, self.tails, strict=True))
 
     @property
     def mean(self) -> float:
@@ -49,7 +59,7 @@ class Rating:
     def less(self, other: Rating) -> tuple[float, float]:
         """By how much it is below another in the futures that both were tried in: the mean, and
         its standard error, which is 0 for one future."""
-        apart = [b - a for a, b in zip(self.weighted, other.weighted, strict=False)]
+        apart = [b - a for a, b in zip(self.whole, other.whole, strict=False)]
         error = _deviation(apart) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
         return sum(apart) / len(apart), error
 
