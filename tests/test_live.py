@@ -337,7 +337,7 @@ def test_silence_a_no_and_a_state_that_has_moved_keep_it_from_acting(tmp_path: P
     assert not told(terms, "acted")
 
 
-def test_at_level_5_it_acts_renews_its_leases_and_obeys_a_stop_with_the_broker_deaf(
+def test_at_level_5_it_acts_renews_its_leases_and_obeys_a_stop_at_the_twins(
     tmp_path: Path,
 ) -> None:
     terms = replace(terms_of(tmp_path, 5), moves_by=2.0)

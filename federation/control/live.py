@@ -280,7 +280,7 @@ class LiveLoop:
         async with self._turn:
             self._reload_rules()
             began_s = time.perf_counter()
-            await self.view.look_at_clocks()
+            await self.view.look_at_clocks({_split(name)[0] for name in self.rules.values})
             cut = self.view.timed(cut)
             decision: Decision | None = None
             why = ""

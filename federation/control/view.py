@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -191,12 +191,13 @@ class LiveView:
         """Wait until the run has gone on, or ended."""
         await self._changed.wait()
 
-    async def look_at_clocks(self) -> None:
-        """Ask how far the twins' clocks may be off; at first a run is given a moment to know."""
+    async def look_at_clocks(self, needed: Collection[str]) -> None:
+        """Ask how far the twins' clocks may be off; a run is given a moment to know those of the
+        members that are `needed`."""
         until_s = asyncio.get_running_loop().time() + CLOCKS_S
         while True:
             await self._ask_for_clocks()
-            is_known = self._clock_s.keys() >= self.descriptions.keys()
+            is_known = self._clock_s.keys() >= set(needed)
             if is_known or asyncio.get_running_loop().time() > until_s:
                 return
             await asyncio.sleep(0.1)
