@@ -218,6 +218,9 @@ async def _attempt(
 ) -> Outcome:
     give_up_s, pause_s = time.monotonic() + SESSION_TIMEOUT_S, 0.05
     while True:
+        # on a busy machine a process may be late to renew its lease, and registers again
+        alive = [name for name, process in crew.processes.items() if process.returncode is None]
+        await crew.broker.members_ready(alive, START_TIMEOUT_S)
         try:
             return await crew.broker.run(scenario, case, factory, keep_ledger=keep)
         except (TwinError, PlanError) as failure:
