@@ -86,7 +86,8 @@ def command_keys_new(options: argparse.Namespace) -> int:
 
 def command_control(options: argparse.Namespace) -> int:
     """Run the loop over a live run until that ends; what it may do stands in the rules."""
-    from federation.control.live import Keys, LiveLoop, Terms
+    from federation.control.live import LiveLoop
+    from federation.control.mandate import Keys, Terms
     from federation.control.people import control
     from federation.twin import HOUR_NS, MINUTE_NS
     from federation.wire.credentials import Identity, Keyring

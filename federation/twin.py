@@ -296,14 +296,14 @@ class blame:  # noqa: N801 - reads as a statement
         log: logging.Logger | None = None,
     ) -> None:
         self._member = member
-        self._also = also
+        self._caught: tuple[type[BaseException], ...] = (Exception, *also)
         self._log = log
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (Exception, *self._also)) and not isinstance(error, FederationError):
+        if isinstance(error, self._caught) and not isinstance(error, FederationError):
             if self._log is not None:
                 self._log.error("%s failed", self._member, exc_info=error)
             raise failed(self._member, error) from error
