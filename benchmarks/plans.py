@@ -19,7 +19,6 @@ import highspy
 import numpy as np
 from scipy.sparse import csr_array
 
-from federation.__main__ import planner
 from federation.core.coupling import Coupling
 from federation.plan.algebra import pyomo_model
 from federation.plan.bargain import Bargain
@@ -30,6 +29,7 @@ from federation.plan.joint import JointModel, joint_model
 from federation.plan.owner import agree, owners_of
 from federation.plan.rolling import Rolling
 from federation.plan.visits import Task
+from federation.planners import planner
 from federation.scenario.run import Case, local_sessions, run_local
 from federation.scenario.spec import Policy, Scenario, load
 from federation.twin import HOUR_NS, Description, LinearBlock, Planner, Step, Vector

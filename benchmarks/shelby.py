@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from federation.__main__ import planner
+from federation.planners import planner
 from federation.scenario.run import Outcome, run_local
 from federation.scenario.spec import load
 from federation.scenario.study import cases

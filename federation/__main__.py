@@ -5,178 +5,24 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from federation import telemetry
+from federation.acting import add_acting
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.loop import run
-from federation.studies import add_run, add_studies, execute, say, sensitivity, study_options
-
-# Each command imports its own rooms: a twin that is served needs neither solver nor plots.
-if TYPE_CHECKING:
-    from federation.control.stop import Verdict
-    from federation.scenario.spec import DispatchPolicy, Policy, Scenario
-    from federation.twin import Actuator, Description, Planner
-    from federation.wire.credentials import Identity
-    from federation.wire.roster import Post
+from federation.planners import planner
+from federation.studies import add_run, add_studies, execute, sensitivity, study_options
+from federation.terminal import broker_option, positive, run_argument, say
 
 DEMO = "regions/shelby/earthquake.yaml"
 
 
-def planner(
-    scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
-) -> Planner:
-    """The planner of a scenario; here, because scenario and plan are strangers."""
-    from federation.plan.belief import Assessment
-    from federation.plan.crews import CrewPlanner, Family
-    from federation.twin import HOUR_NS, MINUTE_NS
-
-    if scenario.dispatch is not None:
-        return _dispatch_planner(scenario, descriptions, policy)
-    repairs = scenario.repairs
-    if repairs is None:
-        raise ScenarioError(Reason.SCENARIO_INVALID, "the scenario has no repairs to plan")
-    if policy == "rule":
-        raise ScenarioError(Reason.SCENARIO_INVALID, f"crews are not sent by {policy!r}")
-    families = []
-    for work in repairs.work:
-        member, name, actuator = _actuator(descriptions, work.actuator)
-        components = descriptions[member].ids(actuator.kind)
-        families.append(Family(member, name, components, actuator.high))
-    given = repairs.assessment
-    assessment = Assessment(given.sigma, *given.inspected_after_h) if given else None
-    offset_ns = round(repairs.decide_from_min * MINUTE_NS)
-    period_ns = round(repairs.decide_every_min * MINUTE_NS)
-    horizon_ns = round(repairs.horizon_h * HOUR_NS)
-    couplings = scenario.couplings_resolved()
-    if policy == "level5":
-        from federation.control.foresight import Foreseeing, ForesightPlanner, Sources
-
-        if not scenario.weighted:
-            raise ScenarioError(
-                Reason.SCENARIO_INVALID, "level5 needs `weighted`: what it is to make small"
-            )
-        return ForesightPlanner(
-            families,
-            [Sources(work.remaining, work.busy, work.travel) for work in repairs.work],
-            repairs.crews,
-            period_ns,
-            horizon_ns,
-            couplings,
-            assessment,
-            offset_ns,
-            Foreseeing(round(repairs.rehearse_h * HOUR_NS), repairs.futures),
-        )
-    return CrewPlanner(
-        policy,
-        families,
-        repairs.crews,
-        period_ns,
-        horizon_ns,
-        couplings,
-        assessment,
-        offset_ns,
-    )
-
-
-def _dispatch_planner(
-    scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
-) -> Planner:
-    from federation.plan.dispatch import Control, DispatchPlanner, Rule
-    from federation.twin import HOUR_NS, MINUTE_NS, SYSTEM
-
-    dispatch = scenario.dispatch
-    assert dispatch is not None
-    if policy not in ("none", "rule", "once"):
-        raise ScenarioError(Reason.SCENARIO_INVALID, f"no actuator is set by {policy!r}")
-    controls = []
-    for name in dispatch.actuators:
-        member, own, actuator = _actuator(descriptions, name)
-        ids = descriptions[member].ids(actuator.kind)
-        controls.append(
-            Control(
-                member,
-                own,
-                actuator.kind,
-                actuator.unit,
-                ids,
-                actuator.low,
-                actuator.high,
-                actuator.safe_default,
-            )
-        )
-    place = {name: index for index, name in enumerate(dispatch.actuators)}
-    rules, sources, entities = [], {}, {}
-    for rule in dispatch.rules if policy == "rule" else ():
-        if rule.actuator not in place:
-            raise ScenarioError(
-                Reason.SCENARIO_INVALID, f"a rule sets {rule.actuator}, which is not dispatched"
-            )
-        control = controls[place[rule.actuator]]
-        for name in filter(None, (rule.lacking, rule.size, rule.store)):
-            member, _, output = name.partition(".")
-            known = {v.name: v for v in descriptions[member].outputs()}
-            if output not in known:
-                raise ScenarioError(
-                    Reason.UNKNOWN_VARIABLE,
-                    f"{member} has no output {output!r}",
-                    {"member": member, "variable": output},
-                )
-            kind = known[output].kind
-            if kind != (control.kind if name == rule.size else SYSTEM):
-                raise ScenarioError(
-                    Reason.SCENARIO_INVALID, f"a rule can't use {name}, which is per {kind}"
-                )
-            sources[member, output] = kind, known[output].unit
-            entities[kind] = descriptions[member].ids(kind)
-        rules.append(
-            Rule(
-                place[rule.actuator],
-                _pair(rule.lacking),
-                rule.value,
-                _pair(rule.size) if rule.size else None,
-                _pair(rule.store) if rule.store else None,
-            )
-        )
-    return DispatchPlanner(
-        policy,
-        controls,
-        rules,
-        round(dispatch.decide_every_min * MINUTE_NS),
-        round(dispatch.delay_min * MINUTE_NS),
-        round(dispatch.horizon_h * HOUR_NS),
-        scenario.couplings_resolved(),
-        dispatch.members or None,
-        sources,
-        entities,
-    )
-
-
-def _pair(name: str) -> tuple[str, str]:
-    member, _, variable = name.partition(".")
-    return member, variable
-
-
-def _actuator(descriptions: Mapping[str, Description], path: str) -> tuple[str, str, Actuator]:
-    """Member, name and description of an actuator `member.name`."""
-    member, name = _pair(path)
-    actuators = {a.name: a for a in descriptions[member].actuators}
-    if name not in actuators:
-        raise ScenarioError(
-            Reason.UNKNOWN_VARIABLE,
-            f"{member} has no actuator {name!r}; it has {', '.join(sorted(actuators))}",
-            {"member": member, "actuator": name},
-        )
-    return member, name, actuators[name]
-
-
 # -- commands --------------------------------------------------------------------------
+# Each imports its own rooms: a twin that is served needs neither solver nor plots.
 
 
 def command_demo(options: argparse.Namespace) -> int:
@@ -283,122 +129,6 @@ def _roster_of(options: argparse.Namespace) -> Path | None:
     return None if "://" in options.store else Path(f"{options.store}.roster.json")
 
 
-def command_stop(options: argparse.Namespace) -> int:
-    from federation.control import stop
-
-    return _at_twins(options, lambda posts, who: stop.stop(posts, who, options.reason), "stopped")
-
-
-def command_release(options: argparse.Namespace) -> int:
-    from federation.control import stop
-
-    if options.bundle:
-        run_name, bundle = options.bundle
-        return _at_twins(
-            options, lambda posts, who: stop.release(posts, who, run_name, bundle), "released"
-        )
-    return _at_twins(options, lambda posts, who: stop.lift(posts, who, options.stop), "lifted")
-
-
-def _at_twins(
-    options: argparse.Namespace,
-    ask: Callable[[Sequence[Post], Identity], Awaitable[Sequence[Verdict]]],
-    done: str,
-) -> int:
-    """Ask the twins that are meant, and say what each said; 3 when one of them did not do it."""
-    from federation.control import stop
-    from federation.wire.credentials import Identity
-
-    if not (options.twin or options.domain or options.all):
-        raise ScenarioError(Reason.SCENARIO_INVALID, "say which: --twin ADDRESS, --domain D, --all")
-    identity = Identity.load(options.identity, options.key)
-
-    async def work() -> Sequence[Verdict]:
-        posts = await stop.find_posts(options.twin, options.broker, options.roster)
-        # a twin that is named is meant, whatever its domain
-        return await ask(
-            stop.of_domain(posts, options.domain if not options.twin else None), identity
-        )
-
-    verdicts = run(work())
-    for verdict in verdicts:
-        what = f"{verdict.post.name} at {verdict.post.address}"
-        if verdict.error is not None:
-            say(f"NOT {done}: {what}: {verdict.error}")
-        else:
-            print(f"{done}: {what}: {', '.join(verdict.done) or 'nothing'}")
-    return 3 if any(verdict.error is not None for verdict in verdicts) else 0
-
-
-def command_control(options: argparse.Namespace) -> int:
-    """Run the loop over a live run until that ends; what it may do stands in the rules."""
-    from federation.control.live import Keys, LiveLoop, Terms
-    from federation.control.people import control
-    from federation.twin import HOUR_NS, MINUTE_NS
-    from federation.wire.credentials import Identity, Keyring
-
-    terms = Terms(
-        level=options.level,
-        rules=options.rules,
-        state=options.state,
-        operator=options.operator,
-        every_ns=round(options.every_min * MINUTE_NS),
-        ahead_ns=round(options.ahead_h * HOUR_NS),
-        futures=options.futures,
-        within_s=options.within_s,
-        measures=tuple(options.measure),
-    )
-    keys = Keys(
-        Identity.load(options.key.stem, options.key),
-        Identity.load(options.optimiser_key.stem, options.optimiser_key),
-        Keyring.load(options.keyring),
-    )
-
-    async def work() -> None:
-        loop = LiveLoop(options.broker, options.run, terms, keys)
-        await control(loop, options.host, options.port)
-
-    telemetry.configure("control")
-    run(work())
-    return 0
-
-
-def command_proposals(options: argparse.Namespace) -> int:
-    from federation.control.people import print_proposals
-
-    run(print_proposals(options.control))
-    return 0
-
-
-def command_answer(options: argparse.Namespace) -> int:
-    """Say a person's yes or no; 3 when it does not count."""
-    from federation.control.people import answer
-    from federation.wire.credentials import Identity
-
-    person = Identity.load(options.identity, options.key)
-    told = run(
-        answer(options.control, options.proposal, person, is_yes=options.is_yes, why=options.why)
-    )
-    say(f"{options.proposal}: {told.state}: {told.sentence}")
-    return 0 if told.counts else 3
-
-
-def command_keys_new(options: argparse.Namespace) -> int:
-    """Make a key pair, and say how the keyring has it."""
-    from federation.wire.credentials import Identity
-
-    identity = Identity.generate(options.identity)
-    options.dir.mkdir(parents=True, exist_ok=True)
-    file = options.dir / f"{options.identity}.pem"
-    identity.save(file)
-    say(f"the private key is in {file}; keep it there. The keyring of a twin has:")
-    print(
-        f"- name: {options.identity}\n  public_key: {identity.public_key}\n"
-        f"  roles: [{', '.join(options.role)}]\n  domains: {json.dumps(options.domain)}"
-    )
-    return 0
-
-
 def command_why(options: argparse.Namespace) -> int:
     from federation.broker.client import print_why
 
@@ -487,104 +217,6 @@ def _setting(text: str) -> tuple[str, str | int | float]:
 # -- the command line ------------------------------------------------------------------
 
 
-def command_audit_verify(options: argparse.Namespace) -> int:
-    from federation.control import audit
-
-    expected = None
-    if options.head:
-        count, _, hash_ = options.head.partition(":")
-        if not count.isdigit() or len(hash_) != 64:
-            raise ScenarioError(Reason.INVALID_KEY, f"{options.head!r} is no head: give COUNT:HASH")
-        expected = (int(count), hash_)
-    findings = audit.verify(options.directory, _head_key(options.key), expected)
-    if options.json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=2))
-    else:
-        for finding in findings:
-            where = f"{finding.file}, line {finding.line}" if finding.line else finding.file
-            print(f"{where}: {finding.what}: {finding.sentence}")
-    if findings:
-        say(f"{options.directory}: the trail is broken in {len(findings)} places")
-        return 3
-    count, hash_ = audit.heads(options.directory)
-    say(f"{options.directory}: whole; its head is {count}:{hash_}")
-    return 0
-
-
-def command_audit_query(options: argparse.Namespace) -> int:
-    from federation.control import audit
-
-    try:
-        found = audit.query(
-            options.directory, options.limit, options.since, options.until, _head_key(options.key)
-        )
-    except ScenarioError as error:
-        if error.reason is not Reason.TRAIL_BROKEN:
-            raise
-        say(f"multitwin: {error}; see multitwin audit verify {options.directory}")
-        return 3
-    if options.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for decision in found:
-        when = datetime.fromtimestamp(decision["time_unix_s"], UTC).isoformat(timespec="seconds")
-        print(f"{decision['decision']}  {when}  level {decision['level']}")
-        print(f"  limits: {', '.join(decision['limits']) or 'none'}")
-        for alternative in decision["alternatives"]:
-            print(f"  alternative: {json.dumps(alternative)}")
-        for verdict in decision["verdicts"]:
-            refusals = "; ".join(f"{rule}: {text}" for rule, text in verdict["refusals"])
-            print(f"  guard: {'passed' if verdict['passed'] else refusals or verdict['mode']}")
-        for person in decision["approvals"]:
-            print(f"  approved by {person['person']} for {', '.join(person['domains'])}")
-        for no in decision["rejections"]:
-            print(f"  rejected by {no['person'] or 'silence'}: {no['why']}")
-        for act in decision["acts"]:
-            print(f"  {act['state']} {act['detail']}".rstrip())
-        for outcome in decision["outcomes"]:
-            for name, observed in outcome["observed"].items():
-                predicted = outcome["predicted"].get(name)
-                print(f"  {name}: {observed} (predicted {predicted})")
-    return 0
-
-
-def command_audit_repair(options: argparse.Namespace) -> int:
-    from federation.control import audit
-
-    cut = audit.repair(options.directory)
-    if options.json:
-        print(json.dumps({"cut": cut}))
-    say(f"cut off {cut!r}" if cut else "there is nothing to repair")
-    return 0
-
-
-def _head_key(path: str | None) -> Callable[[bytes, bytes], bool] | None:
-    """Whether the owner of a public key signed a message with a signature."""
-    if path is None:
-        return None
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    try:
-        key = load_pem_public_key(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise ScenarioError(Reason.MISSING_FILE, f"there is no key at {path}") from None
-    except ValueError:
-        raise ScenarioError(Reason.INVALID_KEY, f"{path} is no public key in PEM form") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise ScenarioError(Reason.INVALID_KEY, f"{path} is no Ed25519 key")
-
-    def verify(message: bytes, signature: bytes) -> bool:
-        try:
-            key.verify(signature, message)
-        except InvalidSignature:
-            return False
-        return True
-
-    return verify
-
-
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="multitwin",
@@ -630,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
     )
     server.add_argument(
         "--max-sessions",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="N",
         help="refuse more at a time; a study then does no more runs at a time (no limit)",
@@ -662,7 +294,7 @@ def parser() -> argparse.ArgumentParser:
         "--scenarios", type=Path, metavar="DIR", help="where the files of scenarios lie"
     )
     broker.add_argument(
-        "--keep-runs", type=_positive, metavar="N", help="drop all but the newest N ended runs"
+        "--keep-runs", type=positive, metavar="N", help="drop all but the newest N ended runs"
     )
     broker.add_argument(
         "--roster", metavar="FILE", help="where it notes its twins (STORE.roster.json)"
@@ -672,7 +304,7 @@ def parser() -> argparse.ArgumentParser:
 
     why = commands.add_parser("why", help="what a run waits for, and what its time went to")
     why.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
-    _broker_option(why)
+    broker_option(why)
     why.set_defaults(do=command_why)
 
     _member_commands(commands.add_parser("member", help="let members join, leave and be replaced"))
@@ -683,13 +315,13 @@ def parser() -> argparse.ArgumentParser:
         description="Start a run that has all that is of a run up to a cut for its past. The run, "
         "which may be going on, does not feel it. Without options it ends as the run does.",
     )
-    _run_argument(fork)
+    run_argument(fork)
     fork.add_argument("--at", type=float, metavar="H", help="the cut (all that is settled)")
     fork.add_argument(
         "--measure", default="", metavar="M", help="send crews under this one from then on"
     )
     fork.add_argument("--horizon-h", type=float, metavar="H", help="when it ends (as the run)")
-    _broker_option(fork)
+    broker_option(fork)
     fork.set_defaults(do=command_fork)
 
     replay = commands.add_parser(
@@ -698,16 +330,14 @@ def parser() -> argparse.ArgumentParser:
         description="Go through a run again and see that it is the same. What members answer is "
         "taken from the record, except for those that are to be live.",
     )
-    _run_argument(replay)
+    run_argument(replay)
     which = replay.add_mutually_exclusive_group()
     which.add_argument("--live", default="", metavar="A,B", help="only these do their steps again")
     which.add_argument("--recorded", default="", metavar="A,B", help="all but these do")
-    _broker_option(replay)
+    broker_option(replay)
     replay.set_defaults(do=command_replay)
 
-    _acting_commands(commands)
-    _control_commands(commands)
-    _audit_commands(commands.add_parser("audit", help="the trail of the loop's decisions"))
+    add_acting(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
@@ -718,43 +348,9 @@ def parser() -> argparse.ArgumentParser:
         "--points", type=int, default=0, metavar="N", help="downsample to N buckets (every value)"
     )
     history.add_argument("--entity", type=int, metavar="I", help="only this index, with --points")
-    _broker_option(history)
+    broker_option(history)
     history.set_defaults(do=command_history)
     return main
-
-
-def _audit_commands(command: argparse.ArgumentParser) -> None:
-    commands = command.add_subparsers(dest="what", required=True, metavar="WHAT")
-    verify = commands.add_parser(
-        "verify",
-        help="find altered, missing, moved and inserted records",
-        description="Look at every record of a trail. Exits with 0 when it is whole, 3 when not.",
-        epilog="Keep the head that it prints somewhere else: with --head it finds a trail that was "
-        "put back to an older state together with its own head.",
-    )
-    verify.add_argument("--head", metavar="COUNT:HASH", help="of a head that was kept elsewhere")
-    verify.set_defaults(do=command_audit_verify)
-    query = commands.add_parser(
-        "query",
-        help="decisions in which a limit was active: alternatives, who approved, what came of it",
-    )
-    query.add_argument("--limit", default="", metavar="NAME", help="such as sum:fuel, or fuel")
-    query.add_argument("--since", type=_instant, default=float("-inf"), metavar="TIME", help="ISO")
-    query.add_argument("--until", type=_instant, default=float("inf"), metavar="TIME", help="ISO")
-    query.set_defaults(do=command_audit_query)
-    repair = commands.add_parser("repair", help="cut off the torn last line that a crash left")
-    repair.set_defaults(do=command_audit_repair)
-    for one in (verify, query, repair):
-        one.add_argument("directory", metavar="DIR", help="the trail's folder")
-        one.add_argument("--json", action="store_true", help="one JSON document")
-    for one in (verify, query):
-        one.add_argument("--key", metavar="FILE", help="public key (PEM) of who signs the heads")
-
-
-def _instant(text: str) -> float:
-    """Unix seconds of an ISO 8601 instant, in UTC unless it says otherwise."""
-    found = datetime.fromisoformat(text)
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 def _member_commands(command: argparse.ArgumentParser) -> None:
@@ -767,7 +363,7 @@ def _member_commands(command: argparse.ArgumentParser) -> None:
         "as: {members: {gauge: {address: 127.0.0.1:7711}}, couplings: [{from: dams.level, to: "
         "gauge.level}]}. Couplings to members that were there before need a delay_min.",
     )
-    _run_argument(add)
+    run_argument(add)
     add.add_argument("document", metavar="FILE", help="who joins, and how: a YAML file")
     add.set_defaults(do=command_member_add)
     remove = commands.add_parser(
@@ -776,7 +372,7 @@ def _member_commands(command: argparse.ArgumentParser) -> None:
         description="Let a member make no more steps; what it has published holds. Its process is "
         "needed until the run has passed the instant.",
     )
-    _run_argument(remove)
+    run_argument(remove)
     remove.add_argument("member", metavar="MEMBER")
     remove.set_defaults(do=command_member_remove)
     replace = commands.add_parser(
@@ -787,7 +383,7 @@ def _member_commands(command: argparse.ArgumentParser) -> None:
         epilog="Serve it first under a name of its own: multitwin serve tower:Tower --name "
         "tower-2 --broker 127.0.0.1:7700",
     )
-    _run_argument(replace)
+    run_argument(replace)
     replace.add_argument("member", metavar="MEMBER")
     replace.add_argument("heir", metavar="SERVICE", help="its registered name, or host:port")
     replace.set_defaults(do=command_member_replace)
@@ -795,133 +391,7 @@ def _member_commands(command: argparse.ArgumentParser) -> None:
         change.add_argument(
             "--at", type=float, metavar="H", help="when, in hours of the run (as soon as it can be)"
         )
-        _broker_option(change)
-
-
-def _acting_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    stop = commands.add_parser(
-        "stop",
-        help="stop what is autonomous, now",
-        description="Stop all that is autonomous at twins: what loops have set falls back to what "
-        "a person has set, or to the safe default, and nothing new is taken until a person "
-        "releases it. The twins are asked directly; their broker may be dead.",
-    )
-    stop.add_argument("--reason", required=True, metavar="TEXT", help="why, for the record")
-    stop.set_defaults(do=command_stop)
-    release = commands.add_parser(
-        "release",
-        help="lift stops, or undo a bundle",
-        description="Lift what was stopped at twins. What had fallen away stays away until "
-        "somebody sets it anew.",
-    )
-    which = release.add_mutually_exclusive_group()
-    which.add_argument(
-        "--stop", action="append", default=[], metavar="ID", help="only this stop (all)"
-    )
-    which.add_argument("--bundle", nargs=2, metavar=("RUN", "ID"), help="undo this bundle instead")
-    release.set_defaults(do=command_release)
-    for command in (stop, release):
-        command.add_argument(
-            "--twin", action="append", default=[], metavar="ADDRESS", help="this twin"
-        )
-        command.add_argument("--broker", metavar="ADDRESS", help="the twins that it has")
-        command.add_argument(
-            "--roster",
-            type=Path,
-            default=Path("broker.sqlite.roster.json"),
-            metavar="FILE",
-            help="and those that are here (broker.sqlite.roster.json)",
-        )
-        who = command.add_mutually_exclusive_group()
-        who.add_argument("--domain", metavar="D", help="those of this domain")
-        who.add_argument("--all", action="store_true", help="all of them")
-        command.add_argument(
-            "--as", dest="identity", required=True, metavar="NAME", help="who asks"
-        )
-        command.add_argument(
-            "--key", type=Path, required=True, metavar="FILE", help="that one's private key"
-        )
-    keys = commands.add_parser("keys", help="make keys for those who act")
-    new = keys.add_subparsers(dest="change", required=True, metavar="CHANGE").add_parser(
-        "new", help="make a key pair"
-    )
-    new.add_argument("identity", metavar="NAME")
-    new.add_argument("--dir", type=Path, default=Path("keys"), metavar="D", help="(keys)")
-    new.add_argument(
-        "--role",
-        action="append",
-        required=True,
-        choices=("guard", "operator", "optimiser", "observer"),
-        help="what it may do",
-    )
-    new.add_argument(
-        "--domain", action="append", default=[], metavar="D", help="where, * for everywhere"
-    )
-    new.set_defaults(do=command_keys_new)
-
-
-def _control_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    loop = commands.add_parser(
-        "control",
-        help="decide over a live run, within what the rules allow",
-        description="Look at a live run again and again, try the measures of its scenario in "
-        "futures forked from it, and advise (3), propose to persons (4) or act (5), never further "
-        "than the autonomy that the rules grant and that was earned.",
-    )
-    _run_argument(loop)
-    loop.add_argument("--level", type=int, required=True, choices=(3, 4, 5), help="no further")
-    loop.add_argument("--rules", type=Path, required=True, metavar="FILE", help="the owners' rules")
-    loop.add_argument("--keyring", type=Path, required=True, metavar="FILE", help="who may what")
-    loop.add_argument(
-        "--key", type=Path, required=True, metavar="FILE", help="the guard's key, NAME.pem"
-    )
-    loop.add_argument(
-        "--optimiser-key", type=Path, required=True, metavar="FILE", help="and the optimiser's"
-    )
-    loop.add_argument(
-        "--state", type=Path, required=True, metavar="DIR", help="what it knows, and its trail"
-    )
-    loop.add_argument("--operator", required=True, metavar="NAME", help="who is on duty")
-    loop.add_argument("--every-min", type=float, default=60.0, metavar="M", help="of the run (60)")
-    loop.add_argument("--ahead-h", type=float, default=24.0, metavar="H", help="of the run (24)")
-    loop.add_argument("--futures", type=_positive, default=2, metavar="N", help="(2)")
-    loop.add_argument("--within-s", type=float, default=60.0, metavar="S", help="to decide (60)")
-    loop.add_argument(
-        "--measure", action="append", default=[], metavar="NAME", help="to try (all that fit)"
-    )
-    loop.add_argument("--host", default="127.0.0.1", help="for people (127.0.0.1)")
-    loop.add_argument("--port", type=int, default=7800, help="for people (7800)")
-    _broker_option(loop)
-    loop.set_defaults(do=command_control)
-    seen = commands.add_parser("proposals", help="what a loop proposes, and how far it may go")
-    _control_option(seen)
-    seen.set_defaults(do=command_proposals)
-    for word, what in (("approve", "confirm"), ("reject", "refuse")):
-        said = commands.add_parser(word, help=f"{what} what a loop proposes")
-        said.add_argument("proposal", metavar="PROPOSAL")
-        said.add_argument("--as", dest="identity", required=True, metavar="NAME", help="who asks")
-        said.add_argument(
-            "--key", type=Path, required=True, metavar="FILE", help="that one's private key"
-        )
-        said.add_argument("--why", default="", metavar="TEXT", help="for the record")
-        _control_option(said)
-        said.set_defaults(do=command_answer, is_yes=word == "approve")
-
-
-def _control_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--control", default="127.0.0.1:7800", metavar="ADDRESS", help="(127.0.0.1:7800)"
-    )
-
-
-def _run_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
-
-
-def _broker_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--broker", default="127.0.0.1:7700", metavar="ADDRESS", help="(127.0.0.1:7700)"
-    )
+        broker_option(change)
 
 
 def _server_options(command: argparse.ArgumentParser, port: int = 0) -> None:
@@ -930,15 +400,8 @@ def _server_options(command: argparse.ArgumentParser, port: int = 0) -> None:
         "--port", type=int, default=port, help=f"port, 0 for any free one ({port})"
     )
     command.add_argument(
-        "--max-message-mib", type=_positive, default=64, metavar="N", help="largest message (64)"
+        "--max-message-mib", type=positive, default=64, metavar="N", help="largest message (64)"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 def check_packages() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from federation import telemetry
 from federation.errors import Reason, ScenarioError
 from federation.loop import run
+from federation.terminal import Progress, positive, say
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from federation.scenario.run import Case, Outcome
     from federation.scenario.spec import Scenario
 
-PLANNER_FACTORY = "federation.__main__:planner"
+PLANNER_FACTORY = "federation.planners:planner"
 
 
 # -- runs --------------------------------------------------------------------------------
@@ -447,42 +448,6 @@ def sensitivity(scenario: Scenario, options: argparse.Namespace, out: Path) -> N
     )
 
 
-# -- standard error ------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-QUIET_S = 1.0
-"""Without a terminal, no more than a line in this time, but for failures and the last."""
-
-
-class Progress:
-    """One line on standard error that says how far the work is and how long it will take."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._first: int | None = None
-        self._told_s = 0.0
-        self._live = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int, remark: str) -> None:
-        now_s = time.perf_counter()
-        if self._first is None:
-            self._first = done - 1  # a resumed study does not begin at 0
-        is_told = done >= total or now_s - self._told_s > (0.1 if self._live else QUIET_S)
-        if not is_told and "_" not in remark.partition(": ")[2].partition(":")[0]:
-            return
-        self._told_s = now_s
-        left_s = (now_s - self._started) / (done - self._first) * max(0, total - done)
-        line = f"  {done}/{total}  {remark}  ({left_s:.0f} s left)"
-        if self._live and done < total:
-            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
-        else:
-            print(f"\r{line:<100}" if self._live else line, file=sys.stderr, flush=True)
-
-
 # -- the command line ------------------------------------------------------------------
 
 
@@ -574,7 +539,7 @@ def add_studies(commands: Any) -> None:
     )
     indices.add_argument("run", metavar="DIR", help="the folder of a study")
     indices.add_argument("--measure", help="under this measure (the first)")
-    indices.add_argument("--sobol", type=_positive, metavar="N", help="a power of two, such as 64")
+    indices.add_argument("--sobol", type=positive, metavar="N", help="a power of two, such as 64")
     _worker_options(indices)
     indices.add_argument("--json", action="store_true")
     indices.set_defaults(do=command_sensitivity)
@@ -587,7 +552,7 @@ def add_studies(commands: Any) -> None:
     )
     cascade.add_argument("run", metavar="DIR", help="the folder of a study")
     cascade.add_argument("--measure", help="under this measure (the first)")
-    cascade.add_argument("--paths", type=_positive, default=20, metavar="N", help="how many (20)")
+    cascade.add_argument("--paths", type=positive, default=20, metavar="N", help="how many (20)")
     cascade.add_argument("--json", action="store_true")
     cascade.set_defaults(do=command_cascade)
 
@@ -616,7 +581,7 @@ def add_studies(commands: Any) -> None:
     rare.add_argument("--kpi", required=True, help="such as medical.deaths")
     rare.add_argument("--above", type=float, required=True, metavar="X", help="in the KPI's unit")
     rare.add_argument("--measure", help="under this measure (the first)")
-    rare.add_argument("--samples", type=_positive, default=1000, metavar="N", help="a level (1000)")
+    rare.add_argument("--samples", type=positive, default=1000, metavar="N", help="a level (1000)")
     rare.add_argument("--seed", type=int, help="(the scenario's)")
     _worker_options(rare)
     rare.add_argument("--json", action="store_true")
@@ -639,7 +604,7 @@ def study_options(
     )
     command.add_argument(
         "--runs",
-        type=_positive,
+        type=positive,
         default=runs,
         metavar="N",
         help=f"runs per measure ({runs or 'as the scenario says, else 1'})",
@@ -655,7 +620,7 @@ def study_options(
 def _worker_options(command: argparse.ArgumentParser, workers: int | None = None) -> None:
     command.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         default=workers,
         metavar="N",
         help=f"processes ({workers or '1; all of a cluster'})",
@@ -673,10 +638,3 @@ def _percents(text: str) -> list[float]:
     if not all(0 <= value <= 100 for value in values):
         raise argparse.ArgumentTypeError("quantiles are between 0 and 100")
     return values
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value

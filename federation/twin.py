@@ -9,6 +9,7 @@ entities of one kind, in the order in which `describe` lists them.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from federation.errors import Reason, TwinError
+from federation.errors import FederationError, Reason, TwinError
 
 Vector = NDArray[np.float64]
 
@@ -279,6 +280,33 @@ def failed(member: str, error: BaseException) -> TwinError:
         f"{member} failed: {type(error).__name__}: {error}",
         {"member": member, "exception": type(error).__name__},
     )
+
+
+class blame:  # noqa: N801 - reads as a statement
+    """Turn what a twin's code raises, but for errors of ours, into a `TwinError` that names it.
+
+    A service outlives its twins: it takes `also` exits for failures, and keeps the trace in its
+    `log`.
+    """
+
+    def __init__(
+        self,
+        member: str,
+        also: tuple[type[BaseException], ...] = (),
+        log: logging.Logger | None = None,
+    ) -> None:
+        self._member = member
+        self._caught: tuple[type[BaseException], ...] = (Exception, *also)
+        self._log = log
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, self._caught) and not isinstance(error, FederationError):
+            if self._log is not None:
+                self._log.error("%s failed", self._member, exc_info=error)
+            raise failed(self._member, error) from error
 
 
 def undeclared(member: str, variable: str) -> TwinError:

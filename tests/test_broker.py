@@ -21,12 +21,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from federation.__main__ import planner
 from federation.broker.client import print_history
 from federation.broker.server import SERVICES, BrokerOptions, BrokerServer
 from federation.broker.store import State, Store
 from federation.core.ledger import ActionRecord, Entry, EventRecord
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.planners import planner
 from federation.scenario.run import Case, PlannerFactory, run_local
 from federation.scenario.spec import Scenario, parse
 from federation.scenario.study import cases

@@ -19,9 +19,11 @@ import pytest
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.control import audit
 from federation.control.autonomy import Key, Standing
-from federation.control.live import Keys, LiveLoop, Made, Terms
+from federation.control.live import LiveLoop
+from federation.control.mandate import Keys, Terms
 from federation.control.people import answer, asking, serving_people, set_level
 from federation.control.situation import NEVER
+from federation.control.turn import Made
 from federation.control.view import Holding
 from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import parse

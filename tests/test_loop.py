@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation.__main__ import planner as build_planner
 from federation.control.foresight import NEAREST, ForesightPlanner
 from federation.control.loop import IN_FORCE, STAGES, Comparison, Decision, Loop, Rating
 from federation.core.bundle import Bundle
 from federation.errors import FederationError, Reason
 from federation.plan.belief import Assessment, Belief
+from federation.planners import planner as build_planner
 from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import Policy, Scenario, load
 from federation.twin import (

@@ -13,12 +13,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from federation.__main__ import main, planner
+from federation.__main__ import main
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.broker.store import Store
 from federation.core.coupling import Arrival, wire
 from federation.core.ledger import EventRecord
 from federation.errors import Reason
+from federation.planners import planner
 from federation.scenario.run import run_local
 from federation.scenario.spec import parse_addition
 from federation.twin import HOUR_NS, NOTHING, Action, Session, Step, Twin

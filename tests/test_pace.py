@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from federation.__main__ import main, planner
+from federation.__main__ import main
 from federation.broker import home, live, shell
 from federation.broker.client import print_why
 from federation.broker.pace import Pacer
@@ -19,6 +19,7 @@ from federation.broker.store import Store
 from federation.broker.why import words
 from federation.core.ledger import EventRecord, Quality, Record
 from federation.errors import Reason, ScenarioError, TwinError
+from federation.planners import planner
 from federation.scenario.run import Outcome, run_local
 from federation.scenario.spec import Pace, parse
 from federation.twin import HOUR_NS, MINUTE_NS, Step, Twin

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyomo.contrib.solver.solvers.highs import Highs
 
-from federation.__main__ import planner as build_planner
 from federation.core.coupling import Coupling
 from federation.errors import PlanError, Reason
 from federation.plan.algebra import pyomo_model
@@ -18,6 +17,7 @@ from federation.plan.crews import CrewPlanner, Family
 from federation.plan.engine import engine_of, make_whole, optimum_usd
 from federation.plan.joint import Schedule, joint_model, with_visits
 from federation.plan.visits import Task, crews_engaged, possible_visits, share_available
+from federation.planners import planner as build_planner
 from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import parse
 from federation.twin import (

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation.__main__ import planner as build_planner
 from federation.core.coupling import Wiring
 from federation.core.schedule import Schedule
 from federation.errors import FederationError, Reason
+from federation.planners import planner as build_planner
 from federation.scenario.rehearse import RunCut
 from federation.scenario.run import Case, run_local
 from federation.scenario.spec import Policy, Scenario, load

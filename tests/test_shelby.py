@@ -13,11 +13,12 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from federation.__main__ import main, planner
+from federation.__main__ import main
 from federation.broker.fleet import fleet
 from federation.broker.live import show
 from federation.core.ledger import ActionRecord, EventRecord, Record
 from federation.loop import run as run_loop
+from federation.planners import planner
 from federation.scenario.explain import Causes
 from federation.scenario.run import Case, Outcome, bind, local_sessions, plan_member, run_local
 from federation.scenario.spec import OnFailure, load

@@ -379,7 +379,7 @@ def main() -> None:
         found: type[Twin] = globals()[options.twin]
         asyncio.run(serve(found, options.name, ServeOptions(broker=options.broker)))
     else:
-        from federation.__main__ import planner
+        from federation.planners import planner
 
         telemetry.configure("broker")
         folder = Path(__file__).parent

@@ -17,9 +17,18 @@ from federation.broker.memory import Added
 from federation.broker.seats import Done, Place, Saved
 from federation.core.messages import Joined
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
-from federation.scenario.run import Case, blame
+from federation.scenario.run import Case
 from federation.scenario.spec import PLANNER, Addition, Member, OnFailure, Scenario
-from federation.twin import NOTHING, LinearBlock, Planner, Session, StepInput, StepResult, Vector
+from federation.twin import (
+    NOTHING,
+    LinearBlock,
+    Planner,
+    Session,
+    StepInput,
+    StepResult,
+    Vector,
+    blame,
+)
 from federation.wire import codec
 from federation.wire.link import Link, LinkSession
 

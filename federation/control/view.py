@@ -340,3 +340,9 @@ def _reading(record: Record) -> Reading:
 async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def variable_of(name: str) -> Variable:
+    """Member and variable of `member.variable`."""
+    member, _, variable = name.partition(".")
+    return member, variable

@@ -17,9 +17,9 @@ from federation.core.ledger import Entry, Record
 from federation.core.schedule import Schedule
 from federation.errors import Reason, ScenarioError
 from federation.scenario.future import Future
-from federation.scenario.run import Case, Experiment, blame, build_twin
+from federation.scenario.run import Case, Experiment, build_twin
 from federation.scenario.spec import PLANNER, Scenario
-from federation.twin import NOTHING, Glimpse, Planner, Session, Twin, Vector
+from federation.twin import NOTHING, Glimpse, Planner, Session, Twin, Vector, blame
 
 
 class Foresight:

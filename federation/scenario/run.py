@@ -42,7 +42,7 @@ from federation.twin import (
     StepInput,
     StepResult,
     Twin,
-    failed,
+    blame,
 )
 
 if TYPE_CHECKING:
@@ -564,17 +564,3 @@ def _drive(
             case Aborted():
                 raise effect.error
     raise AssertionError("the coordinator stopped without an end")
-
-
-class blame:  # noqa: N801 - reads as a statement
-    """Turn any exception inside a twin's code into a `TwinError` that names the twin."""
-
-    def __init__(self, member: str) -> None:
-        self._member = member
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, FederationError):
-            raise failed(self._member, error) from error

@@ -27,7 +27,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.telemetry import is_tracing, tracer
-from federation.twin import Description, Twin, failed
+from federation.twin import Description, Twin, blame
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
 from federation.wire import codec, status
@@ -52,6 +52,7 @@ _CLOSED_KEPT = 1024
 """Closed sessions whose last answer is remembered, in case it has to be repeated."""
 
 _log = logging.getLogger(__name__)
+_blame = partial(blame, also=(SystemExit,), log=_log)
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -491,7 +492,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
     def _flexibility(
         self, session: ModelSession, request: twin_pb2.FlexibilityRequest
     ) -> twin_pb2.FlexibilityResponse:
-        with tracer.start_as_current_span("twin.flexibility"), _blaming(self.name):
+        with tracer.start_as_current_span("twin.flexibility"), _blame(self.name):
             block = session.twin.flexibility(tuple(request.periods_ns))
             if block is None:
                 return twin_pb2.FlexibilityResponse()
@@ -645,7 +646,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         command = request.WhichOneof("command")
         failure: FederationError | None = None
         try:
-            with _blaming(self._name_of(hosted, request)):
+            with _blame(self._name_of(hosted, request)):
                 match command:
                     case "advance":
                         self._advance(hosted, request.advance, response)
@@ -757,7 +758,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             self._acting.unseat(hosted.desk)
             hosted.desk = None
         if session is not None:
-            with _blaming(self.name):
+            with _blame(self.name):
                 session.twin.close()
 
     def drain(self) -> None:
@@ -793,21 +794,6 @@ def _copy(done: asyncio.Future[_T], to: asyncio.Future[_T]) -> None:
         to.set_result(done.result())
     else:
         to.set_exception(error)
-
-
-class _blaming:  # noqa: N801 - reads as a statement
-    """Anything that model code raises, but for errors of ours, becomes TWIN_FAILED."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception | SystemExit) and not isinstance(error, FederationError):
-            _log.error("%s failed", self._name, exc_info=error)
-            raise failed(self._name, error) from error
 
 
 def new_server(max_message_bytes: int) -> grpc.aio.Server:
@@ -854,7 +840,7 @@ async def serving(
     options = options or ServeOptions()
 
     def build() -> TwinService:
-        with _blaming(name):
+        with _blame(name):
             return TwinService(factory, name, options)
 
     service = await asyncio.to_thread(build)

@@ -1,0 +1,111 @@
+"""Does what a live loop may do, once the guard has judged it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from federation.control import actuation, audit
+from federation.control.actuation import Ended, FileJournal, Stage, Task
+from federation.control.autonomy import Breached
+from federation.control.mandate import Mandate
+from federation.control.situation import Forecast, Mode, Verdict
+from federation.control.view import Observation
+from federation.core.bundle import Bundle
+
+
+class Deeds:
+    """What one loop does. Its journal is open as long as the context of `at_work` lasts."""
+
+    def __init__(self, mandate: Mandate) -> None:
+        self._mandate = mandate
+        self._journal: FileJournal
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """Bring to an end what an earlier life of the loop had begun, and be ready for more."""
+        terms = self._mandate.terms
+        self._journal = FileJournal(terms.state / "intents.jsonl")
+        try:
+            for bundle, ended in await actuation.take_up(
+                self._journal, self._mandate.keys.guard, within_s=terms.stage_within_s
+            ):
+                self._acted(bundle, ended, "ended after a restart")
+            yield
+        finally:
+            self._journal.close()
+
+    async def judge(self, bundle: Bundle, forecast: Forecast) -> Verdict:
+        """What the guard says of a bundle as things stand now; below level 5 it only looks."""
+        submission = self._mandate.submitted(bundle)
+        situation = await self._mandate.situation()
+        if self._mandate.level_of(bundle) < 5:
+            return self._mandate.looked_at(submission, situation, forecast)
+        return self._mandate.guard.judge(submission, situation, forecast)
+
+    async def carry_out(self, decision: str, bundle: Bundle) -> str:
+        """Bring a bundle that passed into force; how it ended."""
+        desks = await self._mandate.view.desks()
+        members = {*bundle.members(), *(c.member for c in bundle.conditions)}
+        missing = sorted(members - desks.seats.keys())
+        if missing:
+            self._mandate.guard.settle(bundle.id, None)
+            why = desks.silent.get(missing[0], f"{missing[0]} has no desk")
+            now_ns = self._mandate.view.settled_ns
+            self._mandate.note(audit.Acted(decision, "compensated", now_ns, why))
+            return "compensated"
+        task = Task(bundle, desks.seats, self._mandate.terms.window_ns)
+        ended = await actuation.carry_out(
+            task,
+            self._mandate.keys.guard,
+            self._journal,
+            within_s=self._mandate.terms.stage_within_s,
+        )
+        self._acted(bundle, ended, "", decision)
+        return ended.stage.value
+
+    def _acted(self, bundle: Bundle, ended: Ended, detail: str, decision: str = "") -> None:
+        in_force = ended.stage is Stage.COMMITTED
+        now_ns = self._mandate.view.settled_ns
+        self._mandate.guard.settle(bundle.id, now_ns if in_force else None)
+        told = "; ".join(part for part in (detail, ended.why, *ended.unreached) if part)
+        self._mandate.note(audit.Acted(decision or bundle.id, ended.stage.value, now_ns, told))
+
+    async def fall_back(self, decision: str, verdict: Verdict) -> None:
+        """Put the recovery plan in the place of the loop."""
+        for key in self._mandate.grantees():
+            for refusal in verdict.refusals:
+                self._mandate.climb(Breached(key, refusal.rule))
+        if verdict.fallback is None:
+            return
+        # what the loop holds passes to its recovery plan, and back
+        await self.carry_out(
+            decision, replace(verdict.fallback, author=self._mandate.keys.optimiser.name)
+        )
+
+    async def be_silent(self, cut: Observation, why: str) -> None:
+        """No decision came; the guard says what stands meanwhile."""
+        self._mandate.note(audit.Noted("no decision", {"why": why, "time_ns": cut.time_ns}))
+        if not self._mandate.may_act():
+            return
+        situation = await self._mandate.situation()
+        verdict = self._mandate.guard.silence(situation, why)
+        self._mandate.judged(f"silence-{cut.time_ns}", verdict)
+        if verdict.fallback is not None:
+            await self.fall_back(f"silence-{cut.time_ns}", verdict)
+
+    async def watch(self) -> None:
+        """Switch to the recovery plan when something is wrong for too long."""
+        mandate = self._mandate
+        if not mandate.may_act():
+            return
+        situation = await mandate.situation()
+        was = mandate.guard.mode
+        verdict = mandate.guard.watch(situation)
+        if verdict is not None and was is Mode.LOOP:
+            id_ = f"watch-{situation.time_ns}"
+            mandate.note(audit.Noted("switched", {"to": "recovery"}, id_))
+            mandate.judged(id_, verdict)
+            await self.fall_back(id_, verdict)
+            mandate.save()

@@ -1,0 +1,98 @@
+"""Turns what a candidate would set into a bundle that a guard can judge and desks can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from federation.control import audit
+from federation.control.mandate import Mandate
+from federation.control.situation import Place
+from federation.control.turn import Candidate, Made
+from federation.control.view import Observation, variable_of
+from federation.core.bundle import Bundle, Condition, Priority, Setpoint
+from federation.twin import MINUTE_NS
+
+
+def bundle_of(
+    mandate: Mandate, made: Made, candidate: Candidate, basis: audit.Basis
+) -> Bundle | None:
+    """What a candidate sets that is not so already, with what is held and would lapse."""
+    known = made.known
+    author = mandate.keys.optimiser.name
+    wanted: dict[Place, Setpoint] = {}
+    soon_ns = known.cut.time_ns + 2 * mandate.terms.every_ns
+    for place, held in known.desks.holdings.items():
+        is_mine = held.owner == author and held.priority is Priority.AUTONOMOUS
+        if is_mine and held.until_ns < soon_ns:
+            wanted[place] = Setpoint(*place, held.value, lease_ns(mandate, *place[:2]))
+    for setpoint in candidate.setpoints:
+        place = (setpoint.member, setpoint.actuator, setpoint.entity)
+        there = known.desks.holdings.get(place)
+        if there is None or there.value != setpoint.value or place in wanted:
+            wanted[place] = setpoint
+    if not wanted:
+        return None
+    setpoints = tuple(wanted[place] for place in sorted(wanted))
+    return Bundle(
+        id=f"{made.id}/{candidate.name}".replace(" ", "-"),
+        run=mandate.view.run,
+        setpoints=setpoints,
+        priority=Priority.AUTONOMOUS,
+        cut_ns=known.cut.time_ns,
+        expires_ns=known.cut.time_ns + round(mandate.rules.life_min * MINUTE_NS),
+        author=author,
+        basis=basis.digest(),
+        conditions=_conditions(mandate, setpoints, known.cut),
+    )
+
+
+def _conditions(
+    mandate: Mandate, setpoints: Sequence[Setpoint], cut: Observation
+) -> tuple[Condition, ...]:
+    """What the setpoints need is still about as it was seen."""
+    needed = {
+        variable
+        for s in setpoints
+        if (rule := mandate.rules.actuators.get(f"{s.member}.{s.actuator}")) is not None
+        for variable in rule.needs
+    }
+    found = []
+    for name in sorted(needed):
+        member, output = variable_of(name)
+        reading = cut.readings.get((member, output))
+        if reading is None:
+            continue
+        description = mandate.view.descriptions[member]
+        known = next(v for v in description.outputs() if v.name == output)
+        for entity, value in zip(description.ids(known.kind), reading.values.tolist(), strict=True):
+            band = mandate.terms.moves_by * max(abs(value), 1e-6)
+            found.append(Condition(member, output, entity, value - band, value + band))
+    return tuple(found)
+
+
+def lease_ns(mandate: Mandate, member: str, actuator: str) -> int:
+    """How long a setpoint holds: no longer than the twin and the rules let it; 0 for no end."""
+    declared = next(
+        a.lease_ns for a in mandate.view.descriptions[member].actuators if a.name == actuator
+    )
+    rule = mandate.rules.actuators.get(f"{member}.{actuator}")
+    if rule is None:
+        return declared
+    allowed_ns = round(rule.lease_min * MINUTE_NS)
+    return min(declared, allowed_ns) if declared else allowed_ns
+
+
+def limits_of(mandate: Mandate, made: Made) -> tuple[str, ...]:
+    """The ends of ranges at which the bundle sets something."""
+    if made.bundle is None:
+        return ()
+    found = []
+    for s in made.bundle.setpoints:
+        name = f"{s.member}.{s.actuator}"
+        actuators = {a.name: a for a in mandate.view.descriptions[s.member].actuators}
+        if name in mandate.rules.actuators:
+            actuator = actuators[s.actuator]
+            ends = (mandate.rules.low(name, actuator), mandate.rules.high(name, actuator))
+            if s.value in ends:
+                found.append(f"range:{name}")
+    return tuple(dict.fromkeys(found))

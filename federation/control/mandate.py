@@ -1,0 +1,234 @@
+"""What a live loop goes by, on record: its terms, the owners' rules, how far it may go itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from federation.control import actuation, audit
+from federation.control.autonomy import Event as LadderEvent
+from federation.control.autonomy import Key as Grantee
+from federation.control.autonomy import Ladder, Moved, Set
+from federation.control.guard import Guard
+from federation.control.monitor import Monitor
+from federation.control.proposal import Docket, State, Told
+from federation.control.rules import Rules, load
+from federation.control.situation import Forecast, Situation, Submission, Verdict
+from federation.control.turn import Made
+from federation.control.view import LiveView, variable_of
+from federation.core.bundle import Bundle
+from federation.errors import FederationError
+from federation.twin import HOUR_NS, MINUTE_NS
+from federation.wire.credentials import Identity, Keyring, Role
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a loop is run.
+
+    It goes no further than `level`. It decides every `every_ns` of the run, looks `ahead_ns` ahead
+    in so many `futures`, and has `within_s` of wall time for it. `measures` are what it tries
+    besides what is in force; empty for all of the scenario that can be changed to. A value that an
+    action needs may move by the share `moves_by` of itself before the action is void. `operator`
+    is who is on duty. What it knows is kept in the folder `state`.
+    """
+
+    level: int
+    rules: Path
+    state: Path
+    operator: str
+    every_ns: int = HOUR_NS
+    ahead_ns: int = 24 * HOUR_NS
+    futures: int = 2
+    within_s: float = 60.0
+    measures: tuple[str, ...] = ()
+    moves_by: float = 0.25
+    window_ns: int = 30 * MINUTE_NS
+    stage_within_s: float = actuation.STAGE_WITHIN_S
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Who the loop is: a guard that may act, an optimiser that may not, and whom it believes."""
+
+    guard: Identity
+    optimiser: Identity
+    keyring: Keyring
+
+
+class Mandate:
+    """What the stages of one loop share. Fails with RULES_INVALID."""
+
+    def __init__(
+        self, view: LiveView, terms: Terms, keys: Keys, unix_s: Callable[[], float]
+    ) -> None:
+        self.view = view
+        self.terms = terms
+        self.keys = keys
+        self.unix_s = unix_s
+        self.rules: Rules = load(terms.rules)
+        self.ladder = Ladder(self.rules)
+        self.docket = Docket(self.rules.persons, self._is_said_by, self.rules.version)
+        self.guard: Guard
+        self.monitor: Monitor
+        self.trail: audit.Trail
+        self.decisions: list[Made] = []
+
+    @contextmanager
+    def on_record(self) -> Iterator[None]:
+        """Go on from what an earlier life has kept, with the trail open as long as the context
+        lasts. Fails with TRAIL_BROKEN and TRAIL_IN_USE."""
+        terms = self.terms
+        self.guard = Guard(
+            self.rules, self.view.descriptions, self._is_proposed_by, self.keys.guard.name
+        )
+        self.monitor = Monitor(self.rules, self.view.descriptions)
+        terms.state.mkdir(parents=True, exist_ok=True)
+        self._restore()
+        with audit.Trail(terms.state / "trail", self.keys.guard.attest) as self.trail:
+            yield
+
+    async def situation(self) -> Situation:
+        """What is seen, and in force, now."""
+        return self.view.situation(self.view.now(), await self.view.desks())
+
+    def made(self, decision: str) -> Made | None:
+        """A decision of this life of the loop."""
+        return next((m for m in self.decisions if m.id == decision), None)
+
+    def _is_proposed_by(self, author: str, message: bytes, signature: bytes) -> bool:
+        return self.keys.keyring.proves(author, Role.OPTIMISER, message, signature)
+
+    def _is_said_by(self, person: str, message: bytes, signature: bytes) -> bool:
+        return self.keys.keyring.proves(person, Role.OPERATOR, message, signature)
+
+    def level_of(self, bundle: Bundle) -> int:
+        """How far this may go by itself, now."""
+        return min(self.terms.level, self.ladder.level_of(bundle, self.terms.operator))
+
+    def may_act(self) -> bool:
+        """Whether there is anything that it may do without asking."""
+        return self.terms.level == 5 and any(self.ladder.level(key) == 5 for key in self.grantees())
+
+    def set_level(self, key: Grantee, level: int, person: str) -> Moved:
+        """A person sets a level; see `Ladder`. Who may do so is for the caller to have checked."""
+        (moved,) = self.ladder.handle(Set(key, level, person))
+        self.note(audit.Noted("level", _moved(moved)))
+        self.save()
+        return moved
+
+    def looked_at(
+        self, submission: Submission, situation: Situation, forecast: Forecast
+    ) -> Verdict:
+        """What the guard would say, who then knows nothing of it."""
+        guard = Guard(
+            self.rules, self.view.descriptions, self._is_proposed_by, self.keys.guard.name
+        )
+        guard.restore(self.guard.snapshot())
+        return guard.judge(submission, situation, forecast)
+
+    def submitted(self, bundle: Bundle) -> Submission:
+        """A bundle as the optimiser proposes it."""
+        unsigned = Submission(bundle, self.rules.version)
+        return replace(unsigned, signature=self.keys.optimiser.attest(unsigned.message()))
+
+    def outcome(self, decision: str) -> str:
+        """What became of a decision, in a word; empty when it is not known."""
+        made = self.made(decision)
+        return "" if made is None else made.outcome
+
+    def judged(self, decision: str, verdict: Verdict) -> None:
+        """Put on record what the guard said of a decision."""
+        fallback = "" if verdict.fallback is None else verdict.fallback.id
+        refusals = tuple((r.rule, r.sentence) for r in verdict.refusals)
+        self.note(audit.Judged(decision, verdict.passed, verdict.mode.value, refusals, fallback))
+
+    def told(self, all_told: Sequence[Told]) -> None:
+        """Put on record what has become of proposals."""
+        for told in all_told:
+            if not told.counts:
+                detail = {"sentence": told.sentence, "person": told.person}
+                self.note(audit.Noted("answer does not count", detail, told.proposal))
+            elif told.state in (State.OPEN, State.CONFIRMED) and told.person:
+                self.note(audit.Approved(told.proposal, told.person, told.domains))
+            elif told.state in (State.REJECTED, State.EXPIRED, State.VOID):
+                self.note(audit.Rejected(told.proposal, told.person, told.sentence))
+                made = self.made(told.proposal)
+                if made is not None:
+                    made.outcome = told.state.value
+
+    def climb(self, event: LadderEvent) -> None:
+        """Let autonomy grow or shrink with what has happened; each move is on record."""
+        for moved in self.ladder.handle(event):
+            self.note(audit.Noted("level", _moved(moved)))
+
+    def note(self, entry: audit.Entry) -> None:
+        """Put an entry on record. Raises what the disk does."""
+        self.trail.append(entry, self.unix_s())
+
+    def grantees(self) -> tuple[Grantee, ...]:
+        """What autonomy is granted for, as long as this operator is on duty."""
+        return tuple(k for k in self.ladder.standings if k.operator == self.terms.operator)
+
+    def needs(self, key: Grantee) -> tuple[str, ...]:
+        """The outputs that an action of this kind needs."""
+        return tuple(
+            dict.fromkeys(
+                needed
+                for name, rule in self.rules.actuators.items()
+                if self.ladder.key(*variable_of(name), key.operator) == key
+                for needed in rule.needs
+            )
+        )
+
+    def reload_rules(self) -> bool:
+        """Go by the rules as they stand in their file, if they are newer; whether they are."""
+        try:
+            rules = load(self.terms.rules)
+            if rules.version <= self.rules.version:
+                return False
+            self.guard.change_rules(rules)
+        except FederationError as error:
+            self.note(audit.Noted("rules refused", {"why": str(error)}))
+            return False
+        self.rules = rules
+        self.monitor = Monitor(rules, self.view.descriptions)
+        for moved in self.ladder.change_rules(rules):
+            self.note(audit.Noted("level", _moved(moved)))
+        self.told(self.docket.change_rules(rules.persons, rules.version))
+        self.note(audit.Noted("rules", {"version": rules.version}))
+        return True
+
+    def save(self) -> None:
+        """Keep what a later life of the loop goes on from; whole or not at all."""
+        plain = {
+            "rules_version": self.rules.version,
+            "run": self.view.run,
+            "guard": self.guard.snapshot(),
+            "ladder": self.ladder.snapshot(),
+            "docket": self.docket.snapshot(),
+        }
+        file = self.terms.state / "loop.json"
+        new = file.with_name(file.name + ".new")
+        new.write_text(json.dumps(plain), encoding="utf-8")
+        new.replace(file)
+
+    def _restore(self) -> None:
+        """Go on from what an earlier life of the loop has kept, under the rules of then."""
+        file = self.terms.state / "loop.json"
+        if not file.is_file():
+            return
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        if plain["run"] != self.view.run or plain["rules_version"] != self.rules.version:
+            return
+        self.guard.restore(plain["guard"])
+        self.ladder.restore(plain["ladder"])
+        self.docket.restore(plain["docket"])
+
+
+def _moved(moved: Moved) -> dict[str, Any]:
+    return asdict(moved) | {"key": list(moved.key)}

@@ -1,0 +1,156 @@
+"""Tries what might be done in futures of a live run, and says what it would come to."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from federation.control import audit
+from federation.control.draft import lease_ns
+from federation.control.loop import IN_FORCE, Rating
+from federation.control.mandate import Mandate
+from federation.control.situation import Forecast, Series
+from federation.control.trials import Trials
+from federation.control.turn import Candidate, Known, LiveCut
+from federation.control.view import Observation, Variable, variable_of
+from federation.core.bundle import Bundle, Setpoint
+from federation.errors import FederationError, Reason, ScenarioError
+from federation.twin import Vector
+
+
+class Outlook:
+    """What can be tried in a run, and how it is weighed.
+
+    Fails with SCENARIO_INVALID when nothing says what is better.
+    """
+
+    def __init__(self, mandate: Mandate) -> None:
+        scenario = mandate.view.scenario
+        if not scenario.weighted:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                "the scenario does not weigh its figures (`weighted`): nothing says what is better",
+            )
+        self._mandate = mandate
+        self._view = mandate.view
+        self.measures = mandate.terms.measures or tuple(
+            name
+            for name, measure in scenario.measures.items()
+            if name != mandate.view.measure and measure.crews != "level5"
+        )
+        self.weights: dict[Variable, float] = {
+            variable_of(name): weight for name, weight in scenario.weighted.items()
+        }
+        self.change_rules()
+
+    def change_rules(self) -> None:
+        """Bring back from trials what the rules that are in force look at."""
+        nevers = [variable_of(never.variable) for never in self._mandate.rules.never]
+        self.trials = Trials(self._view, self.weights, nevers)
+
+    def weighted(self, cut: Observation) -> float:
+        """The weighted figure as it stands; what was never told counts as nothing."""
+        return sum(w * (cut.value(*variable) or 0.0) for variable, w in self.weights.items())
+
+    def basis_of(self, known: Known) -> audit.Basis:
+        """All that a decision rests on."""
+        mandate = self._mandate
+        terms = mandate.terms
+        return audit.Basis(
+            snapshot=known.cut.digest(),
+            versions=LiveCut(known.cut, mandate.view).versions,
+            seed=mandate.view.scenario.seed,
+            rules_version=mandate.rules.version,
+            inputs={
+                "cut_ns": known.cut.time_ns,
+                "until_ns": known.until_ns,
+                "futures": terms.futures,
+                "every_ns": terms.every_ns,
+                "measures": [mandate.view.measure, *self.measures],
+                "weights": {".".join(v): w for v, w in self.weights.items()},
+                "moves_by": terms.moves_by,
+                "held": [
+                    [*place, held.value, held.owner, held.until_ns]
+                    for place, held in sorted(known.desks.holdings.items())
+                ],
+            },
+        )
+
+    async def try_all(self, known: Known) -> dict[str, Candidate]:
+        """Every measure and what is in force, in the same futures. A measure that can't be tried
+        is left out; what is in force must be."""
+        names = {IN_FORCE: self._view.measure, **{name: name for name in self.measures}}
+        work = {
+            name: asyncio.ensure_future(self._try(known, name, measure))
+            for name, measure in names.items()
+        }
+        try:
+            await asyncio.wait(work.values())
+        finally:
+            for task in work.values():
+                task.cancel()
+            await asyncio.gather(*work.values(), return_exceptions=True)
+        found: dict[str, Candidate] = {}
+        for name, task in work.items():
+            error = task.exception()
+            if error is None:
+                found[name] = task.result()
+            elif name == IN_FORCE or not isinstance(error, FederationError):
+                raise error
+            else:
+                self._mandate.note(audit.Noted("not tried", {"measure": name, "why": str(error)}))
+        return found
+
+    async def _try(self, known: Known, name: str, measure: str) -> Candidate:
+        trials = await asyncio.gather(
+            *(
+                self.trials.run(known.cut, measure, number, known.until_ns)
+                for number in range(self._mandate.terms.futures)
+            )
+        )
+        actions = () if name == IN_FORCE else trials[0].first(self._mandate.terms.every_ns)
+        setpoints = tuple(
+            Setpoint(
+                a.member,
+                a.actuator,
+                a.entity,
+                a.value,
+                lease_ns(self._mandate, a.member, a.actuator),
+            )
+            for a in actions
+        )
+        return Candidate(name, tuple(trials), setpoints)
+
+    def rated(self, candidate: Candidate, known: Known) -> Rating:
+        growth = [trial.growth(self.weights, known.until_ns) for trial in candidate.trials]
+        figures = {
+            ".".join(variable): float(
+                np.mean([t.growth({variable: 1.0}, known.until_ns) for t in candidate.trials])
+            )
+            for variable in self.weights
+        }
+        return Rating(candidate.name, tuple(growth), figures)
+
+    def forecast_of(self, bundle: Bundle, candidate: Candidate) -> Forecast:
+        """What the forks expect of the outputs that must never be wrong for long: at each instant
+        the worst of all futures."""
+        found: dict[tuple[str, str], Series] = {}
+        for never in self._mandate.rules.never:
+            variable = variable_of(never.variable)
+            all_series = [trial.series(variable) for trial in candidate.trials]
+            times = sorted({t for series in all_series for t in series.times_ns})
+            rows = np.array([[_at(series, t) for t in times] for series in all_series])
+            low, high = rows.min(axis=0), rows.max(axis=0)
+            worst = np.where(never.low - low > high - never.high, low, high)
+            found[variable] = Series(tuple(times), worst)
+        return Forecast(bundle.digest(), found)
+
+
+def _at(series: Series, time_ns: int) -> Vector:
+    found: Vector = series.values[0]
+    for when_ns, value in zip(series.times_ns, series.values, strict=True):
+        if when_ns > time_ns:
+            break
+        found = value
+    return found

@@ -1,0 +1,160 @@
+"""Makes the planner that a scenario asks for, since scenario and plan are strangers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from federation.errors import Reason, ScenarioError
+
+# A planner's rooms are imported when there is one to make: a scenario may have nothing to plan.
+if TYPE_CHECKING:
+    from federation.scenario.spec import DispatchPolicy, Policy, Scenario
+    from federation.twin import Actuator, Description, Planner
+
+
+def planner(
+    scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
+) -> Planner:
+    """The planner of a scenario; here, because scenario and plan are strangers."""
+    from federation.plan.belief import Assessment
+    from federation.plan.crews import CrewPlanner, Family
+    from federation.twin import HOUR_NS, MINUTE_NS
+
+    if scenario.dispatch is not None:
+        return _dispatch_planner(scenario, descriptions, policy)
+    repairs = scenario.repairs
+    if repairs is None:
+        raise ScenarioError(Reason.SCENARIO_INVALID, "the scenario has no repairs to plan")
+    if policy == "rule":
+        raise ScenarioError(Reason.SCENARIO_INVALID, f"crews are not sent by {policy!r}")
+    families = []
+    for work in repairs.work:
+        member, name, actuator = _actuator(descriptions, work.actuator)
+        components = descriptions[member].ids(actuator.kind)
+        families.append(Family(member, name, components, actuator.high))
+    given = repairs.assessment
+    assessment = Assessment(given.sigma, *given.inspected_after_h) if given else None
+    offset_ns = round(repairs.decide_from_min * MINUTE_NS)
+    period_ns = round(repairs.decide_every_min * MINUTE_NS)
+    horizon_ns = round(repairs.horizon_h * HOUR_NS)
+    couplings = scenario.couplings_resolved()
+    if policy == "level5":
+        from federation.control.foresight import Foreseeing, ForesightPlanner, Sources
+
+        if not scenario.weighted:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, "level5 needs `weighted`: what it is to make small"
+            )
+        return ForesightPlanner(
+            families,
+            [Sources(work.remaining, work.busy, work.travel) for work in repairs.work],
+            repairs.crews,
+            period_ns,
+            horizon_ns,
+            couplings,
+            assessment,
+            offset_ns,
+            Foreseeing(round(repairs.rehearse_h * HOUR_NS), repairs.futures),
+        )
+    return CrewPlanner(
+        policy,
+        families,
+        repairs.crews,
+        period_ns,
+        horizon_ns,
+        couplings,
+        assessment,
+        offset_ns,
+    )
+
+
+def _dispatch_planner(
+    scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
+) -> Planner:
+    from federation.plan.dispatch import Control, DispatchPlanner, Rule
+    from federation.twin import HOUR_NS, MINUTE_NS, SYSTEM
+
+    dispatch = scenario.dispatch
+    assert dispatch is not None
+    if policy not in ("none", "rule", "once"):
+        raise ScenarioError(Reason.SCENARIO_INVALID, f"no actuator is set by {policy!r}")
+    controls = []
+    for name in dispatch.actuators:
+        member, own, actuator = _actuator(descriptions, name)
+        ids = descriptions[member].ids(actuator.kind)
+        controls.append(
+            Control(
+                member,
+                own,
+                actuator.kind,
+                actuator.unit,
+                ids,
+                actuator.low,
+                actuator.high,
+                actuator.safe_default,
+            )
+        )
+    place = {name: index for index, name in enumerate(dispatch.actuators)}
+    rules, sources, entities = [], {}, {}
+    for rule in dispatch.rules if policy == "rule" else ():
+        if rule.actuator not in place:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID, f"a rule sets {rule.actuator}, which is not dispatched"
+            )
+        control = controls[place[rule.actuator]]
+        for name in filter(None, (rule.lacking, rule.size, rule.store)):
+            member, _, output = name.partition(".")
+            known = {v.name: v for v in descriptions[member].outputs()}
+            if output not in known:
+                raise ScenarioError(
+                    Reason.UNKNOWN_VARIABLE,
+                    f"{member} has no output {output!r}",
+                    {"member": member, "variable": output},
+                )
+            kind = known[output].kind
+            if kind != (control.kind if name == rule.size else SYSTEM):
+                raise ScenarioError(
+                    Reason.SCENARIO_INVALID, f"a rule can't use {name}, which is per {kind}"
+                )
+            sources[member, output] = kind, known[output].unit
+            entities[kind] = descriptions[member].ids(kind)
+        rules.append(
+            Rule(
+                place[rule.actuator],
+                _pair(rule.lacking),
+                rule.value,
+                _pair(rule.size) if rule.size else None,
+                _pair(rule.store) if rule.store else None,
+            )
+        )
+    return DispatchPlanner(
+        policy,
+        controls,
+        rules,
+        round(dispatch.decide_every_min * MINUTE_NS),
+        round(dispatch.delay_min * MINUTE_NS),
+        round(dispatch.horizon_h * HOUR_NS),
+        scenario.couplings_resolved(),
+        dispatch.members or None,
+        sources,
+        entities,
+    )
+
+
+def _pair(name: str) -> tuple[str, str]:
+    member, _, variable = name.partition(".")
+    return member, variable
+
+
+def _actuator(descriptions: Mapping[str, Description], path: str) -> tuple[str, str, Actuator]:
+    """Member, name and description of an actuator `member.name`."""
+    member, name = _pair(path)
+    actuators = {a.name: a for a in descriptions[member].actuators}
+    if name not in actuators:
+        raise ScenarioError(
+            Reason.UNKNOWN_VARIABLE,
+            f"{member} has no actuator {name!r}; it has {', '.join(sorted(actuators))}",
+            {"member": member, "actuator": name},
+        )
+    return member, name, actuators[name]
