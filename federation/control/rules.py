@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import Document, Part, Variable
@@ -416,12 +415,7 @@ def _document(text: str, path: str) -> Document:
 
 def parse(text: str, path: str = "rules") -> Rules:
     """Read rules from text; fails with RULES_INVALID or UNKNOWN_KEY, naming the line."""
-    document = _document(text, path)
-    data = yaml.safe_load(text) if document.tree else {}
-    try:
-        rules = Rules.model_validate(data)
-    except ValidationError as problem:
-        raise document.error(problem) from None
+    rules = _document(text, path).read(Rules)
     return rules.model_copy(update={"text": text, "path": path})
 
 

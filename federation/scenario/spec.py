@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import yaml
@@ -451,6 +451,9 @@ def _links(folder: Path, map_: Map) -> tuple[tuple[str, str, float], ...]:
         )
 
 
+_Part = TypeVar("_Part", bound=Part)
+
+
 @dataclass(frozen=True)
 class Document:
     """The text of a scenario, or of another `model`, with the line of every key, for errors that
@@ -489,6 +492,14 @@ class Document:
                 node = node.value[key]
                 line = node.start_mark.line + 1
         return line
+
+    def read(self, model: type[_Part]) -> _Part:
+        """What the document says. What is wrong with it is an error that names the line."""
+        data = yaml.safe_load(self.text) if self.tree else {}
+        try:
+            return model.model_validate(data)
+        except ValidationError as problem:
+            raise self.error(problem) from None
 
     def error_at(self, reason: Reason, line: int, message: str) -> ScenarioError:
         where = {"file": self.path, "line": str(line)}
@@ -533,11 +544,7 @@ def _fields(model: type[Part]) -> dict[str, Any]:
 def parse(text: str, path: str = "scenario", folder: Path | None = None) -> Scenario:
     """Read a scenario from text; `folder` is where its files are looked for."""
     document = Document(text, path)
-    data = yaml.safe_load(text) if document.tree else {}
-    try:
-        scenario = Scenario.model_validate(data)
-    except ValidationError as problem:
-        raise document.error(problem) from None
+    scenario = document.read(Scenario)
     known = {*scenario.members, PLANNER}
     for section, names in _references(scenario).items():
         for name in names:
@@ -555,12 +562,7 @@ def parse(text: str, path: str = "scenario", folder: Path | None = None) -> Scen
 
 def parse_addition(text: str, path: str = "addition", folder: Path | None = None) -> Addition:
     """Read what joins a run from text, written as in a scenario; fails as `parse` does."""
-    document = Document(text, path)
-    data = yaml.safe_load(text) if document.tree else {}
-    try:
-        addition = Addition.model_validate(data)
-    except ValidationError as problem:
-        raise document.error(problem) from None
+    addition = Document(text, path).read(Addition)
     return addition.model_copy(update={"folder": folder or Path(), "text": text})
 
 
