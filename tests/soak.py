@@ -18,9 +18,9 @@ import json
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,8 @@ class Look:
     broker_mib: float
     hosts_mib: float
     tasks: int
-    threads: int
+    threads: Counter[str]
+    """Of the broker and the hosts together, by the name that each thread has in the kernel."""
     sockets: int
 
     @classmethod
@@ -158,9 +159,15 @@ class Look:
             me.memory_info().rss / 2**20,
             sum(process.memory_info().rss for process in hosting) / 2**20,
             len(asyncio.all_tasks()),
-            threading.active_count() + sum(process.num_threads() for process in hosting),
+            Counter(name for process in (me, *hosting) for name in _threads(process.pid)),
             sum(len(process.net_connections("all")) for process in (me, *hosting)),
         )
+
+
+def _threads(pid: int) -> Iterator[str]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # it has ended since
+            yield (task / "comm").read_text().strip()
 
 
 def _give_back() -> None:
@@ -221,8 +228,9 @@ async def soak(minutes: float, twins: int, steps: int) -> int:
     def left_over(name: str) -> int:
         """What is still there in the end, when nothing has happened for a while, and was not
         there at the emptiest look of the beginning."""
-        before, after = (min(getattr(look, name) for look in some) for some in (first, (idle,)))
-        return int(after - before)
+        return int(getattr(idle, name) - min(getattr(look, name) for look in first))
+
+    fewest = min((look.threads for look in first), key=Counter.total)
 
     result = {
         "minutes": round((time.monotonic() - started_s) / 60, 1),
@@ -235,7 +243,8 @@ async def soak(minutes: float, twins: int, steps: int) -> int:
         "broker_growth": round(growth("broker_mib"), 4),
         "hosts_growth": round(growth("hosts_mib"), 4),
         "tasks_left": left_over("tasks"),
-        "threads_left": left_over("threads"),
+        "threads_left": idle.threads.total() - fewest.total(),
+        "threads_more": dict(idle.threads - fewest),
         "sockets_left": left_over("sockets"),
     }
     print(json.dumps(result), flush=True)
