@@ -39,7 +39,7 @@ chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how i
 kills: $(INSTALLED)  ## kill who brings a bundle to four twins 200 times, after every message
 	$(BIN)/python -m tests.kills
 
-guard: $(INSTALLED)  ## 10,000 hostile plans against the guard; one JSON line says what got through
+guard: $(INSTALLED)  ## 10,000 hostile plans and 200 kills against what acts; one JSON line says what got through
 	$(BIN)/python -m tests.hostile
 
 level5: $(INSTALLED)  ## the closed loop beside an open plan and plain rules, 200 paired runs a scenario
