@@ -511,7 +511,10 @@ class Twin(ABC):
         """Cover the span since the last step and publish the state at `step.time_ns`."""
 
     def snapshot(self) -> bytes:
-        """The whole state of the session, for `restore` on a fresh object of this class."""
+        """The whole state of the session, for `restore` on a fresh object of this class.
+
+        It may come back over the wire: `federation.snapshot` reads it without running it.
+        """
         raise TwinError(Reason.UNSUPPORTED, f"{type(self).__name__} has no snapshot")
 
     def restore(self, state: bytes) -> None:
