@@ -61,6 +61,13 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+sbom: $(INSTALLED)  ## what all of it is made of, with hashes, as CycloneDX in build/sbom.json
+	mkdir -p build
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/sbom.json requirements.txt
+
+audit: $(INSTALLED)  ## ask the public data base of vulnerabilities about every locked package
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.txt
+
 system:  ## Debian packages that the tests use: a browser, its driver, kubectl and PostgreSQL
 	@missing=""; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
