@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos guard kills level5 published proto lock sbom audit system clean
+.PHONY: demo test property check soak bench chaos guard kills fuzz level5 published proto lock sbom audit system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -41,6 +41,9 @@ kills: $(INSTALLED)  ## kill who brings a bundle to four twins 200 times, after 
 
 guard: $(INSTALLED)  ## 10,000 hostile plans and 200 kills against what acts; one JSON line says what got through
 	$(BIN)/python -m tests.hostile
+
+fuzz: $(INSTALLED)  ## a million odd inputs for every decoder, 100,000 odd RPCs; one JSON line
+	$(BIN)/python -m tests.fuzz
 
 level5: $(INSTALLED)  ## the closed loop beside an open plan and plain rules, 200 paired runs a scenario
 	$(BIN)/python -m benchmarks.level5
