@@ -23,6 +23,7 @@ with atheris.instrument_imports(include=["federation"]):
     from federation.control import rules
     from federation.core.coupling import parse_unit
     from federation.core.desk import Desk
+    from federation.core.ledger import Record
     from federation.errors import FederationError
     from federation.scenario import spec
     from federation.snapshot import Snapshots
@@ -111,8 +112,15 @@ def files(*patterns: str) -> Callable[[], Iterable[bytes]]:
     return lambda: [file.read_bytes() for pattern in patterns for file in ROOT.glob(pattern)]
 
 
+class Forgetful(Pump):
+    """Takes any state: it is not the twin that is looked at."""
+
+    def restore(self, state: bytes) -> None:
+        return None
+
+
 def restored(data: bytes) -> object:
-    session = TwinSession(Pump(), "north")
+    session = TwinSession(Forgetful(), "north")
     session.open(1, {})
     return codec.restore_session(session, data)
 
@@ -138,6 +146,8 @@ def order(data: bytes) -> object:
 
 
 STATES = Snapshots()
+
+ENTRY = Record(5, 0, 1, "north", "level", 2, np.arange(3.0))
 
 DECODERS: Mapping[str, Decoder] = {
     "description": Decoder(
@@ -172,7 +182,8 @@ DECODERS: Mapping[str, Decoder] = {
     ),
     "block": Decoder(of_message(plan_pb2.LinearBlock, codec.decode_block), bytes_of(block())),
     "ledger-entry": Decoder(
-        of_message(broker_pb2.LedgerEntry, codec.decode_entry), bytes_of(broker_pb2.LedgerEntry())
+        of_message(broker_pb2.LedgerEntry, codec.decode_entry),
+        lambda: [codec.encode_entry(ENTRY).SerializeToString()],
     ),
     "receipt": Decoder(
         of_message(twin_pb2.Receipt, acting.decode_receipt), bytes_of(twin_pb2.Receipt())
