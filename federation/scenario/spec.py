@@ -28,7 +28,7 @@ from pydantic import (
 
 from federation.core.coupling import Combine, Coupling
 from federation.errors import Reason, ScenarioError
-from federation.twin import HOUR_NS, MINUTE_NS
+from federation.twin import HOUR_NS, MINUTE_NS, SECOND_NS
 
 LATIN_HYPERCUBE = "latin-hypercube"
 SOBOL = "sobol"
@@ -46,10 +46,31 @@ def _variable(text: object) -> object:
 Variable = Annotated[str, BeforeValidator(_variable)]
 
 
+MOST_NS = 2**62
+
+_UNITS_NS = {"h": HOUR_NS, "min": MINUTE_NS, "s": SECOND_NS}
+
+
+SLOWEST, FASTEST = 1e-6, 1e9
+"""Of the pace of a run, in seconds of it per second of wall time."""
+
+
 class Part(BaseModel):
     """Every part of a scenario refuses keys that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="after")
+    def _spans_fit(self) -> Self:
+        """The clock of a run has 64 bits of nanoseconds."""
+        for name, value in self:
+            unit_ns = _UNITS_NS.get(name.rpartition("_")[2])
+            is_span = unit_ns is not None and isinstance(value, float) and value > 0.0
+            if is_span and not 1.0 <= value * unit_ns <= MOST_NS:
+                raise ValueError(f"{name} lies between a nanosecond and 146 years; it is {value}")
+        return self
 
 
 class Service(Part):
@@ -119,7 +140,9 @@ class Pace(Part):
     give does not.
     """
 
-    factor: PositiveFloat = Field(description="seconds of the run per second of wall time")
+    factor: float = Field(
+        ge=SLOWEST, le=FASTEST, description="seconds of the run per second of wall time"
+    )
     when_late: Literal["wait", "skip", "degrade"] = "wait"
     late_after_s: PositiveFloat = Field(default=1.0, description="of wall time")
 
@@ -354,7 +377,7 @@ class Scenario(Part):
 
     def paced(self, factor: float) -> Scenario:
         """The same at another pace, and with 0 at none. Fails with SCENARIO_INVALID."""
-        if not 0 <= factor < float("inf"):
+        if factor and not SLOWEST <= factor <= FASTEST:
             raise ScenarioError(
                 Reason.SCENARIO_INVALID, f"{factor:g} is no pace: seconds of the run per second"
             )
