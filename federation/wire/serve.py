@@ -37,6 +37,9 @@ from federation.wire.enrol import keep_name
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
 from federation.wire.malformed import Malformed, SoundRequests
 
+HANDSHAKE_MS = 10_000
+"""How long who connects may take to say hello; who says nothing holds a connection no longer."""
+
 INLINE_S = 1e-3
 """What a process of a twin's own may spend on a frame in its event loop."""
 
@@ -810,6 +813,7 @@ def new_server(max_message_bytes: int) -> grpc.aio.Server:
         options=[
             *channel_options(max_message_bytes),
             ("grpc.so_reuseport", 0),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             # a caller may ask for a sign of life while a long step is computed
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
