@@ -7,14 +7,18 @@ that everything happens at known instants of the run, however slow the machine i
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 import threading
 import time
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.control import audit
@@ -226,6 +230,59 @@ async def _gone(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+@asynccontextmanager
+async def controlling(stage: Stage, terms: Terms) -> AsyncIterator[tuple[Process, str]]:
+    """A loop as a process of its own, and where people find it; it is killed in the end."""
+    folder = terms.rules.parent
+    known = [(GUARD, Role.GUARD, ["*"]), (OPTIMISER, Role.OPTIMISER, ["*"])]
+    known += [(WIM, Role.OPERATOR, ["water", "weather"]), (CISKA, Role.OPERATOR, ["civil"])]
+    entries = [
+        {
+            "name": who.name,
+            "public_key": who.public_key,
+            "roles": [role.value],
+            "domains": domains,
+        }
+        for who, role, domains in known
+    ]
+    (folder / "keyring.yaml").write_text(yaml.safe_dump({"identities": entries}))
+    for who in (GUARD, OPTIMISER):
+        if not (folder / f"{who.name}.pem").exists():
+            who.save(folder / f"{who.name}.pem")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "federation", "control", stage.run, "--port", "0"),
+        *("--broker", stage.broker.address, "--level", str(terms.level)),
+        *("--rules", str(terms.rules), "--keyring", str(folder / "keyring.yaml")),
+        *("--key", str(folder / "guard.pem"), "--operator", terms.operator),
+        *("--optimiser-key", str(folder / "optimiser.pem"), "--state", str(terms.state)),
+        *("--ahead-h", "3", "--measure", "plan", "--window-min", "120"),
+        *("--stage-within-s", "20"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        line = (await process.stderr.readline()).decode()
+        found = re.search(r"control of \S+ at (\S+)", line)
+        assert found, line + (await process.stderr.read()).decode()
+        draining = asyncio.create_task(process.stderr.read())
+        yield process, found.group(1)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+    await draining
+
+
+async def shown(address: str) -> list[autonomy_pb2.Proposal]:
+    """What a loop proposes, once it proposes anything."""
+    while True:
+        async with asking(address) as stub:
+            listed = await stub.ListProposals(autonomy_pb2.ListProposalsRequest())
+        if listed.proposals:
+            return list(listed.proposals)
+        await asyncio.sleep(0.05)
+
+
 def told(terms: Terms, kind: str) -> list[dict[str, object]]:
     """What the trail says of one kind; the trail is whole."""
     records = audit.read(
@@ -426,3 +483,80 @@ def test_rules_that_change_count_from_the_next_decision_on(tmp_path: Path) -> No
 
     bounded(story)
     assert [b["what"] for b in told(terms, "noted")].count("rules refused") == 1
+
+
+def test_a_loop_that_is_killed_takes_its_open_decisions_up_again(tmp_path: Path) -> None:
+    terms = replace(terms_of(tmp_path, 4), state=tmp_path / "killed")
+
+    async def story() -> None:
+        async with at_work(replace(terms, state=tmp_path / "state")) as stage:
+            ticking = asyncio.create_task(stage.tick(terms.state / "intents.jsonl"))
+            async with controlling(stage, terms) as (process, address):
+                stage.let(2 * HOUR_NS)
+                (first,) = await shown(address)
+                half = await answer(address, first.id, WIM, is_yes=True)
+                assert (half.state, half.counts) == ("open", True)
+                process.kill()
+            async with controlling(stage, terms) as (process, address):
+                (again,) = await shown(address)
+                assert (again.content, again.state) == (first.content, "open")
+                assert set(again.confirmed.values()) == {"Wim"}
+                whole = await answer(address, first.id, CISKA, is_yes=True)
+                assert (whole.state, whole.sentence) == ("taken", "committed")
+                held = await stage.holding("reservoir", "main")
+                assert held is not None
+                process.kill()
+            async with controlling(stage, terms) as (_, address):
+                (taken,) = await shown(address)
+                assert (taken.state, taken.sentence) == ("taken", "committed")
+                stage.let(4 * HOUR_NS)
+                while len(await shown(address)) < 2:
+                    await asyncio.sleep(0.05)
+            ticking.cancel()
+            await asyncio.gather(ticking, return_exceptions=True)
+
+    bounded(story)
+    first, *_ = told(terms, "decided")
+    (observed,) = [o for o in told(terms, "observed") if o["decision"] == first["decision"]]
+    assert observed["predicted"] != {}
+    assert [a["decision"] for a in told(terms, "acted")] == [first["decision"]]
+    decided = [d["decision"] for d in told(terms, "decided")]
+    assert len(decided) == len(set(decided))
+
+
+def test_a_level_is_set_once_for_a_request_also_by_another_life_of_the_loop(
+    tmp_path: Path,
+) -> None:
+    terms = replace(terms_of(tmp_path, 4), state=tmp_path / "killed")
+    pump, gate = Key("polder", "pump", "Ann"), Key("reservoir", "gate", "Ann")
+
+    async def story() -> None:
+        async with at_work(replace(terms, state=tmp_path / "state")) as stage:
+            async with controlling(stage, terms) as (process, address):
+                down = await set_level(address, gate, 3, WIM, "r1")
+                assert down.level == 3
+                assert (await set_level(address, gate, 4, WIM, "r2")).level == 4
+                process.kill()
+            key = tmp_path / "Wim.pem"
+            WIM.save(key)
+            async with controlling(stage, terms) as (process, address):
+                assert await set_level(address, gate, 3, WIM, "r1") == down
+                async with asking(address) as stub:
+                    now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
+                levels = {(s.twin, s.action): s.level for s in now.standings}
+                assert levels == {pump[:2]: 4, gate[:2]: 4}  # nothing was done again
+                with pytest.raises(ScenarioError) as refused:
+                    await set_level(address, gate, 4, WIM, "r1")
+                assert refused.value.reason is Reason.REQUEST_DIFFERS
+                for level, code in (("5", 3), ("3", 0)):  # 5 is not earned
+                    asked = await asyncio.create_subprocess_exec(
+                        *(sys.executable, "-m", "federation", "level", "reservoir", "gate", level),
+                        *("--operator", "Ann", "--as", "Wim", "--key", str(key)),
+                        *("--control", address),
+                    )
+                    assert await asked.wait() == code
+                async with asking(address) as stub:
+                    now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
+                assert {s.level for s in now.standings} == {3, 4}
+
+    bounded(story)

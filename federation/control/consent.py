@@ -111,6 +111,7 @@ class Consent:
         mandate.told((told,))
         if bundle is None or made is None:
             return
+        mandate.save()  # what is taken is not taken again by another life of the loop
         submission = mandate.submitted(bundle)
         forecast = self._outlook.forecast_of(bundle, made.candidates[made.chosen])
         # a person stands by: the switch to the recovery plan is for a loop that acts alone

@@ -10,7 +10,7 @@ from federation.control.situation import Place
 from federation.control.turn import Candidate, Made
 from federation.control.view import Observation, variable_of
 from federation.core.bundle import Bundle, Condition, Priority, Setpoint
-from federation.twin import MINUTE_NS
+from federation.twin import MINUTE_NS, Actuator
 
 
 def bundle_of(
@@ -23,7 +23,11 @@ def bundle_of(
     soon_ns = known.cut.time_ns + 2 * mandate.terms.every_ns
     for place, held in known.desks.holdings.items():
         is_mine = held.owner == author and held.priority is Priority.AUTONOMOUS
-        if is_mine and held.until_ns < soon_ns:
+        if is_mine and _is_done(mandate, place, known.cut):
+            default = _actuator(mandate, *place[:2]).safe_default
+            if held.value != default:
+                wanted[place] = Setpoint(*place, default, lease_ns(mandate, *place[:2]))
+        elif is_mine and held.until_ns < soon_ns:
             wanted[place] = Setpoint(*place, held.value, lease_ns(mandate, *place[:2]))
     for setpoint in candidate.setpoints:
         place = (setpoint.member, setpoint.actuator, setpoint.entity)
@@ -46,16 +50,35 @@ def bundle_of(
     )
 
 
+def _is_done(mandate: Mandate, place: Place, cut: Observation) -> bool:
+    """Whether it is seen that nothing remains to be done there, so that a crew may go."""
+    repairs = mandate.view.scenario.repairs
+    member, actuator, entity = place
+    for work in repairs.work if repairs is not None else ():
+        if work.actuator != f"{member}.{actuator}":
+            continue
+        reading = cut.readings.get(variable_of(work.remaining))
+        ids = mandate.view.descriptions[member].ids(_actuator(mandate, member, actuator).kind)
+        return reading is not None and not reading.values[ids.index(entity)] > 0.0
+    return False
+
+
+def _actuator(mandate: Mandate, member: str, actuator: str) -> Actuator:
+    actuators = mandate.view.descriptions[member].actuators
+    return next(a for a in actuators if a.name == actuator)
+
+
 def _conditions(
     mandate: Mandate, setpoints: Sequence[Setpoint], cut: Observation
 ) -> tuple[Condition, ...]:
-    """What the setpoints need is still about as it was seen."""
-    needed = {
-        variable
-        for s in setpoints
-        if (rule := mandate.rules.actuators.get(f"{s.member}.{s.actuator}")) is not None
-        for variable in rule.needs
-    }
+    """What the setpoints need is still about as it was seen: where they are set, if it is of the
+    same kind, else everywhere."""
+    needed: dict[str, set[tuple[str, str]]] = {}
+    for s in setpoints:
+        rule = mandate.rules.actuators.get(f"{s.member}.{s.actuator}")
+        kind = _actuator(mandate, s.member, s.actuator).kind
+        for variable in () if rule is None else rule.needs:
+            needed.setdefault(variable, set()).add((kind, s.entity))
     found = []
     for name in sorted(needed):
         member, output = variable_of(name)
@@ -64,7 +87,10 @@ def _conditions(
             continue
         description = mandate.view.descriptions[member]
         known = next(v for v in description.outputs() if v.name == output)
+        is_local = {kind for kind, _ in needed[name]} == {known.kind}
         for entity, value in zip(description.ids(known.kind), reading.values.tolist(), strict=True):
+            if is_local and (known.kind, entity) not in needed[name]:
+                continue
             band = mandate.terms.moves_by * max(abs(value), 1e-6)
             found.append(Condition(member, output, entity, value - band, value + band))
     return tuple(found)
@@ -72,9 +98,7 @@ def _conditions(
 
 def lease_ns(mandate: Mandate, member: str, actuator: str) -> int:
     """How long a setpoint holds: no longer than the twin and the rules let it; 0 for no end."""
-    declared = next(
-        a.lease_ns for a in mandate.view.descriptions[member].actuators if a.name == actuator
-    )
+    declared = _actuator(mandate, member, actuator).lease_ns
     rule = mandate.rules.actuators.get(f"{member}.{actuator}")
     if rule is None:
         return declared

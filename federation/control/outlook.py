@@ -46,6 +46,7 @@ class Outlook:
         """Bring back from trials what the rules that are in force look at."""
         nevers = [variable_of(never.variable) for never in self._mandate.rules.never]
         self.trials = Trials(self._view, self.weights, nevers)
+        self._mandate.shelf.wanted = self.trials.wanted
 
     def weighted(self, cut: Observation) -> float:
         """The weighted figure as it stands; what was never told counts as nothing."""
@@ -69,7 +70,7 @@ class Outlook:
                 "weights": {".".join(v): w for v, w in self.weights.items()},
                 "moves_by": terms.moves_by,
                 "held": [
-                    [*place, held.value, held.owner, held.until_ns]
+                    [*place, held.value, int(held.priority), held.owner, held.until_ns]
                     for place, held in sorted(known.desks.holdings.items())
                 ],
             },

@@ -80,7 +80,7 @@ class Trials:
 
     def __init__(self, view: LiveView, figures: Iterable[Variable], others: Iterable[Variable]):
         self._view = view
-        self._wanted = tuple(dict.fromkeys((*figures, *others)))
+        self.wanted = tuple(dict.fromkeys((*figures, *others)))
 
     async def run_all(
         self, cut: Observation, attempts: Sequence[Attempt], until_ns: int
@@ -94,7 +94,7 @@ class Trials:
             name=self._view.run,
             time_ns=cut.time_ns,
             horizon_ns=until_ns,
-            figures=[".".join(variable) for variable in self._wanted],
+            figures=[".".join(variable) for variable in self.wanted],
         )
         for measure, number in attempts:
             attempt = request.attempts.add(measure=measure)
@@ -123,7 +123,7 @@ class Trials:
         self, cut: Observation, measure: str, answer: scenario_pb2.TryFuturesResponse
     ) -> Trial:
         outputs: dict[Variable, list[tuple[int, Vector]]] = {
-            variable: [(cut.time_ns, self._at_cut(variable, cut))] for variable in self._wanted
+            variable: [(cut.time_ns, self._at_cut(variable, cut))] for variable in self.wanted
         }
         for told in answer.told:
             value = codec.decode_vector(told.values, told.variable)
@@ -162,21 +162,21 @@ class Trials:
                     else TwinError(Reason.MEMBER_LOST, f"the fork {name} was ended")
                 )
             outputs = await asyncio.gather(
-                *(self._told(name, variable, cut) for variable in self._wanted)
+                *(self._told(name, variable, cut) for variable in self.wanted)
             )
             actions = await self._actions(name, cut.time_ns)
-        found = dict(zip(self._wanted, outputs, strict=True))
+        found = dict(zip(self.wanted, outputs, strict=True))
         return Trial(measure, cut.time_ns, found, actions)
 
     async def lived(self, cut: Observation, until_ns: int) -> Trial:
         """What has become of the run itself, from a cut up to an instant that is settled."""
         with self._view.asking():
             outputs = await asyncio.gather(
-                *(self._told(self._view.run, variable, cut) for variable in self._wanted)
+                *(self._told(self._view.run, variable, cut) for variable in self.wanted)
             )
         told = {
             variable: [point for point in points if point[0] <= until_ns]
-            for variable, points in zip(self._wanted, outputs, strict=True)
+            for variable, points in zip(self.wanted, outputs, strict=True)
         }
         return Trial(self._view.measure, cut.time_ns, told, ())
 

@@ -174,6 +174,31 @@ class LiveView:
             changed = self._changed
             await changed.wait()
 
+    async def at(self, time_ns: int) -> Observation:
+        """The run as it stood at an instant that is settled, from the broker's history."""
+        outputs = [(m, v.name) for m, d in self.descriptions.items() for v in d.outputs()]
+        told = await asyncio.gather(*(self._last(variable, time_ns) for variable in outputs))
+        found = {v: r for v, r in zip(outputs, told, strict=True) if r is not None}
+        return self._observed(time_ns, found)
+
+    async def _last(self, variable: Variable, time_ns: int) -> Reading | None:
+        member, output = variable
+        request = broker_pb2.QueryHistoryRequest(
+            run=self.run, member=member, variable=output, start_ns=0, end_ns=time_ns
+        )
+        try:
+            answer = await self.broker.QueryHistory(request, timeout=ANSWER_S)
+        except grpc.aio.AioRpcError as error:
+            failure = status.from_rpc(error, f"the broker at {self._address}")
+            if failure.reason is Reason.UNKNOWN_VARIABLE:
+                return None
+            raise failure from None
+        if not answer.entries:
+            return None
+        record = codec.decode_entry(answer.entries[-1])
+        assert isinstance(record, Record)
+        return _reading(record)
+
     def timed(self, observation: Observation) -> Observation:
         """An observation with what is known of the clocks by now."""
         return self._observed(observation.time_ns, observation.readings)
