@@ -586,7 +586,7 @@ def not_a_number(outlook: Outlook, name: str, trial: Trial) -> tuple[Setpoint, .
 def test_the_recovery_plan_takes_the_place_of_a_loop_in_trouble(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run-time assurance over real sockets: the twins get the plan of the owners. LEVEL45 14, 24."""
+    """The twins get the plan of their owners, over real sockets. LEVEL45 14, 24."""
     unsafe = NARROW if trouble == "unsafe" else NARROW.replace("    high: 0.5\n", "")
     terms = terms_of(tmp_path, 5, unsafe)
     if trouble == "NaN":

@@ -106,19 +106,18 @@ class Branches:
         for attempt in attempts:
             check(tree.scenario, tree.journal.case, attempt)
         stem = await self._stem(tree, cut_ns)
-        links = await self._reach(tree.scenario)
         wanted = frozenset(figures)
         # what might be is wanted sooner than what is
         scenario = tree.scenario.model_copy(update={"horizon_h": until_ns / HOUR_NS, "pace": None})
-        tasks = {
-            asyncio.ensure_future(
-                _Branch(run, scenario, stem, attempt, links, self._epoch, self._factory).bear(
-                    until_ns, wanted, self._turn
-                )
-            ): number
-            for number, attempt in enumerate(attempts)
-        }
+        tasks: dict[asyncio.Future[Tried], int] = {}
+        links = await self._reach(tree.scenario)
         try:
+            branches = [
+                _Branch(run, scenario, stem, attempt, links, self._epoch, self._factory)
+                for attempt in attempts
+            ]
+            for number, branch in enumerate(branches):
+                tasks[asyncio.ensure_future(branch.bear(until_ns, wanted, self._turn))] = number
             while tasks:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:

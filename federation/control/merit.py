@@ -32,8 +32,8 @@ class Merit:
             for variable in mandate.needs(key):
                 if mandate.monitor.value(situation, variable)[0] is None:
                     mandate.climb(Unusable(key, variable))
-        if last is None or not last.ratings:
-            return
+        if last is None or not last.ratings or known.cut.time_ns > last.known.until_ns:
+            return  # nothing was predicted of now
         then, now_ns = last.known.cut, known.cut.time_ns
         grew = self._outlook.weighted(known.cut) - self._outlook.weighted(then)
         was_done = last.chosen if last.outcome in ("committed", "nothing") else IN_FORCE
