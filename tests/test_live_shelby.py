@@ -38,8 +38,8 @@ TWINS = {
     "city": "twins.city.twin:CityTwin",
     "medical": "twins.medical.twin:MedicalTwin",
 }
-PACE = 120.0
-"""An hour of the run in half a minute."""
+PACE = 60.0
+"""An hour of the run in a minute."""
 
 CYCLE_S = 10.0
 """How long a decision on the region may take on two processors."""
@@ -208,10 +208,11 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
                 *("--rules", str(rules), "--keyring", str(tmp_path / "keyring.yaml")),
                 *("--key", str(tmp_path / "guard.pem"), "--operator", "duty"),
                 *("--optimiser-key", str(tmp_path / "optimiser.pem"), "--state", str(state)),
-                *("--stage-within-s", "20"),
+                *("--every-min", "30", "--ahead-h", "48", "--measure", "plan"),
+                *("--within-s", "120", "--stage-within-s", "40"),
             )
         )
-        turns = control.wait_for(r"^(.*committed; .*)$", 240, 3)
+        turns = control.wait_for(r"^(.*committed; .*)$", 300, 2)
         held = asyncio.run(in_force(services, run, identities["guard"]))
         assert 0 < sum(value for value, _ in held) <= 12
         control.process.kill()
@@ -228,6 +229,6 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
         r["body"]["detail"] for r in records if r["kind"] == "noted" and r["body"]["what"] == "turn"
     ]
     cycles = [turn["wall_s"] for turn in measured]
-    assert len(turns) == 3
+    assert len(turns) == 2
     assert statistics.median(cycles) <= CYCLE_S, cycles
     assert np.isfinite(cycles).all()

@@ -31,6 +31,8 @@ def bundle_of(
             wanted[place] = Setpoint(*place, held.value, lease_ns(mandate, *place[:2]))
     for setpoint in candidate.setpoints:
         place = (setpoint.member, setpoint.actuator, setpoint.entity)
+        if _is_done(mandate, place, known.cut):
+            continue  # what is only to come in one of the futures is no reason to act now
         there = known.desks.holdings.get(place)
         if there is None or there.value != setpoint.value or place in wanted:
             wanted[place] = setpoint
