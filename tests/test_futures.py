@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -235,6 +236,65 @@ def test_without_another_future_what_is_tried_goes_on_as_the_run_did() -> None:
                     ]
                 assert as_it_was == lived
                 assert planned_anew != lived
+
+    bounded(story)
+
+
+def test_what_can_not_be_tried_says_why_and_what_nobody_waits_for_ends() -> None:
+    at_work: set[int] = set()
+
+    class Fixed(Polder):
+        """It has no other futures, and takes its time."""
+
+        def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+            super().open(seed, parameters)
+            at_work.add(id(self))
+
+        def advance(self, step: Step) -> None:
+            time.sleep(0.002)
+            super().advance(step)
+
+        def close(self) -> None:
+            at_work.discard(id(self))
+
+        def diverge(self, *what: object, **more: object) -> int | None:
+            return Twin.diverge(self, *what, **more)  # type: ignore[arg-type]
+
+        def snapshot(self) -> bytes:
+            return json.dumps([self.water_m, self.pumps, self.damage_usd]).encode()
+
+        def restore(self, state: bytes) -> None:
+            self.water_m, self.pumps, self.damage_usd = json.loads(state)
+
+    async def story() -> None:
+        async with lowland(polder=Fixed) as (_, services):
+            run = await services.create(SCENARIO)
+            await services.ended(run.name)
+            asked = (run.name, HOUR_NS, 20 * HOUR_NS)
+            no, yes = await tried(services, *asked, Attempt(future=future_of(0)), Attempt())
+            assert (no.error.reason, no.error.metadata["member"]) == ("UNSUPPORTED", "polder")
+            assert told_by(yes)
+            for wrong, reason in (
+                (tried(services, *asked, figures=("polder.colour",)), Reason.UNKNOWN_VARIABLE),
+                (tried(services, *asked, Attempt(measure="pray")), Reason.SCENARIO_INVALID),
+                (tried(services, *asked, *[Attempt()] * 1001), Reason.SCENARIO_INVALID),
+                (tried(services, run.name, HOUR_NS, 0), Reason.INSTANT_PASSED),
+                (tried(services, run.name, 99 * HOUR_NS, 100 * HOUR_NS), Reason.INSTANT_PASSED),
+            ):
+                assert (await refused(wrong)).reason is reason
+            while at_work:
+                await asyncio.sleep(0.02)
+            request = scenario_pb2.TryFuturesRequest(
+                name=run.name, time_ns=HOUR_NS, horizon_ns=1 << 60, attempts=[Attempt()]
+            )
+            call = services.scenarios.TryFutures(request)
+            reading = asyncio.create_task(call.read())
+            while not at_work:
+                await asyncio.sleep(0.02)
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            while at_work:
+                await asyncio.sleep(0.02)
 
     bounded(story)
 

@@ -161,7 +161,7 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
     rules.write_text(
         (SHELBY / "rules.yaml")
         .read_text()
-        .replace("lease_min: 180\n    needs", "lease_min: 75\n    needs")
+        .replace("lease_min: 180\n    needs", "lease_min: 90\n    needs")
     )
     state = tmp_path / "state"
     state.mkdir()
@@ -208,11 +208,11 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
                 *("--rules", str(rules), "--keyring", str(tmp_path / "keyring.yaml")),
                 *("--key", str(tmp_path / "guard.pem"), "--operator", "duty"),
                 *("--optimiser-key", str(tmp_path / "optimiser.pem"), "--state", str(state)),
-                *("--every-min", "30", "--ahead-h", "48", "--measure", "plan"),
+                *("--ahead-h", "48", "--measure", "plan"),
                 *("--within-s", "120", "--stage-within-s", "40"),
             )
         )
-        turns = control.wait_for(r"^(.*committed; .*)$", 300, 2)
+        turns = control.wait_for(r"^(.*committed; .*)$", 400, 2)
         held = asyncio.run(in_force(services, run, identities["guard"]))
         assert 0 < sum(value for value, _ in held) <= 12
         control.process.kill()

@@ -91,6 +91,7 @@ SERVICES = tuple(
 
 PAGE_SIZE = 100
 MOST_BUCKETS = 10_000
+MOST_ATTEMPTS = 1_000
 CHUNK_BYTES = 2 * MEBIBYTE
 """About how much one answer of `Watch` carries; less than any client's default limit."""
 
@@ -663,6 +664,11 @@ class BrokerServer:
         """What came of each attempt, as they end; fails as `Scenarios.TryFutures` does."""
         run = await self.find(name)
         _check_cut(run, cut_ns, end_ns)
+        if len(attempts) > MOST_ATTEMPTS:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                f"{len(attempts)} attempts in one request; at most {MOST_ATTEMPTS}",
+            )
         memory = await asyncio.to_thread(_beginning, self.store, name)
         _check_is_lived(name, memory.origin)
         if memory.case is None:

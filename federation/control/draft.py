@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from federation.control import audit
 from federation.control.mandate import Mandate
 from federation.control.situation import Place
-from federation.control.turn import Candidate, Made
+from federation.control.turn import Candidate, Known, Made
 from federation.control.view import Observation, variable_of
 from federation.core.bundle import Bundle, Condition, Priority, Setpoint
 from federation.twin import MINUTE_NS, Actuator
@@ -48,8 +48,20 @@ def bundle_of(
         expires_ns=known.cut.time_ns + round(mandate.rules.life_min * MINUTE_NS),
         author=author,
         basis=basis.digest(),
-        conditions=_conditions(mandate, setpoints, known.cut),
+        conditions=_conditions(mandate, _changes(mandate, setpoints, known), known.cut),
     )
+
+
+def _changes(mandate: Mandate, setpoints: Sequence[Setpoint], known: Known) -> list[Setpoint]:
+    """The setpoints that rest on what was seen: not those that are in force already, nor those
+    that go back to the safe default."""
+    found = []
+    for s in setpoints:
+        there = known.desks.holdings.get((s.member, s.actuator, s.entity))
+        default = _actuator(mandate, s.member, s.actuator).safe_default
+        if s.value != (default if there is None else there.value) and s.value != default:
+            found.append(s)
+    return found
 
 
 def _is_done(mandate: Mandate, place: Place, cut: Observation) -> bool:
