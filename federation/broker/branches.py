@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -96,7 +96,7 @@ class Branches:
         attempts: Sequence[Attempt],
         figures: Collection[Figure],
         check: Callable[[Scenario, Case, Attempt], None],
-    ) -> AsyncIterator[tuple[int, Tried | FederationError]]:
+    ) -> AsyncGenerator[tuple[int, Tried | FederationError], None]:
         """Let each attempt take its course from a cut of a run; they come as they end.
 
         `read` gives the scenario when it is not known yet. What `check` says of an attempt, or

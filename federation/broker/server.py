@@ -10,7 +10,15 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -660,7 +668,7 @@ class BrokerServer:
         end_ns: int,
         attempts: Sequence[Attempt],
         figures: Collection[str],
-    ) -> AsyncIterator[scenario_pb2.TryFuturesResponse]:
+    ) -> AsyncGenerator[scenario_pb2.TryFuturesResponse, None]:
         """What came of each attempt, as they end; fails as `Scenarios.TryFutures` does."""
         run = await self.find(name)
         _check_cut(run, cut_ns, end_ns)
