@@ -747,15 +747,19 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         opened = hosted.opened
         session = ModelSession(self._factory(), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
-        state_of_desk = codec.restore_session(session, restore.state)
-        if restore.HasField("diverge"):
-            believed = codec.decode_values(restore.diverge.believed)
-            next_ns = session.diverge(
-                restore.diverge.time_ns, opened.seed, dict(opened.parameters), believed
-            )
-            restored.is_diverged = True
-            if next_ns is not None:
-                restored.next_ns = next_ns
+        try:
+            state_of_desk = codec.restore_session(session, restore.state)
+            if restore.HasField("diverge"):
+                believed = codec.decode_values(restore.diverge.believed)
+                next_ns = session.diverge(
+                    restore.diverge.time_ns, opened.seed, dict(opened.parameters), believed
+                )
+                restored.is_diverged = True
+                if next_ns is not None:
+                    restored.next_ns = next_ns
+        except BaseException:
+            session.twin.close()
+            raise
         restored.SetInParent()
         self._end(hosted, keeps_desk=True)
         hosted.session, hosted.failure = session, None
