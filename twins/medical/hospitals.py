@@ -231,6 +231,28 @@ class Hospital:
         fixed = p["fixed_water_share"]
         return fixed + (1.0 - fixed) * self.occupancy_ratio()
 
+    def put_off_electives(self, p: Mapping[str, float]) -> int:
+        """Let inpatients be as few as they are when electives have long been put off; how many
+        fewer.
+
+        By Little's law beds hold arrivals per hour times hours of stay.
+        """
+        ward = round(p["elective_share"] * self.ward_in_per_h * p["ward_stay_h"])
+        icu = round(p["elective_share"] * self.icu_in_per_h * p["icu_stay_h"])
+        ward, icu = min(ward, self.ward_inpatients), min(icu, self.icu_inpatients)
+        self.lay(-ward, is_icu=False)
+        self.lay(-icu, is_icu=True)
+        return ward + icu
+
+    def lay(self, persons: int, is_icu: bool) -> None:
+        """Have so many more inpatients (or fewer) of whom only the number counts."""
+        if is_icu:
+            self.icu_inpatients += persons
+            self.icu.occupied += persons
+        else:
+            self.ward_inpatients += persons
+            self.ward.occupied += persons
+
     def _carry(self, flow: str, amount: float, at_most: int) -> int:
         self.carry[flow] += amount
         whole = int(self.carry[flow])
