@@ -132,6 +132,20 @@ def test_a_storm_like_that_of_2003_breaks_about_what_that_one_did() -> None:
     assert 0.5 * 1300 < np.mean(poles) < 2.0 * 1300
 
 
+def test_work_scatters_as_widely_as_it_does_when_only_the_length_of_a_line_is_known() -> None:
+    """Why epidemic.yaml lets estimates err by a deviation of ln of 1.0, twice that of level5.yaml:
+    who knows of a line only that it is out, and how long it is, errs by 1.27."""
+    length, work = [], []
+    for seed in range(60):
+        power = passed(seed).twin.passage.power  # type: ignore[attr-defined]
+        out = power.state[GRID.lines] > 0
+        length += np.log(GRID.length_km[out]).tolist()
+        work += np.log(power.caused_h[GRID.lines][out]).tolist()
+    slope = np.polyfit(length, work, 1)
+    left = np.array(work) - np.polyval(slope, length)
+    assert left.std() == pytest.approx(1.27, abs=0.1)
+
+
 def test_nothing_happens_before_the_storm_and_work_is_where_something_is_out() -> None:
     session = Session(Windstorm(), "storm")
     session.open(4, {"storm_h": 2.0})
