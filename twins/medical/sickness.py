@@ -37,8 +37,7 @@ class Sickness:
         records, p = self.records, self.records.p
         causes = records.causes("present_ward", 0)
         self.wards.prepare(causes)
-        at_home = {"neighbour"}
-        inside = [site.role not in at_home for site in records.layout.hospitals]
+        inside = [site.role != "neighbour" for site in records.layout.hospitals]
         for hospital in self.hospitals:
             records.arisen -= hospital.put_off_electives(p)
         for persons, is_icu in ((ward, False), (icu, True)):
