@@ -148,9 +148,7 @@ def course_of(hours: int, seed: int = 3, **parameters: float) -> tuple[Epidemic,
 def test_as_many_fall_seriously_ill_as_expected() -> None:
     found = [course_of(48, seed)[1] for seed in range(4)]
     come = sum(v["sick_ward"].sum() + v["sick_icu"].sum() for v in found)
-    asked = need(
-        (1.65, 2.0, 2.0, 1e-5), 5.0, 0.65 * 0.0125, 0.2, 3.0, 5.0, 10.0
-    ).admitted(48.0)
+    asked = need((1.65, 2.0, 2.0, 1e-5), 5.0, 0.65 * 0.0125, 0.2, 3.0, 5.0, 10.0).admitted(48.0)
     people = course_of(0)[0].outbreak.people.sum()  # type: ignore[union-attr]
     expected = 4.0 * asked * people
     assert expected > 500.0

@@ -61,7 +61,7 @@ HOME_PARAMETERS = (
         0.05,
         0.6,
         "of these who come to a hospital when it is over; the others find power or care elsewhere",
-        "derived: 65 came to one hospital (Prezant et al., Crit Care Med 33 (2005) S96), which sees "
+        "derived: 65 came to one hospital (Prezant et al., Crit Care Med 33 (2005) S96) that sees "
         "some 2.7 % of New York's emergency patients (from memory), in the 29 h of August 2003: "
         "2 400 of 17 400 dependent",
     ),

@@ -72,9 +72,7 @@ def gust_factor(region: str, range_km: float) -> Matrix:
     return correlation_factor(places[:, 0], places[:, 1], range_km)
 
 
-def gusts(
-    region: str, normals: Vector, median_m_s: float, sigma: float, range_km: float
-) -> Vector:
+def gusts(region: str, normals: Vector, median_m_s: float, sigma: float, range_km: float) -> Vector:
     r"""The highest gust at each component: lognormal about the median of the storm, and
 
     .. math:: corr(\ln v_i, \ln v_j) = e^{-3 h_{ij} / range}

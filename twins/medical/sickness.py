@@ -72,7 +72,9 @@ class Sickness:
             records.patients.sick[patient] = True
             records.arise(patient, State.HIDDEN)
             records.calendar.at(records.now, Kind.FOUND, patient)
-            records.calendar.at(records.now + people.limit_min[patient - first], Kind.LIMIT, patient)
+            records.calendar.at(
+                records.now + people.limit_min[patient - first], Kind.LIMIT, patient
+            )
         records.calendar.at(records.now + SIX_HOURS_MIN, Kind.SIX_HOURS, first, last)
 
 

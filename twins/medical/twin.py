@@ -338,5 +338,15 @@ class MedicalTwin(Twin):
         diverge(self._care.records, seed, self.parameters)
 
     def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock:
+        """What hospitals have in tanks is believed before a run begins, and known in its course."""
         parameters = self.parameters or {p.name: p.default for p in self.describe().parameters}
-        return hospital_block(self.layout, parameters, periods_ns)
+        if self.care is None or self.care.records.now <= 0.0:
+            return hospital_block(self.layout, parameters, periods_ns)
+        now_min, hospitals = self.care.records.now, self.care.hospitals
+        return hospital_block(
+            self.layout,
+            parameters,
+            periods_ns,
+            [h.power_left_at(now_min) for h in hospitals],
+            [h.water_left_at(now_min, parameters) for h in hospitals],
+        )
