@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,14 +16,25 @@ from hypothesis import strategies as st
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.errors import FederationError, Reason
 from federation.planners import planner
+from federation.scenario.rehearse import RunCut
 from federation.scenario.run import Outcome, run_local
 from federation.scenario.spec import load, parse
 from federation.scenario.study import cases
-from federation.twin import HOUR_NS, MINUTE_NS, Session, StepInput, Twin, Vector
+from federation.twin import (
+    HOUR_NS,
+    MINUTE_NS,
+    Planner,
+    Renewing,
+    Session,
+    StepInput,
+    Twin,
+    Vector,
+)
 from federation.v1 import scenario_pb2
 from tests.test_broker import client, present
 from tests.test_medical import Change, Story
 from tests.test_members import People
+from tests.test_rehearse import cut_at
 from tests.test_wire import bounded
 from twins.city.twin import CityTwin
 from twins.disaster.epidemic import PERIOD_NS, Epidemic
@@ -294,6 +306,25 @@ def test_in_other_futures_others_of_the_sick_die_but_about_as_many() -> None:
     assert abs(np.mean(dead) - own[0]) < 4.0 * math.sqrt(own[0])
 
 
+def test_the_block_of_hospitals_knows_in_the_course_of_a_run_who_is_without_power() -> None:
+    """Before it, tanks are believed to be as the parameters say."""
+    periods = (12 * HOUR_NS, 60 * HOUR_NS)
+
+    def stores(story: Story) -> Vector:
+        block = story.twin.flexibility(periods)
+        rows = [i for i, name in enumerate(block.rows) if name.startswith("fuel_store")]
+        return block.row_high[rows]
+
+    story = hospitals(generator_failure=1.0, fuel_h=40.0)
+    assert (stores(story) == 40.0).all()
+    power = np.ones(13)
+    power[3] = 0.0
+    story.go(60, {30: Change({"hospital_power": power})})
+    found = stores(story)
+    assert found[3] == 0.0
+    assert (np.delete(found, 3) > 20.0).all()
+
+
 # -- the scenario ----------------------------------------------------------------------
 
 
@@ -344,16 +375,40 @@ def test_the_closed_loop_can_have_futures_of_every_member() -> None:
     assert first.digest == run_local(scenario, case, planner).digest
 
 
+def test_what_members_could_do_is_asked_in_a_future_and_the_run_does_not_feel_it() -> None:
+    """A hospital whose generator does not start has no store of power in the blocks of a cut."""
+    scenario = load(SHELBY).model_copy(update={"horizon_h": 2.5})
+    case = next(c for c in cases(load(SHELBY), ["plan"], 2, 31) if c.run == 1)
+    parameters = {**case.parameters, "medical": {"generator_failure": 1.0}}
+    case = replace(case, parameters=parameters)
+    seen: list[tuple[float, int]] = []
+
+    def look(cut: RunCut, planner: Planner) -> None:
+        assert isinstance(cut, Renewing)
+        blocks = cut.blocks(0, planner.periods_ns())
+        assert set(blocks) == {"energy", "city", "medical"}
+        medical = blocks["medical"]
+        rows = [i for i, name in enumerate(medical.rows) if name.startswith("fuel_store")]
+        dark = cut.seen("energy", "hospital_supplied") < 0.5
+        empty = medical.row_high[rows] == 0.0
+        assert (empty == dark).all()
+        seen.append((cut.time_ns / HOUR_NS, int(empty.sum())))
+
+    plain, watched = cut_at(scenario, case, look)
+    assert watched == plain
+    assert seen[0][1] == 0
+    assert seen[-1][1] > 0
+
+
 def test_services_give_the_digest_of_one_process_and_the_same_futures_every_time() -> None:
     """Over real sockets: a run, forks of it that go on exactly, and others that its past allows."""
     text = SHELBY.read_text(encoding="utf-8").replace("\nhorizon_h: 72", "\nhorizon_h: 3", 1)
-    text = text.replace("signals.csv", str(SHELBY.with_name("signals.csv")))
-    scenario = parse(text)
+    scenario = parse(text, folder=SHELBY.parent)
     (case,) = cases(scenario, ["none"], 1, scenario.seed)
     here = run_local(scenario, case, planner)
 
     async def story() -> None:
-        options = BrokerOptions(planner=planner, grace_s=0.1)
+        options = BrokerOptions(planner=planner, grace_s=0.1, scenario_folder=SHELBY.parent)
         async with (
             BrokerServer(options) as broker,
             present(broker.address, **TWINS),
