@@ -55,7 +55,7 @@ def planner(
             couplings,
             assessment,
             offset_ns,
-            Foreseeing(round(repairs.rehearse_h * HOUR_NS), repairs.futures),
+            Foreseeing(round(repairs.rehearse_h * HOUR_NS), repairs.futures, repairs.renew),
         )
     return CrewPlanner(
         policy,

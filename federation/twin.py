@@ -17,7 +17,7 @@ from enum import StrEnum
 from functools import cached_property
 from math import isfinite
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -673,6 +673,16 @@ class Cut(Protocol):
         Futures of one number meet the same luck and the same parameters, whoever plans.
         `believed` are outputs by member that are estimated (`Twin.diverge`).
         """
+        ...
+
+
+@runtime_checkable
+class Renewing(Protocol):
+    """A cut that can also say what members could do from then on."""
+
+    def blocks(self, number: int, periods_ns: tuple[int, ...]) -> Mapping[str, LinearBlock]:
+        """The members' `flexibility` in a future: what they have told so far is as it is in the
+        run, what they have not is as that future draws it."""
         ...
 
 

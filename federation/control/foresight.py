@@ -17,7 +17,7 @@ from federation.plan.belief import Assessment
 from federation.plan.crews import CrewPlanner, Family, Key, Order
 from federation.plan.joint import JointModel, joint_model
 from federation.plan.visits import Task
-from federation.twin import HOUR_NS, SYSTEM, Cut, LinearBlock, Step, Vector
+from federation.twin import HOUR_NS, NOTHING, SYSTEM, Cut, LinearBlock, Renewing, Step, Vector
 
 Screen = Callable[[Bundle], Sequence[str]]
 """Says why a bundle may not take effect; nothing when it may."""
@@ -51,6 +51,8 @@ class Foreseeing:
 
     rehearse_ns: int
     futures: int
+    renew: bool = False
+    """Whether to plan also with what the members could do at the time of the decision."""
 
 
 PLAIN = "joint plan"
@@ -61,6 +63,9 @@ NEAREST: Order = ()
 VARIANTS: Mapping[str, Mapping[str, float]] = {"hospitals first": {"medical": 30.0}}
 """Other weights of the members' costs in the joint model, tried at the first decision. Hospital
 beds count there with what they cost, which says little of the lives that hang on them."""
+
+RENEWED = "as things stand"
+"""The plan of a model that was built anew: hospitals that have no power count there as such."""
 
 LAST_H = 12.0
 """No thinking when so little of the run is left: nothing begun then ends in time."""
@@ -135,13 +140,7 @@ class ForesightPlanner(CrewPlanner):
         assert self._model is not None
         self._models[PLAIN] = self._model
         for name, factors in VARIANTS.items():
-            scaled = {
-                member: replace(block, cost=block.cost * factors.get(member, 1.0))
-                for member, block in blocks.items()
-            }
-            self._models[name] = joint_model(
-                scaled, self._couplings, self._periods_ns, self._starts_ns, self.crews
-            )
+            self._models[name] = self._weighed_model(blocks, factors)
 
     def deliberate(self, cut: Cut) -> None:
         self._has_deliberated = True
@@ -224,6 +223,8 @@ class ForesightPlanner(CrewPlanner):
     def plan(self, situation: Situation) -> Mapping[str, Order]:
         """At first one for each of the other weights, later a new one with those that won."""
         found: dict[str, Order | None] = {}
+        if self._ahead.renew and isinstance(situation.cut, Renewing):
+            found |= self._renewed(situation, situation.cut)
         if self._planned_ns is not None:
             found[f"new {self._style}"] = self._planned(situation, self._style)
         else:
@@ -232,10 +233,31 @@ class ForesightPlanner(CrewPlanner):
                     found[style] = self._planned(situation, style)
         return {n: order for n, order in found.items() if order and order != self._order}
 
-    def _planned(self, situation: Situation, style: str) -> Order | None:
+    def _renewed(self, situation: Situation, cut: Renewing) -> dict[str, Order | None]:
+        """A plan of each weighing, of what the members could do now."""
+        blocks = cut.blocks(0, self._periods_ns)
+        return {
+            RENEWED if style == PLAIN else f"{style}, {RENEWED}": self._planned(
+                situation, style, self._weighed_model(blocks, factors)
+            )
+            for style, factors in {PLAIN: NOTHING, **VARIANTS}.items()
+        }
+
+    def _weighed_model(
+        self, blocks: Mapping[str, LinearBlock], factors: Mapping[str, float]
+    ) -> JointModel:
+        scaled = {
+            member: replace(block, cost=block.cost * factors.get(member, 1.0))
+            for member, block in blocks.items()
+        }
+        return joint_model(scaled, self._couplings, self._periods_ns, self._starts_ns, self.crews)
+
+    def _planned(
+        self, situation: Situation, style: str, model: JointModel | None = None
+    ) -> Order | None:
         """The order of a plan with some weights; None when the solver finds none."""
         try:
-            schedule = self._solved(situation.tasks, self._models[style])
+            schedule = self._solved(situation.tasks, model or self._models[style])
         except PlanError:
             return None
         keys = situation.keys

@@ -19,7 +19,16 @@ from federation.errors import Reason, ScenarioError
 from federation.scenario.future import Future
 from federation.scenario.run import Case, Experiment, build_twin
 from federation.scenario.spec import PLANNER, Scenario
-from federation.twin import NOTHING, Glimpse, Planner, Session, Twin, Vector, blame
+from federation.twin import (
+    NOTHING,
+    Glimpse,
+    LinearBlock,
+    Planner,
+    Session,
+    Twin,
+    Vector,
+    blame,
+)
 
 
 class Foresight:
@@ -156,6 +165,33 @@ class RunCut:
         self._finish(schedule, sessions, note)
         return Glimpse(number, {n: tuple(points) for n, points in series.items()}, until_ns)
 
+    def blocks(self, number: int, periods_ns: tuple[int, ...]) -> Mapping[str, LinearBlock]:
+        case, scenario = self.foresight.case, self.foresight.scenario
+        other = Future(number).case(scenario, case, self.time_ns)
+        found = {}
+        for name, session in self.foresight.sessions.items():
+            if name != PLANNER:
+                with blame(name):
+                    given = {p.name: p.default for p in session.description.parameters}
+                    given |= other.parameters.get(name, {})
+                    twin = self._restored(name, other.member_seed(name), given)
+                    twin.diverge(self.time_ns, other.member_seed(name), given)
+                    block = twin.flexibility(periods_ns)
+                    twin.close()
+                if block is not None:
+                    found[name] = block
+        return found
+
+    def _restored(self, name: str, seed: int, parameters: Mapping[str, float]) -> Twin:
+        """A fresh twin that stands where that of the run does."""
+        state = self._states.get(name)
+        if state is None:
+            state = self._states[name] = self.foresight.sessions[name].twin.snapshot()
+        twin = self.foresight.fresh(name)
+        twin.open(seed, parameters)
+        twin.restore(state)
+        return twin
+
     def _sessions(
         self,
         planner: Planner | None,
@@ -170,13 +206,9 @@ class RunCut:
                 found[name] = session.fork(planner)
                 continue
             with blame(name):
-                state = self._states.get(name)
-                if state is None:
-                    state = self._states[name] = session.twin.snapshot()
-                found[name] = session.fork(self.foresight.fresh(name))
                 given = {p.name: p.default for p in session.description.parameters}
-                found[name].twin.open(seeds[name], {**given, **parameters.get(name, {})})
-                found[name].twin.restore(state)
+                given |= parameters.get(name, {})
+                found[name] = session.fork(self._restored(name, seeds[name], given))
         return found
 
     def _finish(
