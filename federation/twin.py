@@ -260,7 +260,8 @@ class StepResult(NamedTuple):
 
     `causes[variable][index]` is the event that explains the present value of an entry.
     `next_ns` is the next instant wanted by an event-driven twin, or None for none. `desk` is set
-    by the service of a twin whose desk had to do with the step.
+    by the service of a twin whose desk had to do with the step. `held` says why the values are not
+    those of this instant but the last that were known; it is empty when they are.
     """
 
     time_ns: int
@@ -271,6 +272,7 @@ class StepResult(NamedTuple):
     actions: tuple[Action, ...] = ()
     next_ns: int | None = None
     desk: DeskStep | None = None
+    held: str = ""
 
 
 def failed(member: str, error: BaseException) -> TwinError:
@@ -387,6 +389,7 @@ class Step:
         "_causes",
         "_changed",
         "_events",
+        "_held",
         "_next_ns",
         "_outputs",
         "_session",
@@ -408,6 +411,7 @@ class Step:
         self._events: list[Event] = []
         self._acts: list[Action] = []
         self._next_ns: int | None = None
+        self._held = ""
 
     @property
     def changed(self) -> frozenset[str]:
@@ -480,12 +484,18 @@ class Step:
         self._session.has_more = True
         self._next_ns = time_ns if self._next_ns is None else min(self._next_ns, time_ns)
 
+    def hold(self, why: str) -> None:
+        """Say that the outputs are not those of this instant but the last that are known."""
+        self._session.has_more = True
+        self._held = why
+
     def _begin(self) -> None:
         """Forget the story of the step before."""
         self._causes = {}
         self._events = []
         self._acts = []
         self._next_ns = None
+        self._held = ""
 
 
 class Twin(ABC):
@@ -855,4 +865,5 @@ class Session:
             tuple(step._events),
             tuple(step._acts),
             step._next_ns,
+            held=step._held,
         )

@@ -307,6 +307,7 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
         causes,
         tuple(map(decode_action, message.actions)),
         _decode_desk(message.desk) if message.HasField("desk") else None,
+        message.held,
     )
 
 
@@ -333,6 +334,8 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
         message.next_ns = result.next_ns
     if result.desk is not None:
         _write_desk(message.desk, result.desk)
+    if result.held:
+        message.held = result.held
 
 
 def encode_results(results: Iterable[StepResult]) -> bytes:
