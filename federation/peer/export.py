@@ -125,13 +125,13 @@ def may_begin(policy: Policy, asked: Question, mode: Mode) -> Decision:
     return decide(policy, asked, Thing(Sort.SESSION, mode))
 
 
-def refusal(policy: Policy, asked: Question, sort: Sort, name: str, mode: str = "") -> ScenarioError:
+def refusal(policy: Policy, asked: Question, sort: Sort, name: str) -> ScenarioError:
     """The error of something that a reader may not have: the reason and the rule's name.
 
     It is the same whether there is such a thing or not.
     """
     decision = decide(policy, asked, Thing(sort, name))
-    reason = decision.reason or "a rule keeps it, or some of it, from this reader"
+    reason = "it is not told any more as it was" if decision.allowed else decision.reason
     code = decision.code or Code.DENIED
     what = f"a {name} session" if sort is Sort.SESSION else f"{name}"
     return ScenarioError(

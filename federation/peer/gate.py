@@ -373,11 +373,12 @@ _SORTS = {
 
 
 def _answer(decision: Decision, version: int) -> peer_pb2.AskResponse:
+    told = str(decision.resolution) if decision.allowed else ""
     return peer_pb2.AskResponse(
         is_allowed=decision.allowed,
         rule=decision.rule,
         code="" if decision.code is None else decision.code.value,
-        text=str(decision.resolution) if decision.allowed else decision.reason,
+        text=", ".join(filter(None, (told, decision.reason))),
         policy_version=version,
     )
 

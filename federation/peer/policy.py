@@ -10,9 +10,9 @@ others while somebody named has declared it, but for denials that hold `always`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
@@ -82,10 +82,14 @@ def _minutes(value: object) -> object:
 
 def _zone(name: str) -> str:
     try:
-        ZoneInfo(name)
-    except (OSError, ValueError):
+        _zone_of(name)
+    except (KeyError, OSError, ValueError):
         raise ValueError(f"there is no time zone {name!r}, such as America/Chicago") from None
     return name
+
+
+def _zone_of(name: str) -> tzinfo:
+    return UTC if name == "UTC" else ZoneInfo(name)
 
 
 Word = Annotated[str, BeforeValidator(_word)]
@@ -143,7 +147,7 @@ class Hours(Part):
 
     def hold(self, instant: datetime) -> bool:
         """Whether an instant is in them. Past midnight they count for the day they began on."""
-        local = instant.astimezone(ZoneInfo(self.zone))
+        local = instant.astimezone(_zone_of(self.zone))
         minute = 60 * local.hour + local.minute
         day = local.weekday()
         if self.start < self.end:
@@ -211,6 +215,8 @@ class Resolution(Part):
             parts.append(f"in steps of {self.round_to:g}")
         if self.delay_min:
             parts.append(f"{self.delay_min:g} min late")
+        if self.text:
+            parts.append("in words")
         return ", ".join(parts) or "as it is"
 
 
@@ -402,8 +408,9 @@ class Declaration:
 class Thing:
     """Something that may be asked for: `name` is member.name, or the kind of a session.
 
-    Without an entity it is the thing as such, whatever its entities: rules about some entities
-    only are then taken to be about it. So the answer tells nothing of which entities there are.
+    Without an entity it is the thing as such, whatever its entities: what lets the reader have some
+    of them is then taken to be about it, and of what denies some of them it is told that it does.
+    So the answer follows from the names alone, and tells nothing of what there is.
     """
 
     sort: Sort
@@ -416,7 +423,10 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether a reader may have a thing, by which rule, and how finely or why not."""
+    """Whether a reader may have a thing, by which rule, and how finely or why not.
+
+    What it may have as such it may still not have of every entity; `reason` then says so.
+    """
 
     allowed: bool
     rule: str
@@ -464,6 +474,18 @@ def decide_among(
 ) -> Decision:
     """The same, of rules that are known to concern the reader and the name."""
     rules = [rule for rule in rules if _is_about(rule, thing, policy)]
+    if thing.entity is None:
+        partial = [rule for rule in rules if rule.denies and rule.what.is_selective]
+        whole = _decide([rule for rule in rules if rule not in partial], policy, asked, thing)
+        kept = [rule for rule in partial if _fault(rule, policy, asked) is None]
+        if not whole.allowed or not kept:
+            return whole
+        told = "; ".join(f"{rule.name}: {rule.why or 'not shared'}" for rule in kept)
+        return replace(whole, reason=f"but for what rules keep back ({told})")
+    return _decide(rules, policy, asked, thing)
+
+
+def _decide(rules: Sequence[Rule], policy: Policy, asked: Question, thing: Thing) -> Decision:
     faults = {rule.name: _fault(rule, policy, asked) for rule in rules}
     in_force = [rule for rule in rules if faults[rule.name] is None]
     always = [rule for rule in in_force if rule.always]

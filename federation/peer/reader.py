@@ -45,10 +45,12 @@ class Reader:
         """Whether a rule for `pattern` is for this reader; none is for nobody.
 
         A pattern with a scheme is held to the whole identity. A plain one is held to the city, of
-        peers only: `memphis` is any broker of Memphis and none of its observers.
+        peers only: `memphis` is any broker of Memphis and none of its observers. `*` is everybody.
         """
         if not self.identity:
             return False
+        if pattern == "*":
+            return True
         if SCHEME in pattern:
             return matches(pattern, self.identity)
         return bool(self.city) and matches(pattern, self.city)

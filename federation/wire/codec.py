@@ -307,7 +307,6 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
         causes,
         tuple(map(decode_action, message.actions)),
         _decode_desk(message.desk) if message.HasField("desk") else None,
-        message.held,
     )
 
 
@@ -366,6 +365,7 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
         tuple(map(decode_action, message.actions)),
         message.next_ns if message.HasField("next_ns") else None,
         _decode_desk(message.desk) if message.HasField("desk") else None,
+        message.held,
     )
 
 
