@@ -171,6 +171,84 @@ class Helper(Twin):
         self.sent = json.loads(state)
 
 
+ARRIVED: list[tuple[str, float]] = []
+"""What has arrived at relays, and where."""
+
+
+class Relay(Twin):
+    """Says what it hears, and notes whatever comes that is new to it."""
+
+    def __init__(self, city: str) -> None:
+        self.city = city
+
+    def describe(self) -> Description:
+        return Description(
+            model="relay",
+            version="1",
+            domain="talk",
+            entities=(),
+            variables=(
+                Variable("heard", SYSTEM, "1", Causality.INPUT, 0.0),
+                Variable("said", SYSTEM, "1", Causality.OUTPUT, 0.0),
+            ),
+            time=TimePolicy(period_ns=5 * MINUTE_NS),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        self.last = 0.0
+
+    def advance(self, step: Step) -> None:
+        heard = float(step["heard"][0])
+        if heard != self.last:
+            self.last = heard
+            ARRIVED.append((self.city, heard))
+            event = step.emit("arrived", SYSTEM, f"{heard:g}", step.cause("heard", 0))
+            step.publish("said", heard, {0: event})
+
+
+class Writer(Twin):
+    """Writes a 7 after ten minutes."""
+
+    def describe(self) -> Description:
+        return Description(
+            model="writer",
+            version="1",
+            domain="talk",
+            entities=(),
+            variables=(Variable("said", SYSTEM, "1", Causality.OUTPUT, 0.0),),
+            time=TimePolicy(period_ns=5 * MINUTE_NS),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        pass
+
+    def advance(self, step: Step) -> None:
+        if step.time_ns == 10 * MINUTE_NS:
+            event = step.emit("written", SYSTEM, "a 7")
+            step.publish("said", 7.0, {0: event})
+
+
+RELAY_POLICY = """
+version: 1
+rules:
+  - {name: all-of-it, who: ['*'], what: {sessions: [what-if], variables: [relay.said], inputs: [relay.heard], events: [relay.*]}}
+"""
+
+
+def relay(city: str, to: str, on_loop: str) -> str:
+    """A city whose relay speaks to that of another, at an address."""
+    return f"""
+name: {city}-talk
+region: {city}
+horizon_h: 1
+members:
+  relay: {{class: "tests.cities:Relay", config: {{city: {city}}}}}
+  beyond: {{address: "{to}", peer: {{on_loop: {on_loop}}}}}
+couplings:
+  - {{from: relay.said, to: beyond.relay_heard}}
+"""
+
+
 BIRCH = """
 name: birch-day
 region: birch

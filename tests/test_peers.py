@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from federation.broker.server import BrokerOptions, BrokerServer
+from federation.core.ledger import EventRecord, Quality, Record
 from federation.errors import FederationError, Reason
-from federation.scenario.run import Case, run_local
+from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import Scenario, parse
 from federation.scenario.study import cases
+from federation.twin import MINUTE_NS, Action, StepInput, StepResult, Twin
+from federation.v1 import twin_pb2, twin_pb2_grpc
+from federation.wire.caller import claim
 from federation.wire.link import Errand, Link, LinkOptions
-from tests.cities import BIRCH_POLICY, Helper, ash, write_birch
+from tests.chaos.proxy import Proxy
+from tests.cities import (
+    ARRIVED,
+    BIRCH,
+    BIRCH_POLICY,
+    RELAY_POLICY,
+    Clinic,
+    Grid,
+    Helper,
+    Relay,
+    Writer,
+    ash,
+    relay,
+    write_birch,
+)
 from tests.test_broker import present
 from tests.test_wire import bounded
+
+STEP_NS = 5 * MINUTE_NS
+ASH = LinkOptions(identity="spiffe://ash/peer/broker")
 
 
 def case_of(scenario: Scenario, seed: int = 5) -> Case:
@@ -25,10 +49,23 @@ def case_of(scenario: Scenario, seed: int = 5) -> Case:
 
 
 @asynccontextmanager
-async def city(name: str, scenario: Path, policy: Path) -> AsyncIterator[BrokerServer]:
+async def city(
+    name: str, scenario: Path, policy: Path, port: int = 0
+) -> AsyncIterator[BrokerServer]:
     """A broker that serves a city to its peers."""
-    options = BrokerOptions(city=name, export=policy, city_scenario=scenario, grace_s=0.1)
+    options = BrokerOptions(
+        city=name, export=policy, city_scenario=scenario, grace_s=0.1, port=port
+    )
     async with BrokerServer(options) as broker:
+        yield broker
+
+
+@asynccontextmanager
+async def caller(link: LinkOptions | None = None, **twins: type[Twin]) -> AsyncIterator[BrokerServer]:
+    """The broker of ash with its own twins."""
+    options = BrokerOptions(city="ash", grace_s=0.1, link=link or LinkOptions())
+    async with BrokerServer(options) as broker, present(broker.address, **twins):
+        await broker.members_ready(twins, 10)
         yield broker
 
 
@@ -36,6 +73,31 @@ def inside(scenario: Path, policy: Path) -> str:
     """Birch as a member of a run in one process."""
     config = f'city: birch, scenario: "{scenario}", policy: "{policy}", reader: ash'
     return f'{{class: "federation.peer.city:CityTwin", peer: {{}}, config: {{{config}}}}}'
+
+
+def there(address: str, peer: str = "{}", more: str = "") -> str:
+    """Birch as a member that is at an address."""
+    return f'{{address: "{address}", peer: {peer}{more}}}'
+
+
+async def steps(
+    link: Link, count: int, tie_mw: float = 0.0, seed: int = 3
+) -> list[StepResult]:
+    """The answers of a fresh session to its first steps."""
+    session = await link.session("birch", seed, {}, 1)
+    found = []
+    for number in range(count):
+        inputs = {"grid_tie": np.array([tie_mw])} if number == 0 else {}
+        found += await session.advance([StepInput(number * STEP_NS, 0, inputs)])
+    await session.close()
+    return found
+
+
+def values(results: list[StepResult], variable: str) -> list[list[float]]:
+    return [r.outputs[variable].tolist() for r in results if variable in r.outputs]
+
+
+# -- a joint what-if ---------------------------------------------------------------------------
 
 
 def test_a_city_is_a_twin_with_the_same_ledger_in_process_and_between_two_brokers(
@@ -48,15 +110,505 @@ def test_a_city_is_a_twin_with_the_same_ledger_in_process_and_between_two_broker
     assert local.kpis["sent"] == 3.0
     chain = {(e.owner, e.event.kind) for e in local.events}
     assert chain == {("birch", "grid_short_of_power"), ("helper", "help_sent")}
+    helped = next(e for e in local.events if e.owner == "helper")
+    assert [cause for cause, _ in helped.via] == ["birch/1"]
+
+    async def story() -> None:
+        async with city("birch", *files) as birch, caller(helper=Helper) as broker:
+            far = await broker.run(parse(ash(there(birch.address))), case)
+            assert (far.digest, far.kpis) == (local.digest, local.kpis)
+            # the same when the members of birch are services of their own
+            async with present(birch.address, grid=Grid, clinic=Clinic):
+                await birch.members_ready(["grid", "clinic"], 10)
+                again = await broker.run(parse(ash(there(birch.address))), case)
+                assert again.digest == local.digest
+
+    bounded(story)
+
+
+def test_two_sessions_of_a_city_do_not_see_each_other(tmp_path: Path) -> None:
+    files = write_birch(tmp_path)
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            await Link.connect(birch.address, "birch", ASH) as link,
+        ):
+            helped, alone = await asyncio.gather(steps(link, 12, 15.0), steps(link, 12))
+            assert values(helped, "grid_unserved") == [[0.0]] * 12
+            assert values(alone, "grid_unserved")[-1] > [0.0]
+            assert values(await steps(link, 12), "grid_unserved") == values(alone, "grid_unserved")
+
+    bounded(story)
+
+
+def test_a_session_goes_on_from_a_snapshot_as_if_nothing_had_been(tmp_path: Path) -> None:
+    files = write_birch(tmp_path)
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            await Link.connect(birch.address, "birch", ASH) as link,
+        ):
+            whole = await steps(link, 16, 2.0)
+            first = await link.session("birch", 3, {}, 1)
+            inputs = {"grid_tie": np.array([2.0])}
+            before = await first.advance([StepInput(0, 0, inputs)])
+            before += await first.advance([StepInput(n * STEP_NS) for n in range(1, 9)])
+            state = await first.snapshot()
+            second = await link.session("birch", 3, {}, 1)
+            await second.restore(state)
+            after = await second.advance([StepInput(n * STEP_NS) for n in range(9, 16)])
+            for one, other in zip(whole, [*before, *after], strict=True):
+                assert one.events == other.events and one.outputs.keys() == other.outputs.keys()
+                for name, value in one.outputs.items():
+                    assert value.tobytes() == other.outputs[name].tobytes()
+            with pytest.raises(FederationError):
+                await second.restore(b"no state")
+
+    bounded(story)
+
+
+def test_a_cut_line_changes_nothing_in_a_what_if_of_a_member_that_recovers(tmp_path: Path) -> None:
+    files = write_birch(tmp_path)
+    local_scenario = parse(ash(inside(*files)))
+    case = case_of(local_scenario)
+    local = run_local(local_scenario, case, None)
+
+    async def story() -> None:
+        async with city("birch", *files) as birch, wire_to(birch) as wire:
+            async with caller(helper=Helper) as broker:
+                at = f"127.0.0.1:{wire.port}"
+                paced = "pace: {factor: 7200}"
+                recovers = there(at, more=", on_failure: {do: recover}")
+                scenario = parse(ash(recovers, more=paced))
+                cutting = asyncio.create_task(cut_again_and_again(wire))
+                far = await broker.run(scenario, case)
+                cutting.cancel()
+                assert far.digest == local.digest
+                assert wire.cuts > 3
+
+    bounded(story)
+
+
+# -- who gets what -----------------------------------------------------------------------------
+
+
+def test_a_stranger_gets_nothing_and_learns_by_which_rule(tmp_path: Path) -> None:
+    files = write_birch(tmp_path)
 
     async def story() -> None:
         async with city("birch", *files) as birch:
-            async with BrokerServer(BrokerOptions(city="ash", grace_s=0.1)) as broker:
-                async with present(broker.address, helper=Helper):
-                    await broker.members_ready(["helper"], 10)
-                    there = f"{{address: {birch.address}, peer: {{}}}}"
-                    outcome = await broker.run(parse(ash(there)), case)
-                    assert outcome.kpis == local.kpis
-                    assert outcome.digest == local.digest
+            for identity in ("", "cedar", "spiffe://ash/operator/kim"):
+                with pytest.raises(FederationError) as caught:
+                    await Link.connect(birch.address, "birch", LinkOptions(identity=identity))
+                assert caught.value.reason is Reason.NOT_EXPORTED
+                assert caught.value.metadata["rule"] == "default"
+            with pytest.raises(FederationError) as caught:
+                await Link.connect(birch.address, "birch", ASH, Errand(is_live=True))
+            assert caught.value.reason is Reason.NOT_EXPORTED
+            # a session that is opened without asking first is refused as well
+            async with await Link.connect(birch.address, "birch", ASH) as link:
+                stub: twin_pb2_grpc.TwinAsyncStub = twin_pb2_grpc.TwinStub(link.line.channel)
+                call = stub.Session(metadata=claim("cedar"))
+                with pytest.raises(Exception, match="cedar may not have a what-if session"):
+                    await call.write(twin_pb2.SessionRequest(session="x", frame=1, epoch=1))
+                    await call.read()
+
+    bounded(story)
+
+
+def test_a_peer_can_neither_read_nor_set_what_is_not_exported_to_it(tmp_path: Path) -> None:
+    files = write_birch(tmp_path)
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            await Link.connect(birch.address, "birch", ASH) as link,
+        ):
+            (first,) = await steps(link, 1)
+            assert set(first.outputs) == {"grid_unserved", "clinic_beds_free"}
+            for wrong, reason in (
+                (StepInput(0, 0, {"grid_secret": np.zeros(1)}), Reason.UNKNOWN_VARIABLE),
+                (StepInput(0, 0, {"clinic_power": np.zeros(2)}), Reason.UNKNOWN_VARIABLE),
+                (
+                    StepInput(0, actions=(Action("birch", "grid_shed", "S1", 1.0),)),
+                    Reason.NOT_EXPORTED,
+                ),
+                (StepInput(1), Reason.INVALID_FRAME),
+            ):
+                session = await link.session("birch", 1, {}, 1)
+                with pytest.raises(FederationError) as caught:
+                    await session.advance([wrong])
+                assert caught.value.reason is reason
+                await session.close()
+
+    bounded(story)
+
+
+def test_an_action_of_a_peer_takes_effect_in_its_own_what_if_only(tmp_path: Path) -> None:
+    more = "  - {name: shed, who: [ash], what: {actions: [grid.shed], entities: ['S*']}}\n"
+    files = write_birch(tmp_path, BIRCH_POLICY + more)
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            await Link.connect(birch.address, "birch", ASH) as link,
+        ):
+            session = await link.session("birch", 3, {}, 1)
+            shed = tuple(Action("birch", "grid_shed", s, 5.0) for s in ("S1", "S2"))
+            results = await session.advance([StepInput(0, actions=shed)])
+            results += await session.advance([StepInput(n * STEP_NS) for n in range(1, 7)])
+            alone = await steps(link, 7)
+            unserved = [values(found, "grid_unserved") for found in (results, alone)]
+            assert unserved[0][-1] == [0.0] < unserved[1][-1]
+            with pytest.raises(FederationError) as caught:
+                north = Action("birch", "grid_shed", "N1", 5.0)
+                await session.advance([StepInput(7 * STEP_NS, actions=(north,))])
+            assert caught.value.reason is Reason.NOT_EXPORTED
+
+    bounded(story)
+
+
+def test_a_repeated_frame_gets_the_same_answer_and_one_session_is_nobody_elses(
+    tmp_path: Path,
+) -> None:
+    """What the contract asks of any twin, asked of a city with nothing but its protos."""
+    files = write_birch(tmp_path, BIRCH_POLICY.replace("[ash]", "[ash, cedar]"))
+
+    async def ask(
+        stub: twin_pb2_grpc.TwinAsyncStub, who: str, *frames: twin_pb2.SessionRequest
+    ) -> list[twin_pb2.SessionResponse]:
+        call = stub.Session(metadata=claim(who))
+        found = []
+        for frame in frames:
+            await call.write(frame)
+            answer = await call.read()
+            assert isinstance(answer, twin_pb2.SessionResponse)
+            found.append(answer)
+        await call.done_writing()
+        return found
+
+    def frame(number: int, epoch: int = 1) -> twin_pb2.SessionRequest:
+        request = twin_pb2.SessionRequest(session="s", frame=number, epoch=epoch)
+        if number == 1:
+            request.open.member, request.open.seed = "birch", 1
+        else:
+            request.advance.steps.add(time_ns=(number - 2) * STEP_NS)
+        return request
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            await Link.connect(birch.address, "birch", ASH) as link,
+        ):
+            stub: twin_pb2_grpc.TwinAsyncStub = twin_pb2_grpc.TwinStub(link.line.channel)
+            opened, one, again, late, stale = await ask(
+                stub, "ash", frame(1), frame(2), frame(2), frame(9), frame(3, 0)
+            )
+            assert opened.HasField("opened") and one.HasField("advanced")
+            assert again == one
+            assert late.error.reason == "INVALID_FRAME"
+            assert stale.error.reason == "STALE_EPOCH"
+            # the same id is another session for another reader
+            (other,) = await ask(stub, "cedar", frame(3))
+            assert (other.error.reason, other.error.metadata["expected_frame"]) == (
+                "INVALID_FRAME",
+                "1",
+            )
+            (on,) = await ask(stub, "ash", frame(3))
+            assert on.HasField("advanced") and not on.HasField("error")
+
+    bounded(story)
+
+
+# -- how much ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"),
+    [
+        ("sessions: 1", "sessions"),
+        ("steps: 4", "steps"),
+        ("cpu_s: 0.001", "cpu_s"),
+        ("wall_s: 0.001", "wall_s"),
+        ("horizon_h: 0.25", "horizon_h"),
+    ],
+)
+def test_a_peer_uses_no_more_than_its_limits(tmp_path: Path, limits: str, name: str) -> None:
+    files = write_birch(tmp_path, BIRCH_POLICY + f"limits: [{{who: [ash], {limits}}}]\n")
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            await Link.connect(birch.address, "birch", ASH) as link,
+        ):
+            assert link.max_sessions == (1 if name == "sessions" else 2)
+            with pytest.raises(FederationError) as caught:
+                session = await link.session("birch", 1, {}, 1)
+                if name == "sessions":
+                    await link.session("birch", 2, {}, 1)
+                await session.advance([StepInput(0)])
+                await session.advance([StepInput(n * STEP_NS) for n in range(1, 6)])
+            assert caught.value.reason is Reason.PEER_LIMIT
+            assert caught.value.metadata["limit"] == name
+            if name == "sessions":  # one that ends makes room
+                await session.close()
+                await link.session("birch", 2, {}, 1)
+
+    bounded(story)
+
+
+# -- rings ---------------------------------------------------------------------------------------
+
+
+def free_ports(count: int) -> list[int]:
+    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(one.getsockname()[1]) for one in with_ports]
+    for one in with_ports:
+        one.close()
+    return ports
+
+
+@asynccontextmanager
+async def ring(folder: Path, on_loop: str) -> AsyncIterator[dict[str, BrokerServer]]:
+    """Three cities, each of which has the next one as a member of its scenario."""
+    names = ("ash", "birch", "cedar")
+    ports = dict(zip(names, free_ports(3), strict=True))
+    policy = folder / "policy.yaml"
+    policy.write_text(RELAY_POLICY, encoding="utf-8")
+    async with AsyncExitStack() as stack:
+        brokers = {}
+        for name, beyond in zip(names, (*names[1:], names[0]), strict=True):
+            file = folder / f"{name}.yaml"
+            file.write_text(relay(name, f"127.0.0.1:{ports[beyond]}", on_loop), encoding="utf-8")
+            made = city(name, file, policy, ports[name])
+            brokers[name] = await stack.enter_async_context(made)
+        yield brokers
+
+
+class OfAsh(Relay):
+    """The relay of ash as a service."""
+
+    def __init__(self) -> None:
+        super().__init__("ash")
+
+
+def from_ash(brokers: dict[str, BrokerServer]) -> str:
+    """A run of ash in which somebody writes something that goes around."""
+    return f"""
+name: ash-talk
+region: ash
+horizon_h: 1
+members:
+  writer: {{class: "tests.cities:Writer"}}
+  relay: {{class: "tests.cities:Relay"}}
+  beyond: {there(brokers["birch"].address)}
+couplings:
+  - {{from: writer.said, to: relay.heard}}
+  - {{from: relay.said, to: beyond.relay_heard}}
+"""
+
+
+def test_in_a_ring_of_three_brokers_a_write_arrives_at_each_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with ring(tmp_path, "leave-out") as brokers:
+            async with present(brokers["ash"].address, writer=Writer, relay=OfAsh):
+                await brokers["ash"].members_ready(["writer", "relay"], 10)
+                scenario = parse(from_ash(brokers))
+                ARRIVED.clear()
+                outcome = await brokers["ash"].run(scenario, case_of(scenario))
+                assert sorted(ARRIVED) == [("ash", 7.0), ("birch", 7.0), ("cedar", 7.0)]
+                # what birch has told of it goes back to what was written in ash
+                arrived = [e for e in outcome.events if e.owner == "beyond"]
+                assert [(e.event.kind, len(e.event.causes)) for e in arrived] == [
+                    ("relay_arrived", 1)
+                ]
+
+    bounded(story)
+
+
+def test_a_broker_that_finds_its_own_name_in_the_path_refuses(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with ring(tmp_path, "refuse") as brokers:
+            async with present(brokers["ash"].address, writer=Writer, relay=OfAsh):
+                await brokers["ash"].members_ready(["writer", "relay"], 10)
+                scenario = parse(from_ash(brokers))
+                with pytest.raises(FederationError) as caught:
+                    await brokers["ash"].run(scenario, case_of(scenario))
+                assert caught.value.reason is Reason.PATH_LOOP
+                assert caught.value.metadata["path"] == "ash,birch,cedar"
+                assert caught.value.metadata["city"] == "ash"
+
+    bounded(story)
+
+
+# -- the run that goes on ------------------------------------------------------------------------
+
+
+class Wire(Proxy):
+    """A line between two brokers that can be down."""
+
+    is_down = False
+    cuts = 0
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_down:
+            writer.transport.abort()
+            return
+        await super()._accept(reader, writer)
+
+    def down(self) -> None:
+        self.is_down = True
+        self.cut()
+
+
+async def cut_again_and_again(wire: Wire) -> None:
+    while True:
+        await asyncio.sleep(0.1)
+        wire.cuts += wire.cut()
+
+
+@asynccontextmanager
+async def wire_to(broker: BrokerServer) -> AsyncIterator[Wire]:
+    wire = Wire(int(broker.address.rpartition(":")[2]), lambda blow: None)
+    await wire.start()
+    try:
+        yield wire
+    finally:
+        await wire.stop()
+
+
+def live_policy(patience_s: float) -> str:
+    """Birch lets ash look at its live run, too; a session waits so long for it."""
+    sessions = BIRCH_POLICY.replace("sessions: [what-if]", "sessions: [what-if, live]")
+    return f"{sessions}patience_s: {patience_s}\n"
+
+
+def watching(address: str, pace: str = "") -> str:
+    """Ash looks at the live run of birch."""
+    return f"""
+name: ash-looks
+region: ash
+horizon_h: 1
+members:
+  helper: {{class: "tests.cities:Helper"}}
+  birch: {there(address, "{session: live}", ", on_failure: recover")}
+couplings:
+  - {{from: birch.grid_unserved, to: helper.missing, delay_min: 5}}
+{pace}
+"""
+
+
+def told_of_birch(outcome: Outcome, variable: str) -> dict[int, tuple[float, Quality]]:
+    return {
+        r.time_ns: (float(r.value[0]), r.quality)
+        for r in outcome.ledger
+        if isinstance(r, Record) and (r.owner, r.variable) == ("birch", variable)
+    }
+
+
+async def lived(birch: BrokerServer, run: str, variable: str, time_ns: int) -> float:
+    """A value of birch's own record at an instant."""
+    found = birch.store.history(run, "grid", variable, 0, time_ns)
+    record = found[-1].entry
+    assert isinstance(record, Record)
+    return float(record.value[0])
+
+
+def test_a_live_session_sees_the_run_of_the_city_as_it_is_at_each_instant(tmp_path: Path) -> None:
+    files = write_birch(tmp_path, live_policy(5))
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            present(birch.address, grid=Grid, clinic=Clinic),
+            caller(helper=Helper) as broker,
+        ):
+            await birch.members_ready(["grid", "clinic"], 10)
+            scenario = parse(watching(birch.address))
+            with pytest.raises(FederationError) as caught:
+                await broker.run(scenario, case_of(scenario))
+            assert caught.value.reason is Reason.NOT_LIVE
+            own = parse(BIRCH + "pace: {factor: 3600}\n")
+            live, task = await birch.begin(own, case_of(own, 11), None)
+            outcome = await broker.run(scenario, case_of(scenario), keep_ledger=True)
+            seen = told_of_birch(outcome, "grid_unserved")
+            assert len(seen) > 5
+            for time_ns, (value, quality) in seen.items():
+                assert quality is Quality.GOOD
+                assert value == await lived(birch, live.name, "unserved", time_ns)
+            assert any(e.event.kind == "grid_short_of_power" for e in outcome.events)
+            await live.cancel()
+            await asyncio.wait([task])
+
+    bounded(story)
+
+
+def test_where_the_run_of_the_city_has_not_come_yet_values_are_held_and_marked(
+    tmp_path: Path,
+) -> None:
+    files = write_birch(tmp_path, live_policy(0))
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            present(birch.address, grid=Grid, clinic=Clinic),
+            caller(helper=Helper) as broker,
+        ):
+            await birch.members_ready(["grid", "clinic"], 10)
+            own = parse(BIRCH + "pace: {factor: 1}\n")
+            live, task = await birch.begin(own, case_of(own, 11), None)
+            scenario = parse(watching(birch.address))
+            outcome = await broker.run(scenario, case_of(scenario), keep_ledger=True)
+            marks = [e.event for e in outcome.events if e.event.kind == "member_held"]
+            assert [(e.entity, "not come further" in e.text) for e in marks] == [("birch", True)]
+            seen = told_of_birch(outcome, "grid_unserved")
+            assert {q for t, (_, q) in seen.items() if t >= marks[0].time_ns} == {Quality.HELD}
+            await live.cancel()
+            await asyncio.wait([task])
+
+    bounded(story)
+
+
+def test_a_city_goes_on_alone_when_the_line_is_down_and_both_agree_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    """The values of the neighbour are marked as stale meanwhile; nothing of them is lost."""
+    files = write_birch(tmp_path, live_policy(1))
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            present(birch.address, grid=Grid, clinic=Clinic),
+            caller(LinkOptions(resume_timeout_s=30), helper=Helper) as broker,
+            wire_to(birch) as wire,
+        ):
+            await birch.members_ready(["grid", "clinic"], 10)
+            own = parse(BIRCH + "pace: {factor: 1200}\n")
+            live, task = await birch.begin(own, case_of(own, 11), None)
+            pace = "pace: {factor: 1200, when_late: degrade, late_after_s: 0.3}"
+            scenario = parse(watching(f"127.0.0.1:{wire.port}", pace))
+            own_run, asks = await broker.begin(scenario, case_of(scenario), None, keep_ledger=True)
+            await asyncio.sleep(0.6)
+            wire.down()
+            await asyncio.sleep(1.0)
+            wire.is_down = False
+            outcome = await asks
+            kinds = [
+                e.event.kind
+                for e in outcome.events
+                if isinstance(e, EventRecord) and e.owner == "federation"
+            ]
+            assert kinds[:2] == ["member_stale", "member_good"]
+            seen = told_of_birch(outcome, "grid_unserved")
+            good = {t: value for t, (value, q) in seen.items() if q is Quality.GOOD}
+            assert any(q is Quality.STALE for _, q in seen.values())
+            last_ns = max(good)
+            assert good[last_ns] == await lived(birch, live.name, "unserved", last_ns)
+            own_last = await lived(birch, live.name, "unserved", 60 * MINUTE_NS)
+            assert seen[max(seen)][0] == own_last
+            await live.cancel()
+            await asyncio.wait([task])
 
     bounded(story)

@@ -32,9 +32,6 @@ from federation.wire.serve import ServeOptions, TwinService
 READERS = 256
 """How many readers are served at a time; each may open sessions as its limits let it."""
 
-PATIENCE_S = 1.0
-"""How long a session that looks at the live run waits for it to come to the reader's instant."""
-
 
 @dataclass(frozen=True, slots=True)
 class GateOptions:
@@ -42,7 +39,6 @@ class GateOptions:
 
     max_message_bytes: int
     takes_claims: bool
-    patience_s: float = PATIENCE_S
     linger_s: float = 60.0
 
 
@@ -235,7 +231,7 @@ class Gate(peer_pb2_grpc.PeersServicer):
             run = self._record.run()
             rights = Rights(self._interior_of(run), standing, mode)
             self._note(rights, reader)
-            return LiveCity(rights, self._record, run, self.options.patience_s)
+            return LiveCity(rights, self._record, run, policy.patience_s)
         rights = Rights(self.city.interior(path), standing, mode)
         self._note(rights, reader)
         horizon_ns = None if limits.horizon_h is None else round(limits.horizon_h * HOUR_NS)

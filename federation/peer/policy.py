@@ -329,6 +329,7 @@ class Policy(Part):
     version: PositiveInt
     doc: str = ""
     step_min: Positive = Field(5.0, description="of the run, between two steps of the city")
+    patience_s: Span = Field(1.0, description="a session waits for the live run to come along")
     areas: dict[Word, Area] = {}
     emergencies: dict[Word, Emergency] = {}
     limits: tuple[Limits, ...] = ()
