@@ -167,5 +167,3 @@ def add_policy(commands: Any) -> None:
         one.add_argument(
             "--scenario", type=Path, metavar="FILE", help="the city's, to know what there is"
         )
-
-

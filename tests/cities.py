@@ -231,7 +231,13 @@ class Writer(Twin):
 RELAY_POLICY = """
 version: 1
 rules:
-  - {name: all-of-it, who: ['*'], what: {sessions: [what-if], variables: [relay.said], inputs: [relay.heard], events: [relay.*]}}
+  - name: all-of-it
+    who: ['*']
+    what:
+      sessions: [what-if]
+      variables: [relay.said]
+      inputs: [relay.heard]
+      events: [relay.*]
 """
 
 

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from federation.broker.live import LiveRun
 from federation.broker.store import Store
 from federation.peer.live import Page, no_run
+from federation.scenario.spec import PLANNER
 from federation.twin import Description
 
 
 class RunRecord:
     """The newest run of a scenario that goes on and is neither a replay nor a what-if."""
 
-    def __init__(
-        self, city: str, scenario: str, store: Store, live: Mapping[str, LiveRun]
-    ) -> None:
+    def __init__(self, city: str, scenario: str, store: Store, live: Mapping[str, LiveRun]) -> None:
         self._city, self._scenario, self._store, self._live = city, scenario, store, live
 
     def run(self) -> str:
@@ -34,7 +33,7 @@ class RunRecord:
         live = self._live.get(run)
         if live is None:
             raise no_run(self._city)
-        return live.descriptions
+        return {name: d for name, d in live.descriptions.items() if name != PLANNER}
 
     def read(self, run: str, after: int) -> Page:
         """The next part of its record; fails with RUN_NOT_FOUND."""

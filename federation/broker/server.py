@@ -527,7 +527,9 @@ class BrokerServer:
         needed = {name: member for name, member in members.items() if name not in over}
         places = _places(members, self._path)
         for name, place in memory.places.items():
-            places[name] = replace(place, errand=places[name].errand if name in places else NO_ERRAND)
+            places[name] = replace(
+                place, errand=places[name].errand if name in places else NO_ERRAND
+            )
         here = {name: places[name] for name in needed}
         patience_s = max((m.on_failure.back_within_s for m in needed.values()), default=0.0)
         loop = asyncio.get_running_loop()

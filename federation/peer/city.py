@@ -1,4 +1,4 @@
-"""A city as a twin: one session of it is one run of its scenario, as far as a reader may have it."""
+"""A city as a twin: a session of it is a run of its scenario, as far as a reader may have it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class LocalQuarters:
         if spec.twin is None:
             raise ScenarioError(
                 Reason.SCENARIO_INVALID,
-                f"{member} is only a service at {spec.address}; a broker has it, a process does not",
+                f"{member} is only a service at {spec.address}, which only a broker calls",
                 {"member": member},
             )
         return build_twin(spec.twin, spec.config)
@@ -269,14 +269,10 @@ class Rights:
     def event(self, owner: str, event: Event) -> Decision:
         """Whether an event may be told of, and how finely."""
         policy, asked = self._standing()
-        entity = self._entities.get((owner, event.entity))
+        # one that the city does not list is of no kind and in no place
+        entity = self._entities.get((owner, event.entity), Entity(event.entity, ""))
         is_relayed = owner in self._interior.cities
-        # without a known entity, rules about some entities are held against it and not for it
         thing = Thing(Sort.EVENT, f"{owner}.{event.kind}", entity, is_relayed=is_relayed)
-        if entity is None:
-            thing = Thing(
-                thing.sort, thing.name, Entity(event.entity, ""), is_relayed=is_relayed
-            )
         return decide(policy, asked, thing)
 
     def action(self, action: Action) -> None:
@@ -411,7 +407,7 @@ class CityRun(Twin):
         """Per entry the event that explains it from now on, where it is told of as it is."""
         view = next(view for view in self._rights.export.views if view.name == name)
         inside = seen.causes.get((view.member, view.variable))
-        if not inside or view.resolution.space != "each" or not _is_prompt(view.resolution):
+        if not inside or not view.resolution.is_of_each_at_once:
             return NOTHING
         found = {}
         for index, (column,) in enumerate(view.groups):
@@ -449,10 +445,6 @@ class CityRun(Twin):
         if self._inner is not None:
             self._inner.close()
             self._inner = None
-
-
-def _is_prompt(resolution: object) -> bool:
-    return not (getattr(resolution, "window_ns", 0) or getattr(resolution, "delay_ns", 0))
 
 
 class CityTwin(CityRun):

@@ -113,13 +113,10 @@ def _things(member: str, description: Description) -> Iterable[tuple[Thing, str]
         yield Thing(Sort.ACTION, name, risk=actuator.risk), actuator.kind
 
 
-def _lines(
-    policy: Policy, asked: Question, thing: Thing, entities: Sequence[Entity]
-) -> list[Line]:
+def _lines(policy: Policy, asked: Question, thing: Thing, entities: Sequence[Entity]) -> list[Line]:
     """One line for all entities for which the answer is the same."""
     if not any(
-        rule.what.is_selective
-        for rule in concerning(policy, asked.reader, thing.sort, thing.name)
+        rule.what.is_selective for rule in concerning(policy, asked.reader, thing.sort, thing.name)
     ):
         ids = () if entities and entities[0].kind == SYSTEM else tuple(e.id for e in entities)
         return [Line(thing.sort, thing.name, ids, len(ids), decide(policy, asked, thing))]
@@ -137,12 +134,12 @@ def _lines(
 def table(lines: Sequence[Line]) -> str:
     """The lines with their columns one below the other."""
     rows = [("what", "name", "of", "sees", "rule", "why")]
-    rows += [
-        (ln.sort.value, ln.name, ln.whose, ln.gets, ln.decision.rule, ln.why) for ln in lines
-    ]
+    rows += [(ln.sort.value, ln.name, ln.whose, ln.gets, ln.decision.rule, ln.why) for ln in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        "  ".join(
+            [*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]
+        ).rstrip()
         for row in rows
     )
 
@@ -158,9 +155,7 @@ def advice(policy: Policy, lines: Sequence[Line], asked: Question) -> list[str]:
             f"{asked.reader} may begin no session, so it gets nothing over the wire, whatever else "
             "is allowed: a rule with `what: {sessions: [what-if]}` lets it"
         )
-    if not any(
-        asked.reader.is_meant_by(pattern) for rule in policy.rules for pattern in rule.who
-    ):
+    if not any(asked.reader.is_meant_by(pattern) for rule in policy.rules for pattern in rule.who):
         said.append(
             f"no rule is for {asked.reader}: a rule's `who` has spiffe://CITY/ROLE/NAME, or the "
             "name of a city, in which * stands for any text"
@@ -181,5 +176,3 @@ def unused(policy: Policy, interior: Interior) -> list[str]:
         for pattern in rule.what.named(sort)
         if not any(matches_any((pattern,), name) for name in names[sort])
     ]
-
-

@@ -8,6 +8,7 @@ variable in the same way but not as finely, the second's has the name of the rul
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -257,7 +258,7 @@ class _Makes:
         if resolution.space == "each":
             kind = self._kind(member, description, variable.kind, columns, rule, variable.name)
             name = self._name(f"{member}_{variable.name}", rule)
-            groups = tuple((column,) for column in columns)
+            groups: tuple[tuple[int, ...], ...] = tuple((column,) for column in columns)
             told = replace(variable, name=name, kind=kind)
         else:
             grouped = self._groups(description, variable.kind, columns, resolution)
@@ -319,17 +320,21 @@ class _Makes:
     def _told_kind(self, plain: str, rule: str, variable: str, told: Sequence[Entity]) -> str:
         """The name of the kind that has just these entities; a new one when there is none."""
         ids = tuple(entity.id for entity in told)
-        for name in (plain, f"{plain}_{_plain(rule)}", f"{plain}_{_plain(rule)}_{variable}"):
-            if name not in self._kinds:
-                self.entities += [replace(entity, kind=name) for entity in told]
-                self._kinds[name] = ids
-            if self._kinds[name] == ids:
-                return name
-        raise AssertionError("a rule tells of a variable once")
+        name = plain
+        more = itertools.chain((_plain(rule), variable), map(str, itertools.count(2)))
+        while self._kinds.get(name, ids) != ids:
+            name = f"{name}_{next(more)}"
+        if name not in self._kinds:
+            self.entities += [replace(entity, kind=name) for entity in told]
+            self._kinds[name] = ids
+        return name
 
     def _name(self, name: str, rule: str) -> str:
-        taken = {variable.name for variable in (*self.variables, *self.actuators)}
-        return name if name not in taken else f"{name}_{_plain(rule)}"
+        taken = {variable.name for variable in self.variables}
+        taken |= {actuator.name for actuator in self.actuators}
+        while name in taken:
+            name = f"{name}_{_plain(rule)}"
+        return name
 
 
 def _select(rules: Iterable[Rule]) -> bool:
@@ -359,9 +364,7 @@ class Lens:
     def __init__(self, views: Iterable[View]) -> None:
         self._sights = [_Sight(view) for view in views]
 
-    def see(
-        self, time_ns: int, values: Mapping[tuple[str, str], Vector]
-    ) -> dict[str, Vector]:
+    def see(self, time_ns: int, values: Mapping[tuple[str, str], Vector]) -> dict[str, Vector]:
         """What is told at an instant, counted from the start, at which these are the values."""
         told = {}
         for sight in self._sights:

@@ -108,7 +108,7 @@ class PeerService(TwinService):
             max_message_bytes=gate.options.max_message_bytes, linger_s=gate.options.linger_s
         )
         super().__init__(lambda: _Nothing(gate.city.name), f"city {gate.city.name}", options)
-        self._gate, self._reader = gate, reader
+        self._gate, self.reader = gate, reader
         self.budget = Budget()
 
     @property
@@ -116,11 +116,12 @@ class PeerService(TwinService):
         """Whether the reader has no session and nothing under way."""
         return not self._streams and not any(h.session for h in self._sessions.values())
 
-    def _limits(self) -> Limits:
-        return self._gate.policy.limits_of(self._reader)
+    def limits(self) -> Limits:
+        """How much it may use, now."""
+        return self._gate.policy.limits_of(self.reader)
 
     def _fullness(self) -> FederationError | None:
-        limit = self._limits().sessions
+        limit = self.limits().sessions
         hosted = self._sessions.values()
         # a session that is being opened has no answer yet
         if sum(one.session is not None or one.answer is None for one in hosted) < limit:
@@ -128,7 +129,7 @@ class PeerService(TwinService):
         return over_limit("sessions", f"{limit} at a time, and all are in use")
 
     def _open(self, hosted: Any, opened: twin_pb2.SessionRequest.Open) -> None:
-        self.budget.check(self._limits())
+        self.budget.check(self.limits())
         alone = twin_pb2.SessionRequest.Open()
         alone.CopyFrom(opened)
         # nobody acts on a peer's session but the peer
@@ -137,12 +138,12 @@ class PeerService(TwinService):
             super()._open(hosted, alone)
 
     def _restore(self, hosted: Any, restore: Any, restored: Any) -> None:
-        self.budget.check(self._limits())
+        self.budget.check(self.limits())
         with self.budget.spending():
             super()._restore(hosted, restore, restored)
 
     def _advance(self, hosted: Any, advance: Any, response: Any) -> None:
-        limits = self._limits()
+        limits = self.limits()
         self.budget.check(limits)
         hosted.steps += len(advance.steps)
         if hosted.steps > limits.steps:
@@ -151,7 +152,7 @@ class PeerService(TwinService):
             super()._advance(hosted, advance, response)
 
     def _build(self, opened: twin_pb2.SessionRequest.Open) -> Twin:
-        return self._gate.build(self._reader, Errand.decode(opened.errand), self._limits())
+        return self._gate.build(self.reader, Errand.decode(opened.errand), self.limits())
 
 
 class Gate(peer_pb2_grpc.PeersServicer):
@@ -249,7 +250,13 @@ class Gate(peer_pb2_grpc.PeersServicer):
         version = self.city.version
         return Interior(self.city.name, descriptions, self.city.cities, {}, version)
 
-    def _export(self, reader: Reader, errand: Errand) -> Export:
+    def _export(self, service: PeerService, errand: Errand) -> Export:
+        """What a reader may have now; it is said at its expense."""
+        service.budget.check(service.limits())
+        with service.budget.spending():
+            return self._exported(service.reader, errand)
+
+    def _exported(self, reader: Reader, errand: Errand) -> Export:
         policy, asked = self.policy, self._file.question(reader, errand.purpose)
         path, mode = self._path(errand), _mode(errand)
         _check_may_begin(policy, asked, mode)
@@ -273,8 +280,16 @@ class Gate(peer_pb2_grpc.PeersServicer):
     def _reader(self, context: grpc.aio.ServicerContext[Any, Any]) -> Reader:
         return Reader(caller.identity_of(context, takes_claims=self.options.takes_claims))
 
-    def _service(self, reader: Reader) -> PeerService:
-        """What serves a reader; one that has nothing under way makes room for another."""
+    def _service(self, context: grpc.aio.ServicerContext[Any, Any]) -> PeerService:
+        """What serves a caller; one that has nothing under way makes room for another.
+
+        Who is nobody, or may have nothing at any time, is refused and costs nothing.
+        """
+        reader = self._reader(context)
+        meant = (who for rule in self.policy.rules if not rule.denies for who in rule.who)
+        if not any(reader.is_meant_by(pattern) for pattern in meant):
+            asked = self._file.question(reader, "")
+            raise refusal(self.policy, asked, Sort.SESSION, "what-if")
         found = self._services.get(reader.identity)
         if found is None:
             if len(self._services) >= READERS:
@@ -293,33 +308,25 @@ class Gate(peer_pb2_grpc.PeersServicer):
         context: grpc.aio.ServicerContext[twin_pb2.DescribeRequest, twin_pb2.DescribeResponse],
     ) -> twin_pb2.DescribeResponse:
         async with status.refusing(context):
-            reader = self._reader(context)
-            work = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._export, reader, Errand.decode(request.errand)
+            service = self._service(context)
+            export = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._export, service, Errand.decode(request.errand)
             )
-            export = await work
             return twin_pb2.DescribeResponse(
                 description=codec.encode_description(export.description),
                 max_message_bytes=self.options.max_message_bytes,
                 takes_batches=True,
-                max_sessions=self.policy.limits_of(reader).sessions,
+                max_sessions=service.limits().sessions,
             )
         raise AssertionError("abort raises")
 
-    async def Session(
+    async def Session(  # noqa: N802
         self,
         request_iterator: object,
         context: grpc.aio.ServicerContext[twin_pb2.SessionRequest, bytes],
-    ) -> None:  # noqa: N802
+    ) -> None:
         async with status.refusing(context):
-            reader = self._reader(context)
-            asked = self._file.question(reader, "")
-            # who is nobody, or no reader of anything, gets no thread of its own
-            if not any(
-                reader.is_meant_by(pattern) for rule in self.policy.rules for pattern in rule.who
-            ):
-                raise refusal(self.policy, asked, Sort.SESSION, "what-if")
-            service = self._service(reader)
+            service = self._service(context)
         await service.Session(request_iterator, context)
 
     async def ReadClock(  # noqa: N802
@@ -340,7 +347,7 @@ class Gate(peer_pb2_grpc.PeersServicer):
         ],
     ) -> twin_pb2.FlexibilityResponse:
         async with status.refusing(context):
-            return await self._service(self._reader(context)).Flexibility(request, context)
+            return await self._service(context).Flexibility(request, context)
         raise AssertionError("abort raises")
 
     async def Ask(  # noqa: N802
@@ -387,4 +394,3 @@ def _check_may_begin(policy: Policy, asked: Question, mode: Mode) -> None:
     """Before anything else is looked at: who may have no session costs nothing."""
     if not may_begin(policy, asked, mode).allowed:
         raise refusal(policy, asked, Sort.SESSION, mode)
-

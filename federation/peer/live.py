@@ -130,7 +130,8 @@ class LiveCity(Twin):
 
 def _split(entries: Iterable[Entry], time_ns: int) -> tuple[list[Entry], list[Entry]]:
     """Those up to and including an instant, and those after it."""
-    now, later = [], []
+    now: list[Entry] = []
+    later: list[Entry] = []
     for entry in entries:
         (now if entry.time_ns <= time_ns else later).append(entry)
     return now, later

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
@@ -27,7 +27,8 @@ from federation.twin import MINUTE_NS, Entity, Risk
 DEFAULT = "default"
 """The name of the rule that no document has: whatever nobody allowed is refused."""
 
-DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = get_args(Day)
 DAY_MIN = 24 * 60
 
 
@@ -134,9 +135,9 @@ class Emergency(Part):
 class Hours(Part):
     """A time of day, on some days: from `from` up to `to`, which may be on the next day."""
 
-    start: Clock = Field(0, alias="from")
-    end: Clock = Field(DAY_MIN, alias="to")
-    days: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = DAYS
+    start: Clock = Field(default=0, alias="from")
+    end: Clock = Field(default=DAY_MIN, alias="to")
+    days: tuple[Day, ...] = DAYS
     zone: Annotated[str, AfterValidator(_zone)] = "UTC"
 
     @model_validator(mode="after")
@@ -181,8 +182,8 @@ class Resolution(Part):
     window_min: Span = 0.0
     take: Literal["mean", "max", "min", "sum", "last"] = "mean"
     delay_min: Span = 0.0
-    round_to: Positive | None = Field(None, description="in the variable's unit")
-    text: bool = Field(False, description="of events, also the sentence for people")
+    round_to: Positive | None = Field(default=None, description="in the variable's unit")
+    text: bool = Field(default=False, description="of events, also the sentence for people")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -199,6 +200,11 @@ class Resolution(Part):
     @property
     def delay_ns(self) -> int:
         return round(self.delay_min * MINUTE_NS)
+
+    @property
+    def is_of_each_at_once(self) -> bool:
+        """Whether an entry that is told is an entry of now."""
+        return self.space == "each" and not self.window_ns and not self.delay_ns
 
     @property
     def is_exact(self) -> bool:
@@ -220,6 +226,9 @@ class Resolution(Part):
         return ", ".join(parts) or "as it is"
 
 
+AS_IT_IS = Resolution()
+
+
 class What(Part):
     """What a rule is about: patterns of `member.name`, and which entities of them.
 
@@ -227,12 +236,12 @@ class What(Part):
     that is given.
     """
 
-    variables: tuple[Dotted, ...] = Field((), description="that the reader may see")
-    inputs: tuple[Dotted, ...] = Field((), description="that it may set in its what-ifs")
-    events: tuple[Dotted, ...] = Field((), description="member.kind")
-    actions: tuple[Dotted, ...] = Field((), description="member.actuator")
-    risk: tuple[Risk, ...] = Field(tuple(Risk), description="classes of actions")
-    flexibility: tuple[Dotted, ...] = Field((), description="member.port")
+    variables: tuple[Dotted, ...] = Field(default=(), description="that the reader may see")
+    inputs: tuple[Dotted, ...] = Field(default=(), description="that it may set in its what-ifs")
+    events: tuple[Dotted, ...] = Field(default=(), description="member.kind")
+    actions: tuple[Dotted, ...] = Field(default=(), description="member.actuator")
+    risk: tuple[Risk, ...] = Field(default=tuple(Risk), description="classes of actions")
+    flexibility: tuple[Dotted, ...] = Field(default=(), description="member.port")
     sessions: tuple[Literal["what-if", "live"], ...] = ()
     kinds: tuple[Pattern, ...] = ()
     entities: tuple[Pattern, ...] = ()
@@ -283,12 +292,14 @@ class Rule(Part):
     what: What
     effect: Literal["allow", "deny"] = "allow"
     resolution: Resolution = Resolution()
-    purpose: tuple[Word, ...] = Field((), description="what the reader must say; none: anything")
+    purpose: tuple[Word, ...] = Field(
+        default=(), description="what the reader must say; none: anything"
+    )
     hours: Hours | None = None
-    emergency: str | None = Field(None, description="the rule holds while this is declared")
-    always: bool = Field(False, description="a denial that no emergency lifts")
-    relay: bool = Field(False, description="also of what the city has from another city")
-    why: str = Field("", description="what a reader is told who is refused by it")
+    emergency: str | None = Field(default=None, description="the rule holds while this is declared")
+    always: bool = Field(default=False, description="a denial that no emergency lifts")
+    relay: bool = Field(default=False, description="also of what the city has from another city")
+    why: str = Field(default="", description="what a reader is told who is refused by it")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -315,12 +326,12 @@ class Limits(Part):
     """
 
     who: tuple[Pattern, ...] = ("*",)
-    sessions: PositiveInt = Field(2, description="at a time")
-    steps: PositiveInt = Field(20_000, description="of one session")
-    cpu_s: Positive = Field(60.0, description="in steps and openings, of this process")
-    wall_s: Positive = Field(300.0, description="the same by the wall clock")
+    sessions: PositiveInt = Field(default=2, description="at a time")
+    steps: PositiveInt = Field(default=20_000, description="of one session")
+    cpu_s: Positive = Field(default=60.0, description="in steps and openings, of this process")
+    wall_s: Positive = Field(default=300.0, description="the same by the wall clock")
     per_min: Positive = 60.0
-    horizon_h: Positive | None = Field(None, description="as the city's scenario")
+    horizon_h: Positive | None = Field(default=None, description="as the city's scenario")
 
 
 class Policy(Part):
@@ -328,10 +339,12 @@ class Policy(Part):
 
     version: PositiveInt
     doc: str = ""
-    step_min: Positive = Field(5.0, description="of the run, between two steps of the city")
-    patience_s: Span = Field(1.0, description="a session waits for the live run to come along")
-    areas: dict[Word, Area] = {}
-    emergencies: dict[Word, Emergency] = {}
+    step_min: Positive = Field(default=5.0, description="of the run, between two steps of the city")
+    patience_s: Span = Field(
+        default=1.0, description="a session waits for the live run to come along"
+    )
+    areas: dict[Word, Area] = Field(default={})
+    emergencies: dict[Word, Emergency] = Field(default={})
     limits: tuple[Limits, ...] = ()
     rules: tuple[Rule, ...] = ()
 
@@ -343,7 +356,9 @@ class Policy(Part):
         for rule in self.rules:
             for area in rule.what.areas:
                 if area not in self.areas:
-                    raise ValueError(f"rules: {rule.name} names the area {area!r}: {_known(self.areas)}")
+                    raise ValueError(
+                        f"rules: {rule.name} names the area {area!r}: {_known(self.areas)}"
+                    )
             if rule.emergency is not None and rule.emergency not in self.emergencies:
                 known = _known(self.emergencies)
                 raise ValueError(f"rules: {rule.name} is for {rule.emergency!r}: {known}")
@@ -433,7 +448,7 @@ class Decision:
     rule: str
     reason: str = ""
     code: Code | None = None
-    resolution: Resolution = Resolution()
+    resolution: Resolution = AS_IT_IS
     declaration: Declaration | None = None
     """The emergency without which it would not be so."""
 
@@ -470,9 +485,7 @@ def concerning(policy: Policy, reader: Reader, sort: Sort, name: str) -> tuple[R
     )
 
 
-def decide_among(
-    rules: Iterable[Rule], policy: Policy, asked: Question, thing: Thing
-) -> Decision:
+def decide_among(rules: Iterable[Rule], policy: Policy, asked: Question, thing: Thing) -> Decision:
     """The same, of rules that are known to concern the reader and the name."""
     rules = [rule for rule in rules if _is_about(rule, thing, policy)]
     if thing.entity is None:
@@ -524,7 +537,11 @@ def _fault(rule: Rule, policy: Policy, asked: Question) -> tuple[Code, str] | No
 
     A reader that does not say what for is refused by denials for any purpose.
     """
-    if rule.purpose and asked.purpose not in rule.purpose and not (rule.denies and not asked.purpose):
+    if (
+        rule.purpose
+        and asked.purpose not in rule.purpose
+        and not (rule.denies and not asked.purpose)
+    ):
         wanted = ", ".join(rule.purpose)
         said = repr(asked.purpose) if asked.purpose else "no purpose"
         return Code.WRONG_PURPOSE, f"it is for {wanted}, and {said} was given"

@@ -28,9 +28,7 @@ Find = Callable[[str, Member, Errand], Awaitable[Link | None]]
 class ServiceStand:
     """A member whose steps are done by a service."""
 
-    def __init__(
-        self, session: LinkSession, link: Link, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, session: LinkSession, link: Link, loop: asyncio.AbstractEventLoop) -> None:
         self.session = session
         self._link, self._loop = link, loop
 
@@ -78,9 +76,7 @@ class ServiceQuarters:
             found[name] = self._local.describe_one(name) if described is None else described
         return found
 
-    def open(
-        self, member: str, seed: int, parameters: Mapping[str, float], path: Path_
-    ) -> Stand:
+    def open(self, member: str, seed: int, parameters: Mapping[str, float], path: Path_) -> Stand:
         opened = self._wait(self._open(member, seed, parameters, path))
         return self._local.open(member, seed, parameters, path) if opened is None else opened
 
