@@ -17,8 +17,9 @@ from federation.core.ledger import EventRecord, Quality, Record
 from federation.errors import FederationError, Reason
 from federation.peer.gate import Budget
 from federation.peer.policy import Limits
+from federation.planners import planner
 from federation.scenario.run import Case, Outcome, run_local
-from federation.scenario.spec import Scenario, parse
+from federation.scenario.spec import Scenario, load, parse
 from federation.scenario.study import cases
 from federation.twin import MINUTE_NS, Action, StepInput, StepResult, Twin
 from federation.v1 import twin_pb2, twin_pb2_grpc
@@ -43,6 +44,7 @@ from tests.test_broker import present
 from tests.test_wire import bounded
 
 STEP_NS = 5 * MINUTE_NS
+SHELBY = Path(__file__).parents[1] / "twins/regions/shelby"
 ASH = LinkOptions(identity="spiffe://ash/peer/broker")
 
 
@@ -57,7 +59,12 @@ async def city(
 ) -> AsyncIterator[BrokerServer]:
     """A broker that serves a city to its peers."""
     options = BrokerOptions(
-        city=name, export=policy, city_scenario=scenario, grace_s=0.1, port=port
+        city=name,
+        export=policy,
+        city_scenario=scenario,
+        planner=planner,
+        grace_s=0.1,
+        port=port,
     )
     async with BrokerServer(options) as broker:
         yield broker
@@ -641,5 +648,53 @@ def test_a_city_goes_on_alone_when_the_line_is_down_and_both_agree_when_it_is_ba
             assert seen[max(seen)][0] == own_last
             await live.cancel()
             await asyncio.wait([task])
+
+    bounded(story)
+
+
+# -- a county ------------------------------------------------------------------------------------
+
+
+def test_shelby_as_a_neighbour_sees_it_is_what_shelby_is_as_far_as_it_may_be_seen() -> None:
+    """The first hour after the shock, against a run of the county alone."""
+    scenario = load(SHELBY / "earthquake.yaml")
+    hour = scenario.model_copy(update={"horizon_h": 1.0})
+    alone = run_local(hour, case_of(scenario, 3), planner, keep_ledger=True)
+
+    def of_shelby(member: str, variable: str, time_ns: int) -> np.ndarray:
+        found = [
+            r.value
+            for r in alone.ledger
+            if (r.owner, r.variable) == (member, variable) and r.time_ns <= time_ns
+        ]
+        return found[-1]
+
+    async def story() -> None:
+        identity = LinkOptions(identity="spiffe://nashville/peer/broker", connect_timeout_s=30)
+        async with (
+            city("shelby", SHELBY / "earthquake.yaml", SHELBY / "export.yaml") as shelby,
+            await Link.connect(shelby.address, "shelby", identity, Errand("planning")) as link,
+        ):
+            description = await link.describe()
+            assert {v.name for v in description.outputs()} == {
+                "energy_supplied_fraction_mean",
+                "energy_lacking_sum",
+                "energy_people_without_power_sum",
+                "city_people_without_water_sum",
+            }
+            assert description.ids("area") == ("north", "south")
+            session = await link.session("shelby", 3, {}, 1)
+            results = await session.advance([StepInput(n * STEP_NS) for n in range(13)])
+            people = {r.time_ns: r.outputs.get("energy_people_without_power_sum") for r in results}
+            for time_ns, told in people.items():
+                if time_ns < 3 * STEP_NS:
+                    assert told is None
+                    continue
+                true = of_shelby("energy", "people_without_power", time_ns - 3 * STEP_NS)
+                assert told is not None
+                assert told.tolist() == true.tolist()
+            shares = values(results, "energy_supplied_fraction_mean")
+            assert len(shares) == 4
+            assert all(round(20 * share, 6).is_integer() for pair in shares for share in pair)
 
     bounded(story)

@@ -305,6 +305,10 @@ CASES = [
          NIGHT),
     # sessions
     Case("ash asks for a what-if", ASH, S, "what-if", None, Gets("what-ifs")),
+    Case("its broker does under a certificate that calls it one", "spiffe://ash/broker/main", S,
+         "what-if", None, Gets("what-ifs")),
+    Case("somebody of ash whose role only begins like one", "spiffe://ash/peerless/x", S,
+         "what-if", None, DEFAULT),
     Case("an operator of ash does", KIM, S, "what-if", None, DEFAULT),
     Case("oak does", OAK, S, "what-if", None, DEFAULT),
     Case("ash asks to look at the live run, to help", ASH, S, "live", None, Gets("live-look"),

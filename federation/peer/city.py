@@ -195,7 +195,10 @@ class City:
         self, descriptions: Mapping[str, Description], case: Case
     ) -> tuple[Experiment, Planner | None]:
         """The scenario, wired, as far as its members are there."""
-        scenario = _without(self.scenario, self.scenario.members.keys() - descriptions.keys())
+        absent = self.scenario.members.keys() - descriptions.keys()
+        if self.factory is None:
+            absent |= {PLANNER}
+        scenario = _without(self.scenario, absent)
         planner = plan_member(scenario, descriptions, case, self.factory)
         if planner is not None and planner.foresees():
             raise ScenarioError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SCHEME = "spiffe://"
-PEER = "peer"
-"""The role of another city's broker, as it stands in its identity."""
+PEERS = ("peer", "broker")
+"""The roles of another city's broker, as they stand in its identity."""
 
 
 def matches(pattern: str, text: str) -> bool:
@@ -39,7 +39,7 @@ class Reader:
         if not self.identity.startswith(SCHEME):
             return self.identity
         city, _, path = self.identity.removeprefix(SCHEME).partition("/")
-        return city if path == PEER or path.startswith(f"{PEER}/") else ""
+        return city if path.partition("/")[0] in PEERS else ""
 
     def is_meant_by(self, pattern: str) -> bool:
         """Whether a rule for `pattern` is for this reader; none is for nobody.
