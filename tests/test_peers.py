@@ -136,6 +136,36 @@ def test_a_city_is_a_twin_with_the_same_ledger_in_process_and_between_two_broker
     bounded(story)
 
 
+def test_what_is_told_as_it_is_is_what_the_city_is(tmp_path: Path) -> None:
+    """Every output of birch at each of its steps as a city, against birch run alone."""
+    everything = BIRCH_POLICY[: BIRCH_POLICY.index("  - name: lack-of-power")]
+    everything += "  - {name: all, who: [ash], what: {variables: ['*'], events: ['*']}}\n"
+    files = write_birch(tmp_path, everything)
+    own = parse(BIRCH)
+    alone = run_local(own, case_of(own, 3), None, keep_ledger=True)
+
+    async def story() -> None:
+        async with (
+            city("birch", *files) as birch,
+            await Link.connect(birch.address, "birch", ASH) as link,
+        ):
+            session = await link.session("birch", 3, {}, 1)
+            results = await session.advance([StepInput(n * STEP_NS) for n in range(25)])
+            now: dict[str, list[float]] = {}
+            records = iter(alone.ledger)
+            record = next(records, None)
+            for result in results:
+                while record is not None and record.time_ns <= result.time_ns:
+                    now[f"{record.owner}_{record.variable}"] = record.value.tolist()
+                    record = next(records, None)
+                assert {n: v.tolist() for n, v in result.outputs.items()} == now
+            assert [(e.kind, e.entity) for r in results for e in r.events] == [
+                (f"{e.owner}_{e.event.kind}", e.event.entity) for e in alone.events
+            ]
+
+    bounded(story)
+
+
 def test_two_sessions_of_a_city_do_not_see_each_other(tmp_path: Path) -> None:
     files = write_birch(tmp_path)
 

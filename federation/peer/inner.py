@@ -164,10 +164,10 @@ class InnerRun:
         while True:
             if until_says and self._says is not None:
                 return
-            if not until_says and coordinator.now_ns > self._now_ns:
-                return
             if self._effects:
                 self._carry_out(self._effects.popleft())
+            elif not until_says and coordinator.now_ns > self._now_ns:
+                return  # with nothing settled that was not taken in
             elif self._working:
                 done, _ = wait(self._working, return_when=FIRST_COMPLETED)
                 for future in done:
