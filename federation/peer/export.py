@@ -180,38 +180,43 @@ class _Makes:
         self.entries: list[Entry] = []
         self.declared: dict[Declaration, None] = {}
         self._interior, self._policy, self._asked = interior, policy, asked
+        self._of_kind: dict[tuple[str, str], tuple[Entity, ...]] = {}
         self._kinds: dict[str, tuple[str, ...]] = {}
         """The ids of each kind that is told of."""
 
+    def _entities(self, member: str, kind: str) -> tuple[Entity, ...]:
+        key = (member, kind)
+        if key not in self._of_kind:
+            self._of_kind[key] = entities_of(self._interior.descriptions[member], kind)
+        return self._of_kind[key]
+
     def take_outputs(self, member: str, description: Description) -> None:
         for variable in description.outputs():
-            found = self._granted(Sort.VARIABLE, member, variable.name, description, variable.kind)
+            found = self._granted(Sort.VARIABLE, member, variable.name, variable.kind)
             for rule, resolution, columns in found:
-                view = self._view(member, variable, description, rule, resolution, columns)
+                view = self._view(member, variable, rule, resolution, columns)
                 if view is not None:
                     self.views.append(view)
 
     def take_inputs(self, member: str, description: Description) -> None:
         """Inputs that nothing in the city feeds; each is told of as one variable by each rule."""
         for variable in description.inputs():
-            found = self._granted(Sort.INPUT, member, variable.name, description, variable.kind)
+            found = self._granted(Sort.INPUT, member, variable.name, variable.kind)
             unfed = set(self._interior.unfed.get((member, variable.name), ()))
             for rule, _, columns in found:
                 free = tuple(column for column in columns if column in unfed)
                 if not free:
                     continue
-                kind = self._kind(member, description, variable.kind, free, rule, variable.name)
+                kind = self._kind(member, variable.kind, free, rule, variable.name)
                 name = self._name(f"{member}_{variable.name}", rule)
                 self.variables.append(replace(variable, name=name, kind=kind))
                 self.inputs.append(Entry(name, member, variable.name, free, rule))
 
     def take_actuators(self, member: str, description: Description) -> None:
         for actuator in description.actuators:
-            found = self._granted(
-                Sort.ACTION, member, actuator.name, description, actuator.kind, actuator
-            )
+            found = self._granted(Sort.ACTION, member, actuator.name, actuator.kind, actuator)
             for rule, _, columns in found:
-                kind = self._kind(member, description, actuator.kind, columns, rule, actuator.name)
+                kind = self._kind(member, actuator.kind, columns, rule, actuator.name)
                 name = self._name(f"{member}_{actuator.name}", rule)
                 self.actuators.append(replace(actuator, name=name, kind=kind))
                 self.entries.append(Entry(name, member, actuator.name, columns, rule))
@@ -221,7 +226,6 @@ class _Makes:
         sort: Sort,
         member: str,
         name: str,
-        description: Description,
         kind: str,
         actuator: Actuator | None = None,
     ) -> Iterable[tuple[str, Resolution, tuple[int, ...]]]:
@@ -235,7 +239,7 @@ class _Makes:
         common = Thing(sort, f"{member}.{name}", None, is_relayed=is_relayed)
         if actuator is not None:
             common = replace(common, risk=actuator.risk)
-        entities = entities_of(description, kind)
+        entities = self._entities(member, kind)
         one = None if _select(rules) else decide_among(rules, policy, asked, common)
         for column, entity in enumerate(entities):
             decision = one or decide_among(rules, policy, asked, replace(common, entity=entity))
@@ -250,18 +254,17 @@ class _Makes:
         self,
         member: str,
         variable: Variable,
-        description: Description,
         rule: str,
         resolution: Resolution,
         columns: tuple[int, ...],
     ) -> View | None:
         if resolution.space == "each":
-            kind = self._kind(member, description, variable.kind, columns, rule, variable.name)
+            kind = self._kind(member, variable.kind, columns, rule, variable.name)
             name = self._name(f"{member}_{variable.name}", rule)
             groups: tuple[tuple[int, ...], ...] = tuple((column,) for column in columns)
             told = replace(variable, name=name, kind=kind)
         else:
-            grouped = self._groups(description, variable.kind, columns, resolution)
+            grouped = self._groups(member, variable.kind, columns, resolution)
             grouped = {k: g for k, g in grouped.items() if len(g) >= resolution.at_least}
             if not grouped:
                 return None
@@ -275,7 +278,7 @@ class _Makes:
             # a range of each is none of their sum
             told = Variable(name, kind, variable.unit, Causality.OUTPUT, doc=variable.doc)
         view = View(name, member, variable.name, groups, resolution, rule)
-        size = len(description.ids(variable.kind))
+        size = len(self._entities(member, variable.kind))
         initial = view.told(np.full(size, variable.initial))
         # one number for all entries; of sums over groups of several sizes there is none
         first = float(initial[0]) if (initial == initial[0]).all() else 0.0
@@ -284,7 +287,7 @@ class _Makes:
 
     def _groups(
         self,
-        description: Description,
+        member: str,
         kind: str,
         columns: tuple[int, ...],
         resolution: Resolution,
@@ -292,7 +295,7 @@ class _Makes:
         """The entries of each group; one that lies in two areas counts for the first."""
         if resolution.by == "total":
             return {SYSTEM: columns}
-        entities = entities_of(description, kind)
+        entities = self._entities(member, kind)
         found: dict[str, list[int]] = {}
         for column in columns:
             for name, area in self._policy.areas.items():
@@ -304,7 +307,6 @@ class _Makes:
     def _kind(
         self,
         member: str,
-        description: Description,
         kind: str,
         columns: tuple[int, ...],
         rule: str,
@@ -313,7 +315,7 @@ class _Makes:
         """The kind of these entities, of which a reader knows no others."""
         if kind == SYSTEM:
             return SYSTEM
-        entities = entities_of(description, kind)
+        entities = self._entities(member, kind)
         told = [entities[column] for column in columns]
         return self._told_kind(f"{member}_{kind}", rule, variable, told)
 
@@ -355,7 +357,9 @@ def _of_area(name: str, area: Area) -> Entity:
 def entities_of(description: Description, kind: str) -> tuple[Entity, ...]:
     """The entities of a kind in the order of vectors over it; of `system` the one that it has."""
     found = tuple(entity for entity in description.entities if entity.kind == kind)
-    return found or (Entity(SYSTEM, SYSTEM),) if kind == SYSTEM else found
+    if kind == SYSTEM and not found:
+        return (Entity(SYSTEM, SYSTEM),)
+    return found
 
 
 class Lens:
