@@ -739,6 +739,7 @@ class Session:
         other.told_by = dict(self.told_by)
         other.serial, other.last_ns = self.serial, self.last_ns
         other._before = self._before
+        other._step._held, other.has_more = self._step._held, bool(self._step._held)
         return other
 
     def open(self, seed: int, parameters: Mapping[str, float], start_ns: int = 0) -> None:
@@ -826,8 +827,9 @@ class Session:
         """
         step = self._step
         if self.has_more:
+            # that what was held is good again is news, too
+            self.has_more = bool(step._held)
             step._begin()
-            self.has_more = False
         step.time_ns = time_ns
         step.micro = micro
         step.last_ns = self.last_ns

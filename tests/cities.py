@@ -171,6 +171,30 @@ class Helper(Twin):
         self.sent = json.loads(state)
 
 
+class Gauge(Twin):
+    """Says how many minutes it is, but for a while in which it knows nothing new."""
+
+    def describe(self) -> Description:
+        return Description(
+            model="gauge",
+            version="1",
+            domain="test",
+            entities=(),
+            variables=(Variable("minute", SYSTEM, "min", Causality.OUTPUT, 0.0),),
+            time=TimePolicy(period_ns=5 * MINUTE_NS),
+        )
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        pass
+
+    def advance(self, step: Step) -> None:
+        minute = step.time_ns / MINUTE_NS
+        if 10 <= minute < 25:
+            step.hold("the line is down")
+        else:
+            step.publish("minute", minute)
+
+
 ARRIVED: list[tuple[str, float]] = []
 """What has arrived at relays, and where."""
 

@@ -32,6 +32,7 @@ from tests.cities import (
     BIRCH_POLICY,
     RELAY_POLICY,
     Clinic,
+    Gauge,
     Grid,
     Helper,
     Relay,
@@ -512,6 +513,38 @@ def test_a_broker_that_finds_its_own_name_in_the_path_refuses(tmp_path: Path) ->
 
 
 # -- the run that goes on ------------------------------------------------------------------------
+
+
+GAUGE = """
+name: gauge
+region: test
+horizon_h: 0.5
+members:
+  gauge: {class: "tests.cities:Gauge"}
+"""
+
+
+def test_a_twin_says_itself_when_its_values_are_held_and_when_they_are_good_again() -> None:
+    scenario = parse(GAUGE)
+    case = case_of(scenario)
+    local = run_local(scenario, case, None, keep_ledger=True)
+    assert [(r.time_ns // MINUTE_NS, r.value.tolist(), r.quality) for r in local.ledger] == [
+        (0, [0.0], Quality.GOOD),
+        (5, [5.0], Quality.GOOD),
+        (10, [5.0], Quality.HELD),
+        (25, [25.0], Quality.GOOD),
+        (30, [30.0], Quality.GOOD),
+    ]
+    marks = [(e.event.kind, e.event.time_ns // MINUTE_NS) for e in local.events]
+    assert marks == [("member_held", 10), ("member_good", 25)]
+    assert "the line is down" in local.events[0].event.text
+
+    async def story() -> None:
+        async with caller(gauge=Gauge) as broker:
+            far = await broker.run(scenario, case)
+            assert far.digest == local.digest
+
+    bounded(story)
 
 
 class Wire(Proxy):
