@@ -13,6 +13,7 @@ from pathlib import Path
 from federation import telemetry
 from federation.acting import add_acting
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.exporting import add_policy
 from federation.loop import run
 from federation.planners import planner
 from federation.studies import add_run, add_studies, execute, sensitivity, study_options
@@ -116,6 +117,9 @@ def command_broker(options: argparse.Namespace) -> int:
                 keep_runs=options.keep_runs,
                 roster=_roster_of(options),
                 max_message_bytes=options.max_message_mib << 20,
+                city=options.city,
+                export=options.export,
+                city_scenario=options.scenario,
             )
         )
     )
@@ -299,6 +303,18 @@ def parser() -> argparse.ArgumentParser:
     broker.add_argument(
         "--roster", metavar="FILE", help="where it notes its twins (STORE.roster.json)"
     )
+    broker.add_argument(
+        "--city", default="", metavar="NAME", help="the city that it speaks for, to its peers"
+    )
+    broker.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="serve the city to its peers as this policy has it (nothing is served)",
+    )
+    broker.add_argument(
+        "--scenario", type=Path, metavar="FILE", help="the scenario of the city that is served"
+    )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
 
@@ -338,6 +354,7 @@ def parser() -> argparse.ArgumentParser:
     replay.set_defaults(do=command_replay)
 
     add_acting(commands)
+    add_policy(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")

@@ -27,6 +27,7 @@ from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.spec import OnFailure
 from federation.twin import NO_DESK, DeskStep, StepInput, StepResult, Vector, check_outputs
 from federation.wire import codec
+from federation.wire.link import NO_ERRAND, Errand
 
 REPLAY_STEPS = 64
 """How many steps a frame carries when they are done again."""
@@ -81,10 +82,12 @@ class Degradation:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a service is: under a name that it has registered, or at an address."""
+    """Where a service is: under a name that it has registered, or at an address. On `errand` it is
+    asked; only cities take notice of that."""
 
     name: str
     address: str | None = None
+    errand: Errand = NO_ERRAND
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from federation.twin import (
     check_outputs,
 )
 from federation.v1 import twin_pb2, twin_pb2_grpc
-from federation.wire import codec, status
+from federation.wire import caller, codec, status
 
 MEBIBYTE = 1 << 20
 
@@ -71,6 +71,30 @@ class LinkOptions:
     resume_timeout_s: float = 1.0
     keepalive_s: float = 20.0
     max_message_bytes: int = 64 * MEBIBYTE
+    identity: str = ""
+    """As whom the link comes, where the other side takes a word for it (`wire.caller`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """On what errand a link comes: what for, through which brokers, and for which kind of session
+    of a city. Twins that are models of their own take no notice."""
+
+    purpose: str = ""
+    path: tuple[str, ...] = ()
+    is_live: bool = False
+
+    def encode(self) -> twin_pb2.Errand:
+        mode = twin_pb2.Errand.MODE_LIVE if self.is_live else twin_pb2.Errand.MODE_WHAT_IF
+        return twin_pb2.Errand(purpose=self.purpose, path=self.path, mode=mode)
+
+    @classmethod
+    def decode(cls, message: twin_pb2.Errand) -> Errand:
+        is_live = message.mode == twin_pb2.Errand.MODE_LIVE
+        return cls(message.purpose, tuple(message.path), is_live)
+
+
+NO_ERRAND = Errand()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +136,7 @@ class _Line:
         self.options = options
         self.users = 0
         self.takes_batches = False
+        self.metadata = caller.claim(options.identity)
         self.channel = grpc.aio.insecure_channel(
             address,
             options=[
@@ -173,7 +198,7 @@ class _Line:
         give_up = pause = 0.0
         while True:
             self._unsent = [frame.data for owed in self._owed.values() for frame in _chain(owed)]
-            call = self._open()
+            call = self._open(metadata=self.metadata)
             writer = self._loop.create_task(self._write(call))
             heard = False
             try:
@@ -299,7 +324,8 @@ class Link:
     is a `FederationError`: UNREACHABLE before the twin has answered once, MEMBER_LOST after.
     """
 
-    def __init__(self, line: _Line, name: str) -> None:
+    def __init__(self, line: _Line, name: str, errand: Errand = NO_ERRAND) -> None:
+        self.errand = errand
         self.address = line.address
         self.name = name
         self.options = line.options
@@ -316,7 +342,13 @@ class Link:
         self._is_closed = False
 
     @classmethod
-    async def connect(cls, address: str, name: str, options: LinkOptions | None = None) -> Link:
+    async def connect(
+        cls,
+        address: str,
+        name: str,
+        options: LinkOptions | None = None,
+        errand: Errand = NO_ERRAND,
+    ) -> Link:
         """Connect to `address` (`host:port`) and read its description.
 
         `name` is for messages. Fails with UNREACHABLE, or UNSUPPORTED when what listens there
@@ -328,7 +360,7 @@ class Link:
         if line is None:
             line = lines[address, options] = _Line(address, options)
         line.users += 1
-        link = cls(line, name)
+        link = cls(line, name, errand)
         try:
             async with asyncio.timeout(options.connect_timeout_s):
                 await line.channel.channel_ready()
@@ -362,7 +394,9 @@ class Link:
         if self._description is None:
             async with self._calling():
                 answer = await self._stub.Describe(
-                    twin_pb2.DescribeRequest(), timeout=self.options.answer_timeout_s
+                    twin_pb2.DescribeRequest(errand=self._errand()),
+                    timeout=self.options.answer_timeout_s,
+                    metadata=self.line.metadata,
                 )
             description = codec.decode_description(answer.description)
             self.line.takes_batches = answer.takes_batches
@@ -384,7 +418,9 @@ class Link:
         try:
             async with self._calling():
                 answer = await self._stub.ReadClock(
-                    twin_pb2.ReadClockRequest(), timeout=self.options.connect_timeout_s
+                    twin_pb2.ReadClockRequest(),
+                    timeout=self.options.connect_timeout_s,
+                    metadata=self.line.metadata,
                 )
         except TwinError as error:
             if error.reason is Reason.UNSUPPORTED:
@@ -429,12 +465,16 @@ class Link:
                 answer = await self._stub.Flexibility(
                     twin_pb2.FlexibilityRequest(session=session, periods_ns=periods_ns),
                     timeout=self.options.answer_timeout_s,
+                    metadata=self.line.metadata,
                 )
         except TwinError as error:
             if error.reason is Reason.UNSUPPORTED:
                 return None
             raise
         return codec.decode_block(answer.block) if answer.HasField("block") else None
+
+    def _errand(self) -> twin_pb2.Errand | None:
+        return None if self.errand == NO_ERRAND else self.errand.encode()
 
     async def close(self) -> None:
         """Give the connection up. Sessions that were not closed linger at the twin for a while."""
@@ -590,6 +630,8 @@ class LinkSession:
         opened = twin_pb2.SessionRequest.Open(
             member=self.member, seed=seed, parameters=parameters, start_ns=start_ns, run=run
         )
+        if self.link.errand != NO_ERRAND:
+            opened.errand.CopyFrom(self.link.errand.encode())
         await self._ask(twin_pb2.SessionRequest(open=opened), "opened")
 
     async def _ask(

@@ -111,6 +111,8 @@ class _Hosted:
     """Where it is acted on; only for a session that was opened for a run."""
     opened: twin_pb2.SessionRequest.Open | None = None
     failure: FederationError | None = None
+    steps: int = 0
+    """How many steps it was asked for, where somebody counts them."""
     streams: int = 0
     detached_s: float = math.inf
 
@@ -691,6 +693,10 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             answer = _refused(request, failure)
         return answer, failure
 
+    def _build(self, opened: twin_pb2.SessionRequest.Open) -> Twin:
+        """The object of a session that is opened so."""
+        return self._factory()
+
     def _open(self, hosted: _Hosted, opened: twin_pb2.SessionRequest.Open) -> None:
         self._end(hosted)
         for parameter, value in opened.parameters.items():
@@ -700,7 +706,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                     f"parameter {parameter} is {value}",
                     {"parameter": parameter},
                 )
-        session = ModelSession(self._factory(), opened.member)
+        session = ModelSession(self._build(opened), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
         hosted.session, hosted.opened, hosted.failure = session, opened, None
         if opened.run:
@@ -745,7 +751,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         """A fresh object takes the state, so that nothing of the old one shines through."""
         assert hosted.opened is not None
         opened = hosted.opened
-        session = ModelSession(self._factory(), opened.member)
+        session = ModelSession(self._build(opened), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
         try:
             state_of_desk = codec.restore_session(session, restore.state)
