@@ -12,11 +12,19 @@ from pathlib import Path
 
 from federation import telemetry
 from federation.acting import add_acting
+from federation.certs import add_certs
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.loop import run
 from federation.planners import planner
 from federation.studies import add_run, add_studies, execute, sensitivity, study_options
-from federation.terminal import broker_option, positive, run_argument, say
+from federation.terminal import (
+    broker_option,
+    footing_of,
+    footing_options,
+    positive,
+    run_argument,
+    say,
+)
 
 DEMO = "regions/shelby/earthquake.yaml"
 
@@ -338,6 +346,7 @@ def parser() -> argparse.ArgumentParser:
     replay.set_defaults(do=command_replay)
 
     add_acting(commands)
+    add_certs(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
@@ -350,6 +359,7 @@ def parser() -> argparse.ArgumentParser:
     history.add_argument("--entity", type=int, metavar="I", help="only this index, with --points")
     broker_option(history)
     history.set_defaults(do=command_history)
+    footing_options(main)
     return main
 
 
@@ -422,7 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         check_packages()
-        code: int = options.do(options)
+        with footing_of(options):
+            code: int = options.do(options)
         return code
     except FederationError as error:
         print(f"multitwin: {error}", file=sys.stderr)

@@ -70,8 +70,10 @@ from federation.v1 import (
     scenario_pb2,
     scenario_pb2_grpc,
 )
-from federation.wire import codec, status
+from federation.wire import codec, footing, status
+from federation.wire.gate import check_owns
 from federation.wire.link import MEBIBYTE, Link, LinkOptions
+from federation.wire.party import Part, Party
 from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
@@ -334,7 +336,7 @@ class BrokerServer:
         leases: dict[str, Lease] = {}
         places = _places(scenario.members)
         here = {name: places[name] for name in scenario.members}
-        links = await self._connect(self._addresses(here, leases))
+        links = await self._connect(self._addresses(here, leases), leases)
         try:
             prepared = await prepare(scenario, case, factory, links)
             experiment = prepared.experiment
@@ -486,7 +488,7 @@ class BrokerServer:
     ) -> tuple[dict[str, Link], Prepared, tuple[Asked, ...]]:
         """Links to the members that are needed, their wiring, and what people have asked for."""
         assert memory.case is not None
-        links = await self._connect(self._addresses(here, leases))
+        links = await self._connect(self._addresses(here, leases), leases)
         reached = tuple(links.values())
         try:
             asked: list[Asked] = []
@@ -544,13 +546,13 @@ class BrokerServer:
 
         async def find(name: str) -> Link:
             place = places[name]
-            address = place.address
+            address, expects = place.address, footing.expected(Part.TWIN, name)
             if address is None:
                 lease = self._leased(place.name)
                 if name in leases:
                     leases[name] = lease
-                address = lease.member.address
-            return await Link.connect(address, name, options)
+                address, expects = lease.member.address, footing.registered(place.name)
+            return await Link.connect(address, name, options, expects)
 
         return find
 
@@ -565,7 +567,7 @@ class BrokerServer:
         leases: dict[str, Lease] = {}
         places = _places(addition.members)
         here = {name: places[name] for name in addition.members}
-        links = await self._connect(self._addresses(here, leases))
+        links = await self._connect(self._addresses(here, leases), leases)
         async with _unless_refused(links):
             return await live.join(addition, links, leases, places, time_ns, operator)
 
@@ -579,7 +581,7 @@ class BrokerServer:
         """Let another service go on for a member; fails as `Control.ReplaceMember` does."""
         live = await self._lively(run)
         leases: dict[str, Lease] = {}
-        links = await self._connect(self._addresses({member: place}, leases))
+        links = await self._connect(self._addresses({member: place}, leases), leases)
         async with _unless_refused(links):
             return await live.replace(
                 member, links[member], leases.get(member), place, time_ns, operator
@@ -735,11 +737,26 @@ class BrokerServer:
         except FederationError as error:
             _say(f"old runs could not be dropped: {error}")
 
-    async def _connect(self, addresses: Mapping[str, str]) -> dict[str, Link]:
-        """A link to every member, all at once; of several failures the first in order."""
+    async def _connect(
+        self, addresses: Mapping[str, str], leases: Mapping[str, Lease]
+    ) -> dict[str, Link]:
+        """A link to every member, all at once; of several failures the first in order.
+
+        Over TLS a member has to be whom its lease names or, at an address of its own, itself.
+        """
         options = replace(self.options.link, max_message_bytes=self.options.max_message_bytes)
+
+        def expects(name: str) -> Party | None:
+            lease = leases.get(name)
+            if lease is None:
+                return footing.expected(Part.TWIN, name)
+            return footing.registered(lease.member.name)
+
         results = await asyncio.gather(
-            *(Link.connect(address, name, options) for name, address in addresses.items()),
+            *(
+                Link.connect(address, name, options, expects(name))
+                for name, address in addresses.items()
+            ),
             return_exceptions=True,
         )
         links = [found for found in results if isinstance(found, Link)]
@@ -1521,6 +1538,7 @@ def _future(message: scenario_pb2.Future) -> Future:
 def _named(operator: str) -> None:
     if not operator.strip():
         raise ScenarioError(Reason.SCENARIO_INVALID, "say who asks: the operator is empty")
+    check_owns(operator)
 
 
 async def serve_broker(options: BrokerOptions | None = None) -> None:

@@ -30,11 +30,14 @@ from federation.telemetry import is_tracing, tracer
 from federation.twin import Description, Twin, blame
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
-from federation.wire import codec, status
+from federation.wire import codec, footing, secure, status
+from federation.wire.access import SERVED_BY
 from federation.wire.acting import Acting, SeatedDesk, Standing, done_with, encode_receipt
 from federation.wire.credentials import Keyring
 from federation.wire.enrol import keep_name
+from federation.wire.gate import Gate
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
+from federation.wire.party import Part
 
 INLINE_S = 1e-3
 """What a process of a twin's own may spend on a frame in its event loop."""
@@ -797,15 +800,20 @@ def _copy(done: asyncio.Future[_T], to: asyncio.Future[_T]) -> None:
 
 
 def new_server(max_message_bytes: int) -> grpc.aio.Server:
-    """A server with the limits that all of ours have, and no services yet."""
+    """A server with the limits that all of ours have, and no services yet.
+
+    Under an identity it has a gate, which knows who may call what.
+    """
+    trust = footing.serving_trust()
     return grpc.aio.server(
+        interceptors=[] if trust is None else [Gate(trust)],
         options=[
             *channel_options(max_message_bytes),
             ("grpc.so_reuseport", 0),
             # a caller may ask for a sign of life while a long step is computed
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
-        ]
+        ],
     )
 
 
@@ -815,14 +823,15 @@ async def start_server(
     """Add health and reflection for its `services`, listen, and say that it serves.
 
     Returns the address with the port that was chosen, and the health service for its end.
-    Fails with PORT_IN_USE.
+    Fails with PORT_IN_USE, and as `secure.add_port` does.
     """
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection(
         (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
-    chosen = _bind(server, host, port)
+    serves = frozenset[Part].intersection(*(SERVED_BY[service] for service in services))
+    chosen = _bind(server, host, port, serves)
     await server.start()
     for served in ("", *services):
         await healthy.set(served, health_pb2.HealthCheckResponse.SERVING)
@@ -835,9 +844,11 @@ async def serving(
 ) -> AsyncIterator[tuple[str, Description]]:
     """Serve a twin for as long as the context lasts; gives its address and description.
 
-    Fails with PORT_IN_USE, or with what the twin's constructor raises.
+    Fails with PORT_IN_USE, with CERTIFICATE_INVALID under the identity of somebody else, or with
+    what the twin's constructor raises.
     """
     options = options or ServeOptions()
+    secure.check_serves_as(name)
 
     def build() -> TwinService:
         with _blame(name):
@@ -858,10 +869,10 @@ async def serving(
         await asyncio.to_thread(service.stop)
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int, serves: frozenset[Part]) -> int:
     address = f"{host}:{port}"
     try:
-        return server.add_insecure_port(address)
+        return secure.add_port(server, host, port, serves)
     except RuntimeError as error:
         try:
             with socket.create_server((host, port)):
