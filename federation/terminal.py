@@ -71,7 +71,7 @@ def footing_options(command: argparse.ArgumentParser) -> None:
         "--tls",
         type=Path,
         metavar="DIR",
-        help="who it is, see: multitwin certs (MULTITWIN_TLS; nobody, and it stays on this machine)",
+        help="who it is, see: multitwin certs (MULTITWIN_TLS, or nobody on this machine)",
     )
     which.add_argument(
         "--insecure-no-tls",

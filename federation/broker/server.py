@@ -74,6 +74,7 @@ from federation.wire import codec, footing, status
 from federation.wire.gate import check_owns
 from federation.wire.link import MEBIBYTE, Link, LinkOptions
 from federation.wire.party import Part, Party
+from federation.wire.probes import probed
 from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
@@ -124,6 +125,8 @@ class BrokerOptions:
     grace_s: float = 2.0
     link: LinkOptions = field(default_factory=LinkOptions)
     roster: Path | None = None
+    health_port: int = 0
+    """Where health is told in the clear as well, at the same host; 0: nowhere."""
 
 
 class BrokerServer:
@@ -208,6 +211,7 @@ class BrokerServer:
         control_pb2_grpc.add_ControlServicer_to_server(_Control(self), server)
         self.address, healthy = await start_server(server, SERVICES, options.host, options.port)
         stack.push_async_callback(server.stop, options.grace_s)
+        await stack.enter_async_context(probed(healthy, options.host, options.health_port))
         stack.push_async_callback(healthy.enter_graceful_shutdown)
         stack.push_async_callback(self._end_runs)
         looking = asyncio.create_task(self._look_after_leases(service))

@@ -44,11 +44,11 @@ async def greet(address: str, expects: Party, trust: Trust) -> None:
 async def _greet(address: str, expects: Party, trust: Trust) -> None:
     trust.check_self()
     material = trust.material()
+    host, port = place_of(address)
     try:
         context = _client_context(trust, material, expects.city)
     except OSError:
         return  # our files are just being replaced: gRPC goes on with what was read before
-    host, port = place_of(address)
     try:
         reader, writer = await asyncio.open_connection(
             host, port, ssl=context, server_hostname=expects.host

@@ -72,7 +72,6 @@ class _Channel(grpc.aio.Channel):
         ]
         self._material = trust.material()
         self._inner = self._connected()
-        self._calls: list[_Call] = []
         self._retired: set[asyncio.Task[None]] = set()
 
     def _connected(self) -> grpc.aio.Channel:
@@ -92,8 +91,6 @@ class _Channel(grpc.aio.Channel):
             self._material = material
             before, self._inner = self._inner, self._connected()
             self.is_greeted = False
-            for call in self._calls:
-                call.renew(self._inner)
             retiring = asyncio.get_running_loop().create_task(before.close(_RETIRE_S))
             self._retired.add(retiring)
             retiring.add_done_callback(self._retired.discard)
@@ -139,9 +136,7 @@ class _Channel(grpc.aio.Channel):
         await self.close()
 
     def _call(self, kind: str, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(self, lambda inner: getattr(inner, kind)(*args, **kwargs))
-        self._calls.append(call)
-        return call
+        return _Call(self, lambda inner: getattr(inner, kind)(*args, **kwargs))
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
         return self._call("unary_unary", *args, **kwargs)
@@ -167,14 +162,14 @@ class _Call:
     def __init__(self, owner: _Channel, make: Callable[[grpc.aio.Channel], Any]) -> None:
         self._owner = owner
         self._make = make
-        self._present = make(owner.present)
-
-    def renew(self, inner: grpc.aio.Channel) -> None:
-        self._present = self._make(inner)
+        self._inner = owner.present
+        self._call = make(self._inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _ = self._owner.present  # renews this one when it is time
-        return self._present(*args, **kwargs)
+        inner = self._owner.present
+        if inner is not self._inner:
+            self._inner, self._call = inner, self._make(inner)
+        return self._call(*args, **kwargs)
 
 
 class _Greeting(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]

@@ -38,6 +38,7 @@ from federation.wire.enrol import keep_name
 from federation.wire.gate import Gate
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
 from federation.wire.party import Part
+from federation.wire.probes import probed
 
 INLINE_S = 1e-3
 """What a process of a twin's own may spend on a frame in its event loop."""
@@ -91,6 +92,8 @@ class ServeOptions:
     """Open at a time, more are refused with TOO_MANY_SESSIONS; 0: no limit."""
     keyring: Keyring = field(default_factory=Keyring)
     state_file: Path | None = None
+    health_port: int = 0
+    """Where health is told in the clear as well, at the same host; 0: nowhere."""
 
 
 @dataclass(slots=True, eq=False)
@@ -860,7 +863,8 @@ async def serving(
     try:
         address, healthy = await start_server(server, (SERVICE,), options.host, options.port)
         try:
-            yield address, service.description
+            async with probed(healthy, options.host, options.health_port):
+                yield address, service.description
         finally:
             await healthy.enter_graceful_shutdown()
             service.drain()

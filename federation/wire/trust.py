@@ -117,6 +117,8 @@ class Trust:
     now_s: Callable[[], float] = time.time
     _material: Material = field(init=False)
     _stamp: _Stamp = field(init=False)
+    _refused: _Stamp = field(init=False, default=())
+    """Of files that did not fit together, and were complained of."""
     _looked_s: float = field(init=False)
     _seen: dict[bytes, Bearer] = field(init=False, default_factory=dict)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
@@ -145,8 +147,9 @@ class Trust:
 
     def _look(self) -> None:
         stamp = self.files.stamp()
-        if stamp == self._stamp:
+        if stamp in (self._stamp, self._refused):
             return
+        self._refused = stamp
         try:
             fresh = _read(self.files)
         except ScenarioError as error:
