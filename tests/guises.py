@@ -58,6 +58,17 @@ async def asked_as(folder: Path, broker: str, city: str = "") -> AsyncIterator[S
 
 
 @asynccontextmanager
+async def broker_of(
+    folder: Path, options: BrokerOptions | None = None
+) -> AsyncIterator[BrokerServer]:
+    """The broker of a city."""
+    async with AsyncExitStack() as stack:
+        with guise(folder / "broker" / "main"):
+            broker = await stack.enter_async_context(BrokerServer(options))
+        yield broker
+
+
+@asynccontextmanager
 async def served_as(
     folder: Path, name: str, twin: type[Twin], broker: str | None = None, enrolled_as: str = ""
 ) -> AsyncIterator[str]:
@@ -87,10 +98,8 @@ async def guarded_valley(
 ) -> AsyncIterator[tuple[BrokerServer, dict[str, str]]]:
     """A broker and the valley's twins, each under its own certificate; and where the twins are."""
     async with AsyncExitStack() as stack:
-        with guise(folder / "broker" / "main"):
-            broker = await stack.enter_async_context(
-                BrokerServer(BrokerOptions(planner=planner, grace_s=0.2))
-            )
+        options = BrokerOptions(planner=planner, grace_s=0.2)
+        broker = await stack.enter_async_context(broker_of(folder, options))
         found = {}
         for name, twin in {**VALLEY, **twins}.items():
             home = folder / "twin" / name

@@ -27,9 +27,13 @@ from hypothesis import strategies as st
 
 from federation.__main__ import main
 from federation.broker.client import asking
+from federation.broker.fleet import fleet, run_cases
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.core.ledger import Entry
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.scenario.run import Case, run_local
+from federation.scenario.spec import parse
+from federation.twin import MINUTE_NS, StepInput
 from federation.v1 import broker_pb2, scenario_pb2
 from federation.wire import footing, gate, secure, status, trust
 from federation.wire.authority import Authority
@@ -39,8 +43,9 @@ from federation.wire.link import Link, LinkOptions
 from federation.wire.orders import Hand
 from federation.wire.party import Part, Party
 from federation.wire.trust import Files, Trust
-from tests.guises import asked_as, city, guarded_valley, guise, served_as
+from tests.guises import asked_as, broker_of, city, guarded_valley, guise, served_as
 from tests.test_broker import ROOT, Gated, Services, collect, eventually, places, refused, valley
+from tests.test_scenario import TOWN
 from tests.test_wire import bounded
 from tests.valley import Dams
 
@@ -58,17 +63,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are looked at ten times as often as usual, which spares the tests seconds."""
     monkeypatch.setattr(trust, "LOOK_S", 0.1)
     monkeypatch.setattr(gate, "LOOK_S", 0.1)
-
-
-@asynccontextmanager
-async def broker_of(folder: Path) -> AsyncIterator[BrokerServer]:
-    with guise(folder / "broker" / "main"):
-        broker = BrokerServer()
-        await broker.__aenter__()
-    try:
-        yield broker
-    finally:
-        await broker.__aexit__(None, None, None)
 
 
 async def members_of(home: Path, broker: str) -> FederationError | None:
@@ -559,9 +553,15 @@ def test_a_study_on_this_machine_needs_no_certificates_whoever_starts_it(
 ) -> None:
     """The broker and the members that it starts are all its own, and stay here."""
     monkeypatch.setenv("MULTITWIN_TLS", str(shelby.folder / "operator" / "ann"))
-    document = str(ROOT / "tests" / "town.yaml")
-    out = str(tmp_path / "out")
-    assert main(["run", document, "--members", "grpc", "--runs", "1", "--out", out]) == 0
+    scenario = parse(TOWN)
+
+    async def story() -> None:
+        async with fleet(scenario, ":memory:", tmp_path) as crew:
+            (outcome,) = await run_cases(crew, scenario, [Case(0, 1, "none")], None)
+        assert not outcome.error
+        assert outcome.digest == run_local(scenario, Case(0, 1, "none"), None).digest
+
+    bounded(story)
 
 
 def test_health_alone_is_told_in_the_clear_to_who_shows_no_certificate(
@@ -573,19 +573,16 @@ def test_health_alone_is_told_in_the_clear_to_who_shows_no_certificate(
         port = free.getsockname()[1]
 
     async def story() -> None:
-        with guise(shelby.folder / "broker" / "main"):
-            broker = BrokerServer(BrokerOptions(health_port=port))
-            await broker.__aenter__()
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                health = health_pb2_grpc.HealthStub(channel)
-                answer = await health.Check(health_pb2.HealthCheckRequest())
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await Services(channel).broker.ListMembers(MEMBERS)
-                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        finally:
-            await broker.__aexit__(None, None, None)
+        async with (
+            broker_of(shelby.folder, BrokerOptions(health_port=port)),
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await Services(channel).broker.ListMembers(MEMBERS)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
     bounded(story)
     assert f"health alone is told in the clear at 127.0.0.1:{port}" in capsys.readouterr().err
@@ -727,15 +724,16 @@ def test_a_broker_that_is_revoked_loses_its_sessions_and_is_told_why(
                     own.revoke("broker", "main")
                     (stolen / "ca.crl").unlink()
                     began_s = time.monotonic()
-                    while time.monotonic() - began_s < 10.0:
-                        try:
-                            await session.snapshot()
-                        except FederationError as error:
-                            refusal = error
-                            break
-                        await asyncio.sleep(0.05)
-                    assert refusal.reason is Reason.NOT_AUTHENTICATED
-                    assert refusal.metadata["cause"] == "REVOKED"
+
+                    async def go_on() -> None:
+                        for minute in range(1000):
+                            await session.advance([StepInput(minute * MINUTE_NS)])
+                            await asyncio.sleep(0.02)
+
+                    with pytest.raises(FederationError) as caught:
+                        await go_on()
+                    assert caught.value.reason is Reason.NOT_AUTHENTICATED
+                    assert caught.value.metadata["cause"] == "REVOKED"
                     assert time.monotonic() - began_s < 5.0
 
     bounded(story)
