@@ -5,25 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from hypothesis import given
-from hypothesis import strategies as st
 
 from federation.__main__ import main
 from federation.broker.client import asking
@@ -33,83 +25,38 @@ from federation.core.ledger import Entry
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.scenario.run import Case, run_local
 from federation.scenario.spec import parse
-from federation.twin import MINUTE_NS, StepInput
-from federation.v1 import broker_pb2, scenario_pb2
-from federation.wire import footing, gate, secure, status, trust
+from federation.v1 import scenario_pb2
+from federation.wire import footing, secure
 from federation.wire.authority import Authority
 from federation.wire.credentials import Identity
 from federation.wire.footing import Footing, is_local, standing
 from federation.wire.link import Link, LinkOptions
 from federation.wire.orders import Hand
 from federation.wire.party import Part, Party
-from federation.wire.trust import Files, Trust
-from tests.guises import asked_as, broker_of, city, guarded_valley, guise, served_as
-from tests.test_broker import ROOT, Gated, Services, collect, eventually, places, refused, valley
+from tests.guises import (
+    DAY,
+    MEMBERS,
+    asked_as,
+    believing,
+    broker_of,
+    city,
+    guarded_valley,
+    guise,
+    members_of,
+    plain_grpc,
+    pretender,
+    self_signed,
+    served_as,
+)
+from tests.test_broker import ROOT, Services, collect, eventually, places, valley
 from tests.test_scenario import TOWN
 from tests.test_wire import bounded
 from tests.valley import Dams
-
-DAY = timedelta(days=1)
-MEMBERS = broker_pb2.ListMembersRequest()
 
 
 @pytest.fixture(scope="module")
 def shelby(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return city(tmp_path_factory.mktemp("shelby"))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are looked at ten times as often as usual, which spares the tests seconds."""
-    monkeypatch.setattr(trust, "LOOK_S", 0.1)
-    monkeypatch.setattr(gate, "LOOK_S", 0.1)
-
-
-async def members_of(home: Path, broker: str) -> FederationError | None:
-    """Ask a broker for its members under an identity; why that did not do, if it did not."""
-    async with asked_as(home, broker) as services:
-        try:
-            await services.broker.ListMembers(MEMBERS, timeout=10)
-        except grpc.aio.AioRpcError as error:
-            return status.from_rpc(error, "the broker")
-    return None
-
-
-def pretender(shelby: Authority, folder: Path) -> Authority:
-    """Somebody else's authority, which says that it is Shelby's."""
-    return city(folder / "pretender", shelby.city)
-
-
-def believing(home: Path, authority: Authority) -> Path:
-    """A folder whose owner takes this authority for its own, whoever issued the certificate."""
-    (home / "ca.crt").write_bytes((authority.folder / "ca.crt").read_bytes())
-    (home / "ca.crl").write_bytes((authority.folder / "ca.crl").read_bytes())
-    return home
-
-
-def self_signed(home: Path, party: Party) -> Path:
-    """A folder with a certificate that only its owner vouches for."""
-    home.mkdir(parents=True)
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "myself")])
-    names = [x509.UniformResourceIdentifier(party.uri), *map(x509.DNSName, party.hosts)]
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - DAY)
-        .not_valid_after(now + DAY)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(key, SHA256())
-    )
-    from federation.wire.authority import _write_secret
-
-    _write_secret(home / "tls.key", key)
-    (home / "tls.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
-    return home
 
 
 # -- what belongs together works ---------------------------------------------------------
@@ -254,17 +201,6 @@ def test_the_server_itself_refuses_an_expired_certificate(shelby: Authority) -> 
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
     bounded(story)
-
-
-@asynccontextmanager
-async def plain_grpc(home: Path, address: str, host: str) -> AsyncIterator[Services]:
-    """gRPC's own channel with the certificates of a folder, and nothing of ours around it."""
-    credentials = grpc.ssl_channel_credentials(
-        *((home / name).read_bytes() for name in ("ca.crt", "tls.key", "tls.crt"))
-    )
-    options = [("grpc.ssl_target_name_override", host)]
-    async with grpc.aio.secure_channel(address, credentials, options) as channel:
-        yield Services(channel)
 
 
 @pytest.mark.parametrize(
@@ -600,318 +536,3 @@ def test_the_command_line_knows_the_flag_for_every_command_that_talks(
         told = capsys.readouterr().out
         assert "--tls DIR" in told, command
         assert "--insecure-no-tls" in told, command
-
-
-# -- as time passes ----------------------------------------------------------------------
-
-
-def test_a_run_goes_on_while_all_its_certificates_are_replaced(quick: None, tmp_path: Path) -> None:
-    """Those of broker and twins expire half-way; new ones are there in time; nothing is felt."""
-    own = city(tmp_path / "shelby")
-    short = 4.0 / 86_400
-    homes = [("broker", "main"), ("twin", "weather"), ("twin", "dams"), ("twin", "town")]
-    gate_ = Gated.gate_to_pass = threading.Event()
-
-    async def story() -> None:
-        for part, name in homes:
-            own.issue(part, name, short)
-        expire_s = time.time() + 4.0
-        operator = own.folder / "operator" / "ann"
-        async with (
-            guarded_valley(own.folder, dams=Gated) as (broker, at),
-            asked_as(operator, broker.address) as ann,
-        ):
-            run = await ann.create()
-            watched = asyncio.create_task(ann.ended(run.name))
-            await asyncio.sleep(0.3)
-            before = {part + name: serial(own.folder / part / name) for part, name in homes}
-            for part, name in homes:
-                own.issue(part, name)
-            await asyncio.sleep(max(0.0, expire_s - time.time()) + 1.0)
-            # what was opened under the old ones was ended, and new streams are there
-            gate_.set()
-            ended = await watched
-            assert ended.state == scenario_pb2.Run.STATE_SUCCEEDED, ended.error
-            assert (await ann.broker.ListMembers(MEMBERS)).members
-            for part, name in homes:
-                address = broker.address if part == "broker" else at[name]
-                shown = await asyncio.to_thread(shown_serial, operator, address)
-                assert shown == serial(own.folder / part / name) != before[part + name]
-        async with valley() as (_, services):
-            run = await services.create()
-            assert (await services.ended(run.name)).digest == ended.digest
-
-    try:
-        bounded(story)
-    finally:
-        gate_.set()
-        Gated.gate_to_pass = None
-
-
-def serial(home: Path) -> int:
-    return x509.load_pem_x509_certificate((home / "tls.crt").read_bytes()).serial_number
-
-
-def shown_serial(home: Path, address: str) -> int:
-    """The serial number of the certificate that a server shows now."""
-    import socket
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.load_verify_locations(home / "ca.crt")
-    context.load_cert_chain(home / "tls.crt", home / "tls.key")
-    host, _, port = address.partition(":")
-    with (
-        socket.create_connection((host, int(port)), timeout=5) as raw,
-        context.wrap_socket(raw, server_hostname="x") as secured,
-    ):
-        der = secured.getpeercert(binary_form=True)
-        assert der is not None
-        return x509.load_der_x509_certificate(der).serial_number
-
-
-def test_who_is_revoked_is_refused_and_their_open_streams_end(tmp_path: Path) -> None:
-    own = city(tmp_path / "shelby")
-    gate_ = Gated.gate_to_pass = threading.Event()
-
-    async def story() -> None:
-        async with (
-            guarded_valley(own.folder, dams=Gated) as (broker, _),
-            asked_as(own.folder / "operator" / "ann", broker.address) as ann,
-            asked_as(own.folder / "observer" / "eve", broker.address) as eve,
-        ):
-            run = await ann.create()
-            answers = eve.watch(run.name)
-            await anext(answers)
-            own.revoke("observer", "eve")
-            began_s = time.monotonic()
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                async for _ in answers:
-                    pass
-            assert time.monotonic() - began_s < 5.0
-            error = status.from_rpc(caught.value, "the broker")
-            assert (error.reason, error.metadata["cause"]) == (
-                Reason.NOT_AUTHENTICATED,
-                "REVOKED",
-            )
-            again = await refused(eve.broker.ListMembers(MEMBERS))
-            assert again.reason is Reason.NOT_AUTHENTICATED
-            # the broker's own streams, and everybody else's, go on
-            gate_.set()
-            ended = await ann.ended(run.name)
-            assert ended.state == scenario_pb2.Run.STATE_SUCCEEDED
-
-    try:
-        bounded(story)
-    finally:
-        gate_.set()
-        Gated.gate_to_pass = None
-
-
-def test_a_broker_that_is_revoked_loses_its_sessions_and_is_told_why(
-    quick: None, tmp_path: Path
-) -> None:
-    own = city(tmp_path / "shelby")
-
-    async def story() -> None:
-        async with served_as(own.folder / "twin" / "dams", "dams", Dams) as at:
-            # a thief has the key, and does not read what was revoked
-            stolen = own.folder / "broker" / "main"
-            (stolen / "ca.crl").unlink()
-            with guise(stolen):
-                async with await Link.connect(at, "dams") as link:
-                    session = await link.session("dams", 1, {}, epoch=1)
-                    own.revoke("broker", "main")
-                    (stolen / "ca.crl").unlink()
-                    began_s = time.monotonic()
-
-                    async def go_on() -> None:
-                        for minute in range(1000):
-                            await session.advance([StepInput(minute * MINUTE_NS)])
-                            await asyncio.sleep(0.02)
-
-                    with pytest.raises(FederationError) as caught:
-                        await go_on()
-                    assert caught.value.reason is Reason.NOT_AUTHENTICATED
-                    assert caught.value.metadata["cause"] == "REVOKED"
-                    assert time.monotonic() - began_s < 5.0
-
-    bounded(story)
-
-
-def test_files_that_do_not_fit_together_leave_what_was_read_before_in_force(
-    quick: None, tmp_path: Path
-) -> None:
-    own = city(tmp_path / "shelby")
-    home = own.folder / "twin" / "dams"
-    files = Files.of(home)
-    read = Trust(files)
-    first = read.material()
-    own.issue("twin", "dams")
-    key = files.key.read_bytes()
-    files.key.write_bytes((own.folder / "twin" / "town" / "tls.key").read_bytes())
-    time.sleep(0.15)
-    assert read.material() is first
-    files.key.write_bytes(key)
-    time.sleep(0.15)
-    second = read.material()
-    assert second.serial == serial(home) != first.serial
-    # another one's certificate is no rotation
-    for name in ("tls.key", "tls.crt"):
-        (home / name).write_bytes((own.folder / "twin" / "town" / name).read_bytes())
-    time.sleep(0.15)
-    assert read.material() is second
-    files.certificate.unlink()
-    time.sleep(0.15)
-    assert read.material() is second
-
-
-def test_a_list_of_the_revoked_that_somebody_else_signed_does_not_count(tmp_path: Path) -> None:
-    own, other = city(tmp_path / "shelby"), city(tmp_path / "other", "other")
-    home = own.folder / "twin" / "dams"
-    (home / "ca.crl").write_bytes((other.folder / "ca.crl").read_bytes())
-    with pytest.raises(ScenarioError, match="not signed by an authority of shelby") as caught:
-        Trust.of(home)
-    assert caught.value.reason is Reason.CERTIFICATE_INVALID
-    (home / "ca.crl").unlink()
-    peers = home / "peers"
-    peers.mkdir()
-    (peers / "shelby.crt").write_bytes((other.folder / "ca.crt").read_bytes())
-    with pytest.raises(ScenarioError, match="which is ours"):
-        Trust.of(home)
-
-
-# -- names and files ---------------------------------------------------------------------
-
-LABELS = st.from_regex(r"[a-z][a-z0-9_-]{0,20}", fullmatch=True)
-PARTS = st.sampled_from([part for part in Part if part is not Part.PEER])
-
-
-@pytest.mark.property
-@given(LABELS, PARTS, LABELS)
-def test_a_party_is_read_as_it_is_written(city_: str, part: Part, name: str) -> None:
-    try:
-        party = Party.of(city_, part, name)
-    except ValueError:
-        assert city_ in list(Part)
-        return
-    assert Party.read(party.uri) == party
-    assert party.is_met_by(party)
-    assert party._replace(name="").is_met_by(party)
-
-
-@pytest.mark.property
-@given(st.tuples(LABELS, PARTS, LABELS), st.tuples(LABELS, PARTS, LABELS))
-def test_two_parties_never_have_a_host_in_common_unless_they_are_of_one_part(
-    one: tuple[str, Part, str], other: tuple[str, Part, str]
-) -> None:
-    try:
-        a, b = Party.of(*one), Party.of(*other)
-    except ValueError:
-        return
-    assert (a.host in b.hosts) == (a == b)
-    assert (a.hosts[1] in b.hosts) == (a[:2] == b[:2])
-
-
-@pytest.mark.property
-@given(st.one_of(st.text(), st.text().map(lambda rest: f"spiffe://{rest}")))
-def test_what_is_no_name_is_said_to_be_none(text: str) -> None:
-    try:
-        party = Party.read(text)
-    except ValueError:
-        return
-    assert party.uri == text
-
-
-@pytest.mark.property
-@given(st.binary(max_size=200), st.integers(0, 3))
-def test_garbage_is_nobodys_certificate(data: bytes, wrap: int) -> None:
-    pem = (
-        data
-        if not wrap
-        else (
-            b"-----BEGIN CERTIFICATE-----\n"
-            + data.hex().encode()
-            + b"\n-----END CERTIFICATE-----\n"
-        )
-    )
-    with pytest.raises(ScenarioError) as caught:
-        READER[0].bearer(pem)
-    assert caught.value.reason is Reason.NOT_AUTHENTICATED
-
-
-READER: list[Trust] = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _reader(shelby: Authority) -> None:
-    READER[:] = [Trust.of(shelby.folder / "twin" / "dams")]
-
-
-def test_a_city_that_could_be_taken_for_a_part_has_no_authority(tmp_path: Path) -> None:
-    for name in ("twin.shelby", "broker", "Shelby", "", "shelby/x", "../shelby"):
-        with pytest.raises(ScenarioError):
-            Authority.create(tmp_path / "a", name)
-    assert not (tmp_path / "a").exists()
-
-
-def test_certificates_are_made_shown_and_revoked_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    certs = str(tmp_path / "certs")
-
-    def told(*arguments: str) -> tuple[int, str, str]:
-        code = main(["certs", *arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    assert told("init", certs, "--city", "shelby")[0] == 0
-    code, home, _ = told("issue", certs, "twin", "tower", "--days", "2")
-    assert code == 0
-    assert Trust.of(home.strip()).party == ("shelby", "twin", "tower")
-    for file in (tmp_path / "certs" / "ca.key", Path(home.strip()) / "tls.key"):
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    told("issue", certs, "operator", "kim")
-    assert [line.split()[0] for line in told("show", certs)[1].splitlines()] == ["valid"] * 2
-    assert "spiffe://shelby/operator/kim" in told("revoke", certs, "operator", "kim")[1]
-    assert [line.split()[0] for line in told("show", certs)[1].splitlines()] == ["revoked", "valid"]
-    # what was revoked is known to those who were issued something, and says nothing of a new one
-    assert len(Trust.of(home.strip()).material().revoked) == 1
-    told("issue", certs, "operator", "kim")
-    Trust.of(tmp_path / "certs" / "operator" / "kim").check_self()
-    for wrong in (
-        ("init", certs, "--city", "shelby"),
-        ("issue", certs, "mayor", "kim"),
-        ("issue", certs, "peer", "kim"),
-        ("issue", certs, "twin", "../kim"),
-        ("revoke", certs, "twin", "nobody"),
-        ("show", str(tmp_path / "nowhere")),
-    ):
-        code, _, err = told(*wrong)
-        assert code == 2, wrong
-        assert err.startswith("multitwin: "), wrong
-    with pytest.raises(SystemExit):
-        main(["certs", "--help"])
-    assert "spiffe://CITY/PART/NAME" in capsys.readouterr().out
-
-
-def test_a_folder_that_is_none_is_said_to_be_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["why", "runs/x", "--tls", str(tmp_path)]) == 2
-    assert "MISSING_FILE" in capsys.readouterr().err
-
-
-def test_files_may_be_named_one_by_one_in_the_environment(
-    shelby: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = Files.of(shelby.folder / "twin" / "dams")
-    monkeypatch.setenv("MULTITWIN_TLS_CERT", str(files.certificate))
-    monkeypatch.setenv("MULTITWIN_TLS_KEY", str(files.key))
-    monkeypatch.setenv("MULTITWIN_TLS_CA", str(files.authority))
-    on = footing.present()
-    assert on.trust is not None
-    assert on.trust.party.name == "dams"
-    assert "MULTITWIN_TLS_KEY" not in footing.child_environment()
-    with standing(Footing()):
-        assert footing.present().trust is None
