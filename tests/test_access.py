@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -109,9 +110,8 @@ async def whole_city(folder: Path) -> AsyncIterator[dict[str, str]]:
         twin = await stack.enter_async_context(served_as(folder / "twin" / "dams", "dams", Dams))
         with guise(folder / "guard" / "loop"):
             server = new_server(1 << 20)
-            autonomy_pb2_grpc.add_AutonomyServicer_to_server(
-                autonomy_pb2_grpc.AutonomyServicer(), server
-            )
+            servicer: Any = autonomy_pb2_grpc.AutonomyServicer  # that knows no answer to anything
+            autonomy_pb2_grpc.add_AutonomyServicer_to_server(servicer(), server)
             loop, _ = await start_server(server, ("federation.v1.Autonomy",), "127.0.0.1", 0)
             stack.push_async_callback(server.stop, None)
         yield {"Broker": broker.address, "Twin": twin, "Autonomy": loop}
@@ -124,7 +124,7 @@ SERVER_OF = {
 """Where a service is asked for, unless it is at the broker."""
 
 
-async def try_out(channel: grpc.aio.Channel, rpc: str) -> FederationError | None:
+async def try_out(channel: Any, rpc: str) -> FederationError | None:
     """Call an RPC with an empty request; why the gate did not let it through, or None."""
     asks_often, answers_often = RPCS[rpc]
     try:
@@ -202,14 +202,16 @@ def test_what_stands_nowhere_in_the_table_is_denied_to_everybody(shelby: Authori
     async def story() -> None:
         with guise(shelby.folder / "twin" / "dams"):
             server = new_server(1 << 20)
-            handlers = {"Wipe": grpc.unary_unary_rpc_method_handler(answer)}
+            handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+                "Wipe": grpc.unary_unary_rpc_method_handler(answer)
+            }
             server.add_generic_rpc_handlers(
                 (grpc.method_handlers_generic_handler("federation.v1.Odd", handlers),)
             )
             at, _ = await start_server(server, ("federation.v1.Twin",), "127.0.0.1", 0)
         for part, name in PEOPLE.items():
             with guise(shelby.folder / part / name):
-                channel = secure.channel(at, footing.expected(Part.TWIN, "dams"))
+                channel: Any = secure.channel(at, footing.expected(Part.TWIN, "dams"))
             async with channel:
                 error = await refused(channel.unary_unary("/federation.v1.Odd/Wipe")(b""))
             assert error.reason is Reason.NOT_AUTHORISED
@@ -283,7 +285,7 @@ def test_of_another_city_nobody_is_heard_but_its_broker(
         twin_home = shelby.folder / "twin" / "dams"
         async with served_as(twin_home, "dams", Dams) as at:
             with guise(millington.folder / "broker" / "main"):
-                channel = secure.channel(at, footing.expected(Part.TWIN, city="shelby"))
+                channel: Any = secure.channel(at, footing.expected(Part.TWIN, city="shelby"))
             async with channel:
                 error = await refused(channel.unary_unary("/federation.v1.Twin/Describe")(b""))
             assert error.reason is Reason.NOT_AUTHENTICATED

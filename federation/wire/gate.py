@@ -52,14 +52,14 @@ class Gate(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self,
         continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
         ],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         rpc = handler_call_details.method
         if handler is None:
-            return handler  # there is no such RPC here
+            return None  # there is no such RPC here
         known = self._guarded.get(rpc)
         if known is None or known[0] is not handler:
             known = self._guarded[rpc] = (handler, self._guard(rpc, handler))
@@ -92,7 +92,7 @@ class Gate(grpc.aio.ServerInterceptor):
             (True, False): grpc.stream_unary_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[handler.request_streaming, handler.response_streaming]
-        return make(  # type: ignore[operator, no-any-return]
+        return make(
             streaming if handler.request_streaming or handler.response_streaming else single,
             handler.request_deserializer,
             handler.response_serializer,

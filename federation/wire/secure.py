@@ -172,7 +172,7 @@ class _Call:
         return self._call(*args, **kwargs)
 
 
-class _Greeting(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
+class _Greeting(grpc.aio.UnaryUnaryClientInterceptor):
     """Greets who is there before the first call, and after one that nobody answered."""
 
     def __init__(self, owner: _Channel) -> None:
@@ -277,17 +277,14 @@ def _server_credentials(trust: Trust) -> grpc.ServerCredentials:
     """Takes what is in force at every new connection, so that nothing has to be restarted."""
     given: list[Material] = []
 
-    def configuration() -> grpc.ServerCertificateConfiguration | None:
+    def configuration() -> Any:  # None is for no change, which the types of gRPC don't know
         material = trust.material()
         if given and given[0] is material:
             return None
         given[:] = [material]
-        return grpc.ssl_server_certificate_configuration(
-            [(material.key, material.certificate)], material.roots()
-        )
+        pair = (material.key, material.certificate)
+        return grpc.ssl_server_certificate_configuration([pair], material.roots())
 
-    first = configuration()
-    assert first is not None
     return grpc.dynamic_ssl_server_credentials(
-        first, configuration, require_client_authentication=True
+        configuration(), configuration, require_client_authentication=True
     )
