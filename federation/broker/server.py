@@ -708,9 +708,9 @@ class BrokerServer:
     async def _reach_all(self, scenario: Scenario) -> dict[str, Link]:
         """Links to all members of a scenario where they are now."""
         places = _places(scenario.members)
-        return await self._connect(
-            self._addresses({name: places[name] for name in scenario.members}, {})
-        )
+        leases: dict[str, Lease] = {}
+        here = {name: places[name] for name in scenario.members}
+        return await self._connect(self._addresses(here, leases), leases)
 
     async def replay(
         self, name: str, live_members: Sequence[str], recorded_members: Sequence[str] = ()

@@ -43,6 +43,7 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "ListRuns": _READERS,
         "WatchRun": _READERS,
         "ForkRun": "guard operator planner",
+        "TryFutures": "guard operator planner",
         "ReplayRun": "operator planner",
         "CancelRun": "guard operator",
     },
