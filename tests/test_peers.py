@@ -250,7 +250,7 @@ def test_a_stranger_gets_nothing_and_learns_by_which_rule(tmp_path: Path) -> Non
                 assert caught.value.reason is Reason.NOT_EXPORTED
                 assert caught.value.metadata["rule"] == "default"
             with pytest.raises(FederationError) as caught:
-                await Link.connect(birch.address, "birch", ASH, Errand(is_live=True))
+                await Link.connect(birch.address, "birch", ASH, errand=Errand(is_live=True))
             assert caught.value.reason is Reason.NOT_EXPORTED
             # a session that is opened without asking first is refused as well
             async with await Link.connect(birch.address, "birch", ASH) as link:
@@ -771,7 +771,9 @@ def test_shelby_as_a_neighbour_sees_it_is_what_shelby_is_as_far_as_it_may_be_see
         identity = LinkOptions(identity="spiffe://nashville/peer/broker", connect_timeout_s=30)
         async with (
             city("shelby", file, SHELBY / "export.yaml") as shelby,
-            await Link.connect(shelby.address, "shelby", identity, Errand("planning")) as link,
+            await Link.connect(
+                shelby.address, "shelby", identity, errand=Errand("planning")
+            ) as link,
         ):
             description = await link.describe()
             assert {v.name for v in description.outputs()} == {

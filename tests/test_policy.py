@@ -754,7 +754,7 @@ def test_a_broker_answers_as_the_policy_says(tmp_path: Path) -> None:
         """What the reader of a case is told of; nothing when it may begin no session."""
         link_options = LinkOptions(identity=case.who)
         try:
-            link = await Link.connect(address, "birch", link_options, Errand(case.purpose))
+            link = await Link.connect(address, "birch", link_options, errand=Errand(case.purpose))
         except ScenarioError as error:
             refusals.append((error.reason, error.metadata["rule"]))
             return set()
@@ -845,7 +845,7 @@ def test_a_change_of_the_file_counts_within_a_second_in_a_running_broker(tmp_pat
         async with (
             BrokerServer(options) as broker,
             await Link.connect(
-                broker.address, "birch", LinkOptions(identity=ASH), Errand(DRILL)
+                broker.address, "birch", LinkOptions(identity=ASH), errand=Errand(DRILL)
             ) as link,
         ):
             session = await link.session("birch", 1, {}, 1)
@@ -871,7 +871,7 @@ def test_a_change_of_the_file_counts_within_a_second_in_a_running_broker(tmp_pat
             assert error.metadata["rule"] == "load-in-total"
             # a new session has what may still be had
             async with await Link.connect(
-                broker.address, "birch", LinkOptions(identity=ASH), Errand(DRILL)
+                broker.address, "birch", LinkOptions(identity=ASH), errand=Errand(DRILL)
             ) as again:
                 names = {v.name for v in (await again.describe()).variables}
                 assert names == {"grid_load_sum", "grid_unserved"}

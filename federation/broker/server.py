@@ -90,8 +90,11 @@ from federation.v1 import (
     scenario_pb2,
     scenario_pb2_grpc,
 )
-from federation.wire import caller, codec, status
+from federation.wire import codec, footing, status
+from federation.wire.gate import check_owns
 from federation.wire.link import MEBIBYTE, NO_ERRAND, SERVICE, Errand, Link, LinkOptions
+from federation.wire.party import Party
+from federation.wire.probes import probed
 from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
@@ -154,6 +157,8 @@ class BrokerOptions:
     """The scenario that what-ifs of peers run, and whose live run they may look at."""
     clock: Callable[[], datetime] = now
     """What the wall clock shows, by which the policy is judged."""
+    health_port: int = 0
+    """Where health is told in the clear as well, at the same host; 0: nowhere."""
     parallel_futures: int = 8
     """How many futures of runs are tried at a time, for all who ask."""
 
@@ -259,6 +264,7 @@ class BrokerServer:
         stack.push_async_callback(server.stop, options.grace_s)
         if self.gate is not None:
             stack.callback(self.gate.drain)
+        await stack.enter_async_context(probed(healthy, options.host, options.health_port))
         stack.push_async_callback(healthy.enter_graceful_shutdown)
         stack.push_async_callback(self._end_runs)
         looking = asyncio.create_task(self._look_after_leases(service))
@@ -277,9 +283,12 @@ class BrokerServer:
         scenario = load(options.city_scenario)
         epoch, find = self.epoch, self._find_for_city
         quarters = ServiceQuarters(options.city, scenario, find, epoch, loop)
-        takes_claims = caller.is_loopback(options.host)
+        is_proven = footing.serving_trust() is not None
+        takes_claims = not is_proven and footing.is_local(f"{options.host}:{options.port}")
         how = (
-            "there are no certificates here, so peers on this machine are who they say they are"
+            "peers are who their certificates say they are"
+            if is_proven
+            else "without certificates, peers on this machine are who they say they are"
             if takes_claims
             else "there are no certificates here, and others than this machine can call: nobody "
             "is believed, and nobody gets anything"
@@ -294,13 +303,14 @@ class BrokerServer:
 
     async def _find_for_city(self, name: str, member: Member, errand: Errand) -> Link | None:
         """A member of the city where it is registered or has its address; else None."""
-        address = member.address
-        lease = None if address is not None else self._lease(name)
-        if lease is not None:
-            address = lease.member.address
-        if address is None:
+        place = Place(name, member.address, errand, _city_of(name, member))
+        if place.address is not None:
+            address, expects = place.address, place.expects
+        elif (lease := self._lease(name)) is not None:
+            address, expects = lease.member.address, footing.registered(name)
+        else:
             return None
-        return await Link.connect(address, name, self._link_options(), errand)
+        return await Link.connect(address, name, self._link_options(), expects, errand)
 
     @property
     def _path(self) -> tuple[str, ...]:
@@ -649,13 +659,13 @@ class BrokerServer:
 
         async def find(name: str) -> Link:
             place = places[name]
-            address = place.address
+            address, expects = place.address, place.expects
             if address is None:
                 lease = self._leased(place.name)
                 if name in leases:
                     leases[name] = lease
-                address = lease.member.address
-            return await Link.connect(address, name, options, place.errand)
+                address, expects = lease.member.address, footing.registered(place.name)
+            return await Link.connect(address, name, options, expects, place.errand)
 
         return find
 
@@ -882,13 +892,19 @@ class BrokerServer:
     ) -> dict[str, Link]:
         """A link to every member, all at once; of several failures the first in order.
 
-        Notes the leases of those that are found by their names.
+        Notes the leases of those that are found by their names. Over TLS a member has to be whom
+        its lease names, the broker of the city that it is or, at an address of its own, itself.
         """
         options = self._link_options()
         addresses = self._addresses(places, leases)
+
+        def expects(name: str) -> Party | None:
+            lease = leases.get(name)
+            return places[name].expects if lease is None else footing.registered(lease.member.name)
+
         results = await asyncio.gather(
             *(
-                Link.connect(address, name, options, places[name].errand)
+                Link.connect(address, name, options, expects(name), places[name].errand)
                 for name, address in addresses.items()
             ),
             return_exceptions=True,
@@ -1121,7 +1137,7 @@ def _places(members: Mapping[str, Member], path: tuple[str, ...]) -> dict[str, P
     """Where members and those that stand in for them are, as a document says."""
     places: dict[str, Place] = {}
     for name, member in members.items():
-        places[name] = Place(name, member.address, errand_of(member, path))
+        places[name] = Place(name, member.address, errand_of(member, path), _city_of(name, member))
         if (substitute := member.on_failure.substitute) is not None:
             places[substitute_of(name)] = Place(substitute_of(name), substitute.address)
     return places
@@ -1165,6 +1181,11 @@ def _beginning(store: Store, run: str) -> Memory:
     """What the journal of a run says before anything has happened in it."""
     notes = takewhile(lambda item: isinstance(item, Note), (item for _, item in store.journal(run)))
     return remember(run, notes)
+
+
+def _city_of(name: str, member: Member) -> str:
+    """The city that a member is; empty for a twin."""
+    return "" if member.peer is None else member.peer.city or name
 
 
 def _figure(memory: Memory, name: str) -> tuple[str, str]:
@@ -1740,6 +1761,7 @@ def _future(message: scenario_pb2.Future) -> Future:
 def _named(operator: str) -> None:
     if not operator.strip():
         raise ScenarioError(Reason.SCENARIO_INVALID, "say who asks: the operator is empty")
+    check_owns(operator)
 
 
 async def serve_broker(options: BrokerOptions | None = None) -> None:

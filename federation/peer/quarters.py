@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from typing import Any, TypeVar
 
 from federation.errors import FederationError, Reason, TwinError
@@ -62,6 +64,7 @@ class ServiceQuarters:
         self._city, self._scenario, self._find = city, scenario, find
         self._epoch, self._loop = epoch, loop
         self._local = LocalQuarters(scenario)
+        self._context = copy_context()
 
     def describe(self, path: Path_) -> Mapping[str, Description]:
         """What each member is. Members that a loop leaves out are not in it."""
@@ -113,7 +116,9 @@ class ServiceQuarters:
 
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            # what is begun from this thread stands on the footing of the broker
+            begin = partial(asyncio.run_coroutine_threadsafe, work, self._loop)
+            return self._context.copy().run(begin).result()
         except (FederationError, asyncio.CancelledError):
             raise
         except Exception as error:

@@ -132,6 +132,7 @@ class Peering(Part):
     """
 
     purpose: str = ""
+    city: str = Field("", description="whose broker has to answer; the member's name if unset")
     session: Literal["what-if", "live"] = "what-if"
     on_loop: Literal["refuse", "leave-out"] = "refuse"
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import grpc
 
+from federation.wire import gate
+
 CLAIM = "multitwin-peer"
 """The metadata in which a caller says who it is, where that is taken."""
 
@@ -20,16 +22,14 @@ def claim(identity: str) -> tuple[tuple[str, str], ...]:
     return ((CLAIM, identity),) if identity else ()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only processes of this machine can call what listens there."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith(("127.", "unix:"))
-
-
 def identity_of(context: grpc.aio.ServicerContext[Any, Any], *, takes_claims: bool) -> str:
     """The identity of the caller; empty for nobody.
 
     A claim is taken when `takes_claims`, and then only of a caller on this machine.
     """
+    proven = gate.caller()
+    if proven is not None:
+        return proven.uri
     if not takes_claims or not _is_here(context.peer()):
         return ""
     for key, value in context.invocation_metadata() or ():

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import grpc
 from opentelemetry import trace
@@ -35,7 +35,8 @@ from federation.twin import (
     check_outputs,
 )
 from federation.v1 import twin_pb2, twin_pb2_grpc
-from federation.wire import caller, codec, status
+from federation.wire import caller, codec, footing, greeting, secure, status
+from federation.wire.party import Part, Party
 
 MEBIBYTE = 1 << 20
 
@@ -131,15 +132,17 @@ class _Owed:
 class _Line:
     """A connection to one process, shared by all links to it: a channel and a stream in use."""
 
-    def __init__(self, address: str, options: LinkOptions) -> None:
+    def __init__(self, address: str, options: LinkOptions, expects: Party | None) -> None:
         self.address = address
+        self.expects = expects
         self.options = options
         self.users = 0
         self.takes_batches = False
         self.metadata = caller.claim(options.identity)
-        self.channel = grpc.aio.insecure_channel(
+        self.channel = secure.channel(
             address,
-            options=[
+            expects,
+            [
                 *channel_options(options.max_message_bytes),
                 ("grpc.keepalive_time_ms", int(options.keepalive_s * 1e3)),
                 ("grpc.keepalive_timeout_ms", int(options.keepalive_s * 1e3)),
@@ -307,12 +310,14 @@ def _chain(owed: _Owed) -> Iterator[_Owed]:
 
 def _is_broken(failure: grpc.aio.AioRpcError | None) -> bool:
     """Whether the stream went and the twin may still be there; None is a stream that ended."""
-    # gRPC reports a write to a stream that has just died as INTERNAL
-    return failure is None or failure.code() in status.SILENCE | {grpc.StatusCode.INTERNAL}
+    # gRPC reports a write to a stream that has just died as INTERNAL; and a stream ends when the
+    # certificate expires that it was opened with, though another one may be there by now
+    again = status.SILENCE | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAUTHENTICATED}
+    return failure is None or failure.code() in again
 
 
 _lines: weakref.WeakKeyDictionary[
-    asyncio.AbstractEventLoop, dict[tuple[str, LinkOptions], _Line]
+    asyncio.AbstractEventLoop, dict[tuple[str, LinkOptions, Party | None], _Line]
 ] = weakref.WeakKeyDictionary()
 """The lines in use, by event loop; members of one host process share one."""
 
@@ -347,18 +352,22 @@ class Link:
         address: str,
         name: str,
         options: LinkOptions | None = None,
+        expects: Party | Literal["by name"] | None = "by name",
         errand: Errand = NO_ERRAND,
     ) -> Link:
         """Connect to `address` (`host:port`) and read its description.
 
-        `name` is for messages. Fails with UNREACHABLE, or UNSUPPORTED when what listens there
-        is no twin.
+        `name` is for messages and, unless `expects` says more, whose certificate it takes over
+        TLS. Fails with UNREACHABLE, with NOT_AUTHENTICATED when it is somebody else, or with
+        UNSUPPORTED when what listens there is no twin.
         """
         options = options or LinkOptions()
+        if expects == "by name":
+            expects = footing.expected(Part.TWIN, name)
         lines = _lines.setdefault(asyncio.get_running_loop(), {})
-        line = lines.get((address, options))
+        line = lines.get((address, options, expects))
         if line is None:
-            line = lines[address, options] = _Line(address, options)
+            line = lines[address, options, expects] = _Line(address, options, expects)
         line.users += 1
         link = cls(line, name, errand)
         try:
@@ -367,6 +376,9 @@ class Link:
                 await link.describe()
         except TimeoutError:
             await link.close()
+            refusal = await greeting.plain_refusal(address)
+            if refusal is not None:
+                raise refusal from None
             raise ScenarioError(
                 Reason.UNREACHABLE,
                 f"nothing answers as {name} at {address} "
@@ -485,7 +497,7 @@ class Link:
         line.drop(self, "the link was closed")
         line.users -= 1
         if line.users == 0:
-            del _lines[asyncio.get_running_loop()][line.address, line.options]
+            del _lines[asyncio.get_running_loop()][line.address, line.options, line.expects]
             await line.close()
 
     def lost(self, why: str) -> TwinError:
