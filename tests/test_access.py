@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 import federation.v1
-from federation.broker.server import BrokerServer
+from federation.broker.server import BrokerOptions, BrokerServer
 from federation.errors import FederationError, Reason
 from federation.v1 import (
     autonomy_pb2_grpc,
@@ -29,6 +30,7 @@ from federation.wire.authority import Authority
 from federation.wire.credentials import Role
 from federation.wire.party import Part
 from federation.wire.serve import new_server, start_server
+from tests.cities import write_birch
 from tests.guises import PEOPLE, asked_as, broker_of, city, guarded_valley, guise, served_as
 from tests.test_broker import refused
 from tests.test_wire import bounded
@@ -105,8 +107,11 @@ def millington(tmp_path_factory: pytest.TempPathFactory, shelby: Authority) -> A
 async def whole_city(folder: Path) -> AsyncIterator[dict[str, str]]:
     """By service where it is served: a broker, a twin, and what a loop serves to people."""
     async with AsyncExitStack() as stack:
+        room = Path(stack.enter_context(TemporaryDirectory()))
+        scenario, policy = write_birch(room)
+        exporting = BrokerOptions(city="shelby", export=policy, city_scenario=scenario)
         with guise(folder / "broker" / "main"):
-            broker = await stack.enter_async_context(BrokerServer())
+            broker = await stack.enter_async_context(BrokerServer(exporting))
         twin = await stack.enter_async_context(served_as(folder / "twin" / "dams", "dams", Dams))
         with guise(folder / "guard" / "loop"):
             server = new_server(1 << 20)
