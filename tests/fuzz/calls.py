@@ -30,7 +30,9 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from federation.v1 import broker_pb2, control_pb2, plan_pb2, scenario_pb2, twin_pb2
+from federation.v1 import broker_pb2, control_pb2, peer_pb2, plan_pb2, scenario_pb2, twin_pb2
+from federation.wire import caller
+from tests.cities import write_birch
 from tests.kills import process
 from tests.waterworks import GUARD, RUN
 
@@ -39,8 +41,14 @@ BROKER = (
     scenario_pb2.DESCRIPTOR.services_by_name["Scenarios"],
     control_pb2.DESCRIPTOR.services_by_name["Control"],
     plan_pb2.DESCRIPTOR.services_by_name["Plans"],
+    # a city that is exported is a twin for its peers
+    peer_pb2.DESCRIPTOR.services_by_name["Peers"],
+    twin_pb2.DESCRIPTOR.services_by_name["Twin"],
 )
 TWIN = (twin_pb2.DESCRIPTOR.services_by_name["Twin"],)
+
+PEER = caller.claim("spiffe://ash/peer/broker")
+"""Calls come from another city; only what a city serves to its peers looks at that."""
 
 DEADLINE_S = 20.0
 """A call that takes longer hangs; on a busy machine a good one may take a second."""
@@ -246,9 +254,11 @@ def _servers(folder: Path, tally: Tally) -> list[AbstractAsyncContextManager[Tar
     guard = {"name": GUARD.name, "public_key": GUARD.public_key, "roles": ["guard"]}
     known = {"identities": [{**guard, "domains": ["*"]}]}
     keyring.write_text(json.dumps(known), encoding="utf-8")
+    scenario, policy = write_birch(folder)
+    city = ("--city", "birch", "--export", str(policy), "--scenario", str(scenario))
     store, state = str(folder / "broker.sqlite"), str(folder / "north.state")
     return [
-        _serving("broker", BROKER, tally, "broker", "--port", "0", "--store", store),
+        _serving("broker", BROKER, tally, "broker", "--port", "0", "--store", store, *city),
         _serving(
             *("twin", TWIN, tally, "serve", "tests.waterworks:Pump", "--name", "north"),
             *("--keyring", str(keyring), "--state", state),
@@ -325,10 +335,10 @@ async def _one(
             await asyncio.to_thread(_converse, target.plain, path, requests)
         elif method.server_streaming:
             ask: Any = channel.unary_stream(path)
-            await _listen(ask(requests[0], timeout=DEADLINE_S))
+            await _listen(ask(requests[0], timeout=DEADLINE_S, metadata=PEER))
         else:
             ask = channel.unary_unary(path)
-            await ask(requests[0], timeout=DEADLINE_S)
+            await ask(requests[0], timeout=DEADLINE_S, metadata=PEER)
         tally.codes["OK"] += 1
     except grpc.RpcError as error:
         tally.codes[error.code().name] += 1
@@ -364,7 +374,7 @@ def _converse(channel: grpc.Channel, path: str, requests: Sequence[bytes]) -> No
     Not with asyncio, whose client answers for itself when it writes to a stream that was ended.
     """
     ask: Any = channel.stream_stream(path)
-    for _ in ask(iter(requests), timeout=DEADLINE_S):
+    for _ in ask(iter(requests), timeout=DEADLINE_S, metadata=PEER):
         pass
 
 

@@ -8,11 +8,13 @@ guided by what each input reaches (atheris). A decoder may answer or refuse, wit
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ with atheris.instrument_imports(include=["federation"]):
     from federation.core.desk import Desk
     from federation.core.ledger import Record
     from federation.errors import FederationError
+    from federation.peer.policy import read_policy
     from federation.scenario import spec
     from federation.snapshot import Snapshots
     from federation.twin import Session as TwinSession
@@ -37,7 +40,11 @@ with atheris.instrument_imports(include=["federation"]):
         twin_pb2,
     )
     from federation.wire import acting, codec, status
+    from federation.wire.authority import Authority
     from federation.wire.credentials import Keyring, permit
+    from federation.wire.link import Errand
+    from federation.wire.party import Part, Party
+    from federation.wire.trust import Trust
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -131,6 +138,37 @@ def desk(data: bytes) -> object:
     return fresh.save()
 
 
+def party(data: bytes) -> object:
+    try:
+        return Party.read(data.decode("utf-8", "replace"))
+    except ValueError:  # which is what it says of what names nobody
+        return None
+
+
+@cache
+def tower() -> Path:
+    """The files of a twin under an authority of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="multitwin-fuzz-certs-"))
+    return Authority.create(folder, "shelby").issue(Part.TWIN, "tower")
+
+
+@cache
+def trust() -> Trust:
+    return Trust.of(tower())
+
+
+def certificate(data: bytes) -> object:
+    """Of a certificate that is spoilt within, too: its bytes, and not only their letters."""
+    letters = base64.encodebytes(data)
+    whole = b"-----BEGIN CERTIFICATE-----\n" + letters + b"-----END CERTIFICATE-----\n"
+    return trust().bearer(whole)
+
+
+def certificates() -> Iterable[bytes]:
+    letters = (tower() / "tls.crt").read_text().split("-----")[2]
+    yield base64.decodebytes(letters.encode())
+
+
 def keyring(data: bytes) -> object:
     file = Path(tempfile.gettempdir()) / f"multitwin-keyring-{os.getpid()}.yaml"
     file.write_bytes(data)
@@ -213,6 +251,10 @@ DECODERS: Mapping[str, Decoder] = {
         lambda: [b"members: {a: {class: 'x:Y'}}\ncouplings: [{from: a.x, to: b.y}]\n"],
     ),
     "rules": Decoder(of_text(rules.parse), files("tests/hostile/*.yaml")),
+    "policy": Decoder(of_text(read_policy), files("twins/regions/shelby/export.yaml")),
+    "party": Decoder(party, lambda: [b"spiffe://shelby/twin/tower"]),
+    "certificate": Decoder(certificate, certificates),
+    "errand": Decoder(of_message(twin_pb2.Errand, Errand.decode), bytes_of(twin_pb2.Errand())),
     "keyring": Decoder(keyring, lambda: [b"identities: []\n"]),
     "unit": Decoder(of_text(parse_unit), lambda: [b"MW", b"m^3/h", b"vehicle*h", b"degC"]),
 }
