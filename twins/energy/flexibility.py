@@ -124,11 +124,11 @@ def transport_block(
 
     A `prospect` multiplies demand by its warmth and adds, with x the share of its ordinary
     feeders that a load point serves, r what customers under contract use less (spread over
-    load points by their ordinary demand O, counted as served), and loss the losses of the
-    undamaged net over its load:
+    load points by their ordinary demand O, counted as served), and loss those of the undamaged net
+    over its load, which grow in proportion to the load that L allows:
 
     .. math::
-        (1 + loss) \sum_k G_{kt} \le L_t \qquad \sum_t h_t r_t \le R \\
+        (1 + loss_t) \sum_k G_{kt} \le L_t - spare_t \qquad \sum_t h_t r_t \le R \\
         O_{nt} x_{nt} = D^{point}_n f_{nt} - \sum_h L_h y_{ht}
 
     where r lowers what flows to a load point. The columns of x and r are controls (ports
@@ -299,8 +299,9 @@ def _rationing(
     part = ordinary_mw / np.maximum(total_mw, 1e-9)
     spread = np.broadcast_to(response, balance_of_point.shape + response.shape[1:])
     block.put(balance[balance_of_point], spread, part)
-    rows = block.add_rows("supply", ["system"], -np.inf, 0.0)
-    block.put(np.broadcast_to(rows, infeed.shape), infeed, 1.0 + usual_loss(net))
+    rows = block.add_rows("supply", ["system"], -np.inf, -prospect.spare_mw)
+    loss = usual_loss(net) * prospect.limit_mw / net.load_base_mw.sum()
+    block.put(np.broadcast_to(rows, infeed.shape), infeed, 1.0 + loss)
     block.put(rows, limit, -1.0)
     store = block.add_single("response_store", -np.inf, prospect.response_mwh)
     block.put(np.full(response.shape, store), response, hours)
