@@ -8,7 +8,7 @@ objects. The run that is forked does not feel it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,9 +17,18 @@ from federation.core.ledger import Entry, Record
 from federation.core.schedule import Schedule
 from federation.errors import Reason, ScenarioError
 from federation.scenario.future import Future
-from federation.scenario.run import Case, Experiment, build_twin
+from federation.scenario.run import Case, Experiment, build_twin, medians
 from federation.scenario.spec import PLANNER, Scenario
-from federation.twin import NOTHING, Glimpse, Planner, Session, Twin, Vector, blame
+from federation.twin import (
+    NOTHING,
+    Glimpse,
+    LinearBlock,
+    Planner,
+    Session,
+    Twin,
+    Vector,
+    blame,
+)
 
 
 class Foresight:
@@ -156,6 +165,32 @@ class RunCut:
         self._finish(schedule, sessions, note)
         return Glimpse(number, {n: tuple(points) for n, points in series.items()}, until_ns)
 
+    def blocks(
+        self, from_ns: int, periods_ns: tuple[int, ...], members: Sequence[str] = ()
+    ) -> dict[str, LinearBlock]:
+        known = medians(self.foresight.scenario, self.foresight.case)
+        found = {}
+        for name, session in self.foresight.sessions.items():
+            if name == PLANNER or (members and name not in members):
+                continue
+            given = {p.name: p.default for p in session.description.parameters}
+            given |= known.get(name, {})
+            with blame(name):
+                twin = self.foresight.fresh(name)
+                twin.open(0, given)
+                twin.restore(self._state(name))
+                twin.diverge(from_ns, 0, given)
+                block = twin.flexibility(periods_ns)
+                twin.close()
+            if block is not None:
+                found[name] = block
+        return found
+
+    def _state(self, name: str) -> bytes:
+        if name not in self._states:
+            self._states[name] = self.foresight.sessions[name].twin.snapshot()
+        return self._states[name]
+
     def _sessions(
         self,
         planner: Planner | None,
@@ -170,13 +205,10 @@ class RunCut:
                 found[name] = session.fork(planner)
                 continue
             with blame(name):
-                state = self._states.get(name)
-                if state is None:
-                    state = self._states[name] = session.twin.snapshot()
                 found[name] = session.fork(self.foresight.fresh(name))
                 given = {p.name: p.default for p in session.description.parameters}
                 found[name].twin.open(seeds[name], {**given, **parameters.get(name, {})})
-                found[name].twin.restore(state)
+                found[name].twin.restore(self._state(name))
         return found
 
     def _finish(

@@ -297,8 +297,9 @@ class EnergyTwin(Twin):
 
     def _prospect(self, periods_ns: tuple[int, ...]) -> Prospect | None:
         state = self._state
+        orders = state.orders
         since_h = (self._now_ns - state.stepped_ns) / HOUR_NS
-        left_mwh = state.orders.left_mwh - state.orders.response_mw * since_h
+        soon_mwh = min(orders.response_mw * since_h, orders.left_mwh)
         return prospect(
             self._parameters,
             self._day,
@@ -306,7 +307,8 @@ class EnergyTwin(Twin):
             self._now_ns,
             float(self.net.load_base_mw.sum()),
             state.told,
-            max(left_mwh, 0.0),
+            orders.left_mwh - soon_mwh,
+            orders.used_mwh + soon_mwh,
         )
 
     # --- one step -----------------------------------------------------------------------

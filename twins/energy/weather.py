@@ -143,7 +143,7 @@ class Prospect:
     """What a plan may expect of each period: demand over that of the profile, and supply.
 
     `spare_mw` of the supply is kept free for errors. `response_mwh` is left to ask customers for,
-    `response_mw` at once.
+    `response_mw` at once, after `response_used_mwh`.
     """
 
     warm: Vector
@@ -151,6 +151,7 @@ class Prospect:
     spare_mw: Vector
     response_mw: float
     response_mwh: float
+    response_used_mwh: float
     response_usd_mwh: float
 
 
@@ -162,6 +163,7 @@ def prospect(
     peak_mw: float,
     told: Told,
     response_left_mwh: float,
+    response_used_mwh: float,
 ) -> Prospect | None:
     """What there is to be expected from now on; None where no supply is limited.
 
@@ -189,7 +191,13 @@ def prospect(
         spare[t] = spare_mw(deviation_mw, p["relay_block"] * limit_mw[t])
         start_ns += span_ns
     return Prospect(
-        warm, limit_mw, spare, p["response_most_mw"], response_left_mwh, p["response_usd_mwh"]
+        warm,
+        limit_mw,
+        spare,
+        p["response_most_mw"],
+        response_left_mwh,
+        response_used_mwh,
+        p["response_usd_mwh"],
     )
 
 
