@@ -158,7 +158,7 @@ def _dispatch_planner(
             dispatch.news,
             ahead_ns,
         )
-        ahead = Foreseeing(ahead_ns, dispatch.futures, dispatch.futures)
+        ahead = Foreseeing(ahead_ns, dispatch.futures, dispatch.later_futures)
         return ForesightPlanner(proposer, period_ns, ahead)
     return DispatchPlanner(
         policy,

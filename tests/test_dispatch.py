@@ -10,7 +10,6 @@ import pytest
 from federation.core.bundle import Setpoint
 from federation.errors import PlanError, Reason, ScenarioError
 from federation.plan.dispatch import (
-    CANDIDATES,
     NOTHING_SET,
     Control,
     Course,
@@ -92,14 +91,6 @@ def test_a_plan_says_what_to_ask_for_at_each_instant_and_nothing_that_is_safe() 
     assert second == pytest.approx({"a": 0.0, "b": 0.75})
     for outside in (5 * HOUR_NS - 1, 7 * HOUR_NS):
         assert plan.setpoints(outside) == ()
-
-
-def test_the_more_cautious_a_plan_the_more_goes_without() -> None:
-    plans = model(70.0, 80.0).candidates(0)
-    assert list(plans) == list(CANDIDATES)
-    served = {name: float((WANTED_MW * p.values[0]).sum()) for name, p in plans.items()}
-    assert served["cautious"] < served["as expected"]
-    assert served["cautious"] == pytest.approx(150.0 * CANDIDATES["cautious"])
 
 
 def test_an_actuator_that_no_block_knows_has_no_plan() -> None:

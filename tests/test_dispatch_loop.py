@@ -100,9 +100,10 @@ def test_a_run_records_each_decision_and_tells_it_as_an_event(run: tuple[Outcome
     outcome, planner = run
     decisions = decisions_of(planner)
     first = decisions[0]
-    assert (first.cut_ns, first.occasion) == (55 * MINUTE_NS, "the first look")
+    # at the first look nothing that comes within two hours is to be set
+    assert first.cut_ns >= 55 * MINUTE_NS + HOUR_NS
     tried = {rating.name for rating in first.ratings}
-    assert tried == {IN_FORCE, "new plan, cautious", "the rules", "nothing"}
+    assert tried == {IN_FORCE, "the rules", "nothing"}
     assert set(first.ratings[0].figures) == set(of_power_and_people(8.0).weighted)
     # the afternoon's shortage, seen with the forecast of 14 h
     later = next(d for d in decisions if "heat.forecast_temperature" in d.occasion)

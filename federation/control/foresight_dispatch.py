@@ -48,8 +48,8 @@ class Situation:
     lacking: float
     taken: float
     most: float
-    plans: dict[str, Course] = field(default_factory=dict)
-    """The new plans, as soon as they have been made."""
+    new: Course | None = None
+    """The new plan, as soon as it has been made."""
 
 
 @dataclass
@@ -57,6 +57,8 @@ class _Notes:
     """What is remembered between decisions, besides what every planner remembers."""
 
     news: tuple[bytes, ...] | None = None
+    pending: Course | None = None
+    """A plan made of news that did not matter yet."""
     worth: dict[str, float] = field(default_factory=dict)
     """What it costs later when a unit of a figure, by `member.output`, is used now."""
 
@@ -64,8 +66,8 @@ class _Notes:
 class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
     """Sets actuators by a plan, or by the rules, that has been tried in futures of the run.
 
-    It thinks again when there is `news` (outputs, as `member.output`), when less is taken off than
-    lacks, and when far more is; but not while nothing would be set within `ahead_ns` anyway.
+    It thinks again when there is `news` (outputs, as `member.output`) and when far more is taken
+    off than lacks; but not while nothing would be set within `ahead_ns` anyway.
     """
 
     def __init__(
@@ -134,41 +136,43 @@ class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
         cut, before = situation.cut, self._notes.news
         if cut.horizon_ns - cut.time_ns <= LEAST_DECISIONS * self._period_ns:
             return ""
-        if before is None:
-            return "the first look"
+        is_first, before = before is None, before or (b"",) * len(self._news)
         fresh = [
             name
             for name, was, now in zip(self._news, before, situation.news, strict=True)
             if was != now
         ]
-        self._notes.news = situation.news
-        if fresh:
+        if fresh or is_first:
             self._propose(situation)
-            if self._sets_anything([self.followed, *situation.plans.values()], cut):
-                return f"{' and '.join(fresh)} are new"
-            return ""
+            self._notes.news, self._notes.pending = situation.news, situation.new
+        pending = self._notes.pending
+        if pending is not None:
+            if not self._sets_anything((self.followed, pending), cut):
+                return ""
+            return f"news of {' and '.join(fresh)}" if fresh else "what is forecast has come near"
         if self.followed.name == "rule" or max(situation.taken, situation.lacking) <= 0.0:
             return ""
-        off = situation.taken - situation.lacking
-        if off < 0.0 or off > OVER_SHARE * situation.most:
+        if situation.taken - situation.lacking > OVER_SHARE * situation.most:
             return f"{situation.taken:,.0f} are taken off where {situation.lacking:,.0f} lack"
         return ""
 
     def first(self, situation: Situation) -> Sequence[Course]:
-        """The likeliest new plan, or, where there is none, the rules."""
+        """A new plan, or, where there is none, the rules."""
         self._propose(situation)
-        return *list(situation.plans.values())[:1], BY_RULE, NOTHING_SET
+        return situation.new or BY_RULE, BY_RULE, NOTHING_SET
 
     def proposals(self, situation: Situation, is_first: bool) -> Mapping[str, Course]:
-        """New plans, what operators do without one, and nothing."""
+        """A new plan, what operators do without one, and nothing."""
         self._propose(situation)
-        found = {**situation.plans, "the rules": BY_RULE, "nothing": NOTHING_SET}
+        found = {"the rules": BY_RULE, "nothing": NOTHING_SET}
+        if situation.new is not None:
+            found = {"a new plan": situation.new, **found}
         mine = self.followed
         return {n: c for n, c in found.items() if (c.name, c.plan) != (mine.name, mine.plan)}
 
     def _propose(self, situation: Situation) -> None:
-        """Make the new plans, once for each cut; none where the solver finds none."""
-        if situation.plans:
+        """Make a new plan, once for each cut; none where the solver finds none."""
+        if situation.new is not None:
             return
         cut = situation.cut
         from_ns = cut.time_ns + self._delay_ns
@@ -177,15 +181,14 @@ class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
         blocks = cut.blocks(from_ns, periods_ns, self._members or ())
         model = DispatchModel(blocks, self._couplings, periods_ns, self.controls)
         try:
-            plans = model.candidates(from_ns, self._members, weighs_idle=False)
+            plan = model.solve(from_ns, self._members, weighs_idle=False)
         except PlanError:
             return
-        self._memory.plans += len(plans)
-        situation.plans = {f"new plan, {name}": Course("plan", p) for name, p in plans.items()}
-        likeliest = next(iter(plans.values()))
+        self._memory.plans += 1
+        situation.new = Course("plan", plan)
         self._notes.worth = {
             f"{member}.{port}": -float(price[0, 0])
-            for (member, port), price in likeliest.prices.items()
+            for (member, port), price in plan.prices.items()
             if f"{member}.{port}" in cut.weights
         }
 
@@ -234,7 +237,7 @@ class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
         self._memory.course = plan
 
     def decided(self, situation: Situation) -> None:
-        self._notes.news = situation.news
+        self._notes.news, self._notes.pending = situation.news, None
 
     def binding(self, situation: Situation) -> Sequence[str]:
         plan = self.followed.plan

@@ -38,10 +38,6 @@ from federation.twin import (
 
 DispatchPolicy = Literal["none", "rule", "once", "level5"]
 
-CANDIDATES = {"as expected": 1.0, "cautious": 0.99}
-"""Plans to choose from, by what they take what is given (such as a supply limit) to be, over
-what its owner expects. Blocks keep free by themselves what usual errors ask for."""
-
 SAME = 1e-6
 """Setpoints that are nearer than this to the safe default are the safe default."""
 
@@ -131,18 +127,17 @@ class DispatchModel:
     def solve(
         self,
         start_ns: int,
-        given: float = 1.0,
         members: Sequence[str] | None = None,
         weighs_idle: bool = True,
     ) -> DispatchPlan:
-        """Plan from `start_ns` on, with what is given for each period multiplied by `given`.
+        """Plan from `start_ns` on.
 
         What leaving all at the safe defaults costs is a problem of its own, which is not solved
         unless it `weighs_idle`. Raises NO_PLAN when a control has no port or the solver ends with
         nothing, PLAN_INFEASIBLE when nothing keeps all rows.
         """
         chosen = [name for name in sorted(self.blocks) if members is None or name in members]
-        blocks = {name: _given(self.blocks[name], given, len(self.periods_ns)) for name in chosen}
+        blocks = {name: self.blocks[name] for name in chosen}
         problem = join(blocks, self.couplings)
         first = dict(
             zip(
@@ -183,15 +178,6 @@ class DispatchModel:
             prices,
         )
 
-    def candidates(
-        self, start_ns: int, members: Sequence[str] | None = None, weighs_idle: bool = True
-    ) -> dict[str, DispatchPlan]:
-        """Plans for other expectations of what is given (`CANDIDATES`), the likeliest first."""
-        return {
-            name: self.solve(start_ns, factor, members, weighs_idle)
-            for name, factor in CANDIDATES.items()
-        }
-
     def _port(self, blocks: Mapping[str, LinearBlock], control: Control) -> Port:
         ports = blocks[control.member].ports if control.member in blocks else ()
         for port in ports:
@@ -205,18 +191,6 @@ class DispatchModel:
             "all its entities",
             {"member": control.member, "actuator": control.actuator},
         )
-
-
-def _given(block: LinearBlock, factor: float, periods: int) -> LinearBlock:
-    """The block with the data that it takes as given for each period multiplied."""
-    if factor == 1.0:
-        return block
-    low, high = block.low.copy(), block.high.copy()
-    for port in block.ports:
-        if port.role == "given" and port.columns.shape[1] == periods:
-            low[port.columns] *= factor
-            high[port.columns] *= factor
-    return replace(block, low=low, high=high)
 
 
 def _or_infinite(problem: Joined) -> float:

@@ -208,8 +208,9 @@ class Dispatch(Part):
     members: tuple[str, ...] = Field((), description="whose blocks a plan is made of; none: all")
     rules: tuple[Rule, ...] = ()
     news: tuple[Variable, ...] = Field((), description="outputs that make `level5` think again")
-    rehearse_h: PositiveFloat = Field(6.0, description="how far `level5` looks into futures")
+    rehearse_h: PositiveFloat = Field(4.0, description="how far `level5` looks into futures")
     futures: PositiveInt = Field(2, description="in how many futures `level5` tries each plan")
+    later_futures: PositiveInt = Field(1, description="in how many after its first decision")
 
 
 class Distribution(Part):

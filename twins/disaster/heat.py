@@ -118,6 +118,7 @@ class HeatWave(Twin):
         self.region = region
         self.wave: Wave | None = None
         self._now_ns = 0
+        self._last_share: tuple[bytes, Vector] | None = None
 
     def describe(self) -> Description:
         return _describe(self.region)
@@ -188,8 +189,7 @@ class HeatWave(Twin):
     def _diverge_weather(self, seen: int, p: Mapping[str, float]) -> None:
         """Errors of the last forecast for the hours after `seen`, the last one that is known."""
         wave = self._wave
-        outlook = Outlook.of(p)
-        expected_c = np.array([outlook.temperature_c(h) for h in range(FORECAST_HOURS)])
+        expected_c = Outlook.of(p).temperatures_c(np.arange(float(FORECAST_HOURS)))
         leads = _leads(wave.issued_h)
         off_c = None
         if 0 <= seen < FORECAST_HOURS and leads[seen] > 0.0:
@@ -208,17 +208,18 @@ class HeatWave(Twin):
 
     # --- weather and supply ---------------------------------------------------------------
 
-    def _temperature_c(self, hour: float) -> float:
-        """What it is outside, between whole hours on a straight line."""
+    def _temperatures_c(self, hours: Vector) -> Vector:
+        """What it is outside, between whole hours on a straight line from one error to the next."""
         wave = self._wave
-        outlook = Outlook.of(wave.parameters)
-        low = min(max(math.floor(hour), 0), FORECAST_HOURS - 1)
-        high = min(low + 1, FORECAST_HOURS - 1)
-        error_c = wave.error_c[low] + (hour - low) * (wave.error_c[high] - wave.error_c[low])
-        return outlook.temperature_c(hour) + (float(error_c) if hour >= 0.0 else 0.0)
+        error_c = np.interp(hours, np.arange(FORECAST_HOURS), wave.error_c)
+        before = Outlook.of(wave.parameters).temperatures_c(hours)
+        return np.asarray(before + np.where(hours >= 0.0, error_c, 0.0))
+
+    def _temperature_c(self, hour: float) -> float:
+        return float(self._temperatures_c(np.array([hour]))[0])
 
     def _mean_24h_c(self, hour: float) -> float:
-        return float(np.mean([self._temperature_c(hour - h) for h in range(24)]))
+        return float(self._temperatures_c(hour - np.arange(24.0)).mean())
 
     def forecast_c(self, now_h: float) -> Vector:
         """The temperature of each hour of the run: as it was, then as forecast now.
@@ -229,8 +230,7 @@ class HeatWave(Twin):
         hours = np.arange(FORECAST_HOURS, dtype=np.float64)
         ahead_h = np.maximum(hours - wave.known_h, 1.0)
         left = np.clip((hours - now_h) / ahead_h, 0.0, 1.0)
-        outlook = Outlook.of(wave.parameters)
-        expected = np.array([outlook.temperature_c(h) for h in hours])
+        expected = Outlook.of(wave.parameters).temperatures_c(hours)
         return np.asarray(expected + wave.known_c + (wave.error_c - wave.known_c) * (1.0 - left))
 
     def _import_limit_mw(self, now_h: float) -> float:
@@ -294,7 +294,7 @@ class HeatWave(Twin):
         homes, exposure = Homes.of(p), Exposure.of(p)
         dark = np.clip(1.0 - step["powered"], 0.0, 1.0)
         kept_out = np.minimum(np.clip(step["kept_out"], 0.0, 1.0), dark)
-        share = dark_share(kept_out, dark - kept_out, wave.offset)
+        share = self._share(kept_out, dark - kept_out)
         before_h = now_h - step.span_h
         wave.indoor_c = homes.after(
             wave.indoor_c, share, self._temperature_c(before_h), step.span_h
@@ -306,6 +306,13 @@ class HeatWave(Twin):
         expected = deaths[where.load_point] * where.people * step.span_h
         wave.deaths += float(expected.sum())
         wave.hazard = wave.hazard + expected[:, None] * cases_per_death(p)
+
+    def _share(self, kept_out: Vector, rotated: Vector) -> Vector:
+        """`dark_share`, which stays the same from one turn to the next."""
+        case = kept_out.tobytes() + rotated.tobytes() + self._wave.offset.tobytes()
+        if self._last_share is None or self._last_share[0] != case:
+            self._last_share = case, dark_share(kept_out, rotated, self._wave.offset)
+        return self._last_share[1]
 
     def _tell_cases(self, step: Step) -> None:
         wave, where = self._wave, places(self.region)
@@ -350,7 +357,7 @@ class HeatWave(Twin):
         wave, where = self._wave, places(self.region)
         starts_h = (self._now_ns + np.concatenate([[0], np.cumsum(periods_ns)[:-1]])) / HOUR_NS
         outlook = Outlook.of(wave.parameters)
-        past = [outlook.temperature_c(float(h)) for h in range(-24, 0)]
+        past = outlook.temperatures_c(np.arange(-24.0, 0.0))
         return heat_block(
             where.load_points,
             np.asarray(

@@ -31,6 +31,18 @@ class ByAmbulance:
     icu: float
 
 
+@lru_cache(maxsize=8)
+def _people_by_nearest(layout: Layout, takers: tuple[int, ...]) -> tuple[float, ...]:
+    """How many people live nearest (beeline) to each hospital, of those that take them."""
+    sites = layout.hospitals
+    people = [0.0] * len(sites)
+    for zone, residents in enumerate(layout.zone_people if takers else ()):
+        here = layout.zone_lon_deg[zone], layout.zone_lat_deg[zone]
+        nearest = min(takers, key=lambda i: distance_km(*here, sites[i].lon_deg, sites[i].lat_deg))
+        people[nearest] += residents
+    return tuple(people)
+
+
 def expected_by_ambulance(layout: Layout, p: Mapping[str, float]) -> list[ByAmbulance]:
     """What share of the stated occupancy is ambulance patients, by nearness (beeline).
 
@@ -45,11 +57,7 @@ def expected_by_ambulance(layout: Layout, p: Mapping[str, float]) -> list[ByAmbu
     )
     sites = layout.hospitals
     takers = [i for i, s in enumerate(sites) if s.role not in ("neighbour", "paediatric")]
-    people = [0.0] * len(sites)
-    for zone, residents in enumerate(layout.zone_people if takers else ()):
-        here = layout.zone_lon_deg[zone], layout.zone_lat_deg[zone]
-        nearest = min(takers, key=lambda i: distance_km(*here, sites[i].lon_deg, sites[i].lat_deg))
-        people[nearest] += residents
+    people = _people_by_nearest(layout, tuple(takers))
     centres = [i for i in takers if sites[i].trauma_level == 1] or takers
     expected = []
     for i in range(len(sites)):

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from federation.twin import Entity, Parameter
+import numpy as np
+
+from federation.twin import Entity, Parameter, Vector
 
 HOTTEST_HOUR = 16.0
 """Local hour of the day at which the daily swing is highest (assumption: mid-afternoon)."""
@@ -133,6 +135,13 @@ class Outlook:
         """The temperature when the middle of the wave is `error_c` hotter than expected."""
         excess_c = self.peak_c - self.usual_max_c + error_c
         return self.usual_c(hour) + excess_c * self.bell(hour)
+
+    def temperatures_c(self, hours: Vector) -> Vector:
+        """`temperature_c` of many hours."""
+        swing = np.cos(2.0 * np.pi * (self.start_hour + hours - HOTTEST_HOUR) / 24.0)
+        usual_c = self.usual_mean_c + (self.usual_max_c - self.usual_mean_c) * swing
+        bell = np.exp(-0.5 * ((hours - self.peak_h) / self.width_h) ** 2)
+        return np.asarray(usual_c + (self.peak_c - self.usual_max_c) * bell)
 
     def deviation_c(self, hour: float, issued_h: float = 0.0) -> float:
         """The deviation of the error that a forecast issued at `issued_h` has for an hour.
