@@ -145,6 +145,8 @@ class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
         if fresh or is_first:
             self._propose(situation)
             self._notes.news, self._notes.pending = situation.news, situation.new
+            if situation.new is None:
+                return "there is no new plan"
         pending = self._notes.pending
         if pending is not None:
             if not self._sets_anything((self.followed, pending), cut):
