@@ -66,7 +66,8 @@ def ran(
         return made[-1]
 
     scenario = of_power_and_people(horizon_h)
-    given = {"energy": {}, "heat": {}} | {m: dict(p) for m, p in parameters.items()}
+    given: dict[str, dict[str, float]] = {"energy": {}, "heat": {}}
+    given |= {member: dict(values) for member, values in parameters.items()}
     for name, value in scenario.parameters.items():
         member, _, parameter = name.partition(".")
         given[member] = {parameter: value, **given[member]}
