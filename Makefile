@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos guard kills level5 published proto lock system clean
+.PHONY: demo test property check soak bench chaos guard kills fuzz level5 published proto lock sbom audit system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -39,8 +39,11 @@ chaos: $(INSTALLED)  ## break a federation in 500 ways; one JSON line says how i
 kills: $(INSTALLED)  ## kill who brings a bundle to four twins 200 times, after every message
 	$(BIN)/python -m tests.kills
 
-guard: $(INSTALLED)  ## 10,000 hostile plans against the guard; one JSON line says what got through
+guard: $(INSTALLED)  ## 10,000 hostile plans and 200 kills against what acts; one JSON line says what got through
 	$(BIN)/python -m tests.hostile
+
+fuzz: $(INSTALLED)  ## a million odd inputs for every decoder, 100,000 odd RPCs; one JSON line
+	$(BIN)/python -m tests.fuzz
 
 level5: $(INSTALLED)  ## the closed loop beside an open plan and plain rules, 200 paired runs a scenario
 	$(BIN)/python -m benchmarks.level5
@@ -60,6 +63,13 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --require-hashes -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+sbom: $(INSTALLED)  ## what all of it is made of, with hashes, as CycloneDX in build/sbom.json
+	mkdir -p build
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/sbom.json requirements.txt
+
+audit: $(INSTALLED)  ## ask the public data base of vulnerabilities about every locked package
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.txt
 
 system:  ## Debian packages that the tests use: a browser, its driver, kubectl and PostgreSQL
 	@missing=""; \

@@ -6,6 +6,8 @@ scaling   `us_per_twin_step` as N grows, in one process (`growth` is that of N o
           and over gRPC with the twins in `hosts` processes; 64 in 4 hosts beside HELICS
 runlog    the ring over gRPC under a broker that stores everything: `ratios` of its speed to that
           with the log `off`
+recovery  `seconds` that a run over gRPC stands when a member is killed between two snapshots, of
+          which the member's `own_start_s`
 store     `what` is `append` (ledger entries a second) or `watch` (p50 and p99 from a value being
           in the store until 1, 10, 100 subscribers have read it)
 history   time of a query of one variable's history in a run of 10,000,000 values
@@ -106,6 +108,10 @@ def runlog(repeat: int) -> Iterator[Row]:
         yield {**size, "steps_per_s": speed, "ratios": ratios(runners)}
 
 
+def recovery(repeat: int) -> Iterator[Row]:
+    yield from map(json.loads, run("benchmarks.recovery", min(repeat, FEWER)).splitlines())
+
+
 def store(repeat: int) -> Iterator[Row]:
     yield from _lines("append", repeat)
     yield from _lines("watch", 1)
@@ -123,6 +129,7 @@ PARTS: Mapping[str, Callable[[int], Iterator[Row]]] = {
     "startup": startup,
     "scaling": scaling,
     "runlog": runlog,
+    "recovery": recovery,
     "store": store,
     "history": history,
 }

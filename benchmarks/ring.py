@@ -62,7 +62,7 @@ def hosts(n: int, m: int, t: int, count: int) -> Cost:
 
 
 async def _linked(n: int, m: int, t: int, processes: int) -> Cost:
-    async with _served(processes, m) as addresses, AsyncExitStack() as stack:
+    async with served(processes, m) as addresses, AsyncExitStack() as stack:
         links = {
             f"m{i}": await stack.enter_async_context(
                 await Link.connect(addresses[i % processes], f"m{i}")
@@ -105,7 +105,7 @@ async def _timed(once: Callable[[Scenario], Awaitable[Outcome]], n: int, m: int,
 
 
 @asynccontextmanager
-async def _served(count: int, m: int) -> AsyncIterator[Sequence[str]]:
+async def served(count: int, m: int) -> AsyncIterator[Sequence[str]]:
     """The addresses of `count` processes that serve the twin, each any number of times."""
     me = (sys.executable, "-m", "federation", "serve", TWIN, f"--config=size={m}")
     processes = [

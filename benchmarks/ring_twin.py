@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -62,6 +63,25 @@ class FirstGrant(RingTwin):
         if step.time_ns == 0:
             print(f"{MARK}{time.time():.6f}", flush=True)
         super().advance(step)
+
+
+class Kept(RingTwin):
+    """Remembers the sum of what it has read, and fails when it has forgotten any of it."""
+
+    def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+        self.read, self.steps = 0.0, 0
+
+    def advance(self, step: Step) -> None:
+        super().advance(step)
+        self.read, self.steps = self.read + step["before"][0], self.steps + 1
+        if self.read != self.steps * (self.steps - 1) / 2:
+            raise RuntimeError(f"forgot some of {self.steps} steps")
+
+    def snapshot(self) -> bytes:
+        return struct.pack("<dq", self.read, self.steps)
+
+    def restore(self, snapshot: bytes) -> None:
+        self.read, self.steps = struct.unpack("<dq", snapshot)
 
 
 PACE_S = 0.05

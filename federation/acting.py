@@ -84,6 +84,35 @@ def command_keys_new(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_start(options: argparse.Namespace) -> int:
+    """Begin a run at a broker, and leave it there."""
+    from federation.broker.client import start_run
+
+    if not options.scenario.is_file():
+        raise ScenarioError(
+            Reason.SCENARIO_NOT_FOUND,
+            f"there is no file {options.scenario}",
+            {"file": str(options.scenario)},
+        )
+    document = options.scenario.read_text(encoding="utf-8")
+    run(start_run(options.broker, document, options.seed, options.pace))
+    return 0
+
+
+def command_level(options: argparse.Namespace) -> int:
+    """Set how far a loop may go by itself; 3 when it does not go so far."""
+    from federation.control.autonomy import Key
+    from federation.control.people import set_level
+    from federation.wire.credentials import Identity
+
+    person = Identity.load(options.identity, options.key)
+    key = Key(options.twin, options.action, options.operator)
+    told = run(set_level(options.control, key, options.level, person, options.request))
+    what = f"{options.twin} {options.action} for {options.operator}"
+    say(f"{what}: level {told.level}: {told.sentence}")
+    return 0 if told.level == options.level else 3
+
+
 def command_control(options: argparse.Namespace) -> int:
     """Run the loop over a live run until that ends; what it may do stands in the rules."""
     from federation.control.live import LiveLoop
@@ -102,6 +131,8 @@ def command_control(options: argparse.Namespace) -> int:
         futures=options.futures,
         within_s=options.within_s,
         measures=tuple(options.measure),
+        window_ns=round(options.window_min * MINUTE_NS),
+        stage_within_s=options.stage_within_s,
     )
     keys = Keys(
         Identity.load(options.key.stem, options.key),
@@ -197,6 +228,32 @@ def command_audit_query(options: argparse.Namespace) -> int:
                 predicted = outcome["predicted"].get(name)
                 print(f"  {name}: {observed} (predicted {predicted})")
     return 0
+
+
+def command_audit_reproduce(options: argparse.Namespace) -> int:
+    """Make a decision again from its record; 3 when another bundle comes of it."""
+    from federation.control import audit
+    from federation.control.again import again
+
+    records = audit.read(options.directory, _head_key(options.key))
+    record = next(
+        (
+            r["body"]
+            for r in records
+            if r["kind"] == "decided" and r["body"]["decision"] == options.decision
+        ),
+        None,
+    )
+    if record is None:
+        raise ScenarioError(
+            Reason.UNKNOWN_BUNDLE, f"{options.directory} has no decision {options.decision}"
+        )
+    found = run(again(options.broker, record, options.rules))
+    for rating in found.ratings:
+        print(f"{rating.name}: {rating.mean:,.0f} in {len(rating.weighted)} futures")
+    digest = "no bundle" if found.bundle is None else found.bundle.digest()
+    say(f"{options.decision}: {'the same' if found.is_same else 'ANOTHER'}: {digest}")
+    return 0 if found.is_same else 3
 
 
 def command_audit_repair(options: argparse.Namespace) -> int:
@@ -335,12 +392,58 @@ def _control_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     loop.add_argument("--futures", type=positive, default=2, metavar="N", help="(2)")
     loop.add_argument("--within-s", type=float, default=60.0, metavar="S", help="to decide (60)")
     loop.add_argument(
+        "--window-min",
+        type=float,
+        default=30.0,
+        metavar="M",
+        help="of the run, until a bundle that is not confirmed is undone (30)",
+    )
+    loop.add_argument(
+        "--stage-within-s",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="for each stage of a bundle; at least a step of the slowest twin, as paced (10)",
+    )
+    loop.add_argument(
         "--measure", action="append", default=[], metavar="NAME", help="to try (all that fit)"
     )
     loop.add_argument("--host", default="127.0.0.1", help="for people (127.0.0.1)")
     loop.add_argument("--port", type=int, default=7800, help="for people (7800)")
     broker_option(loop)
     loop.set_defaults(do=command_control)
+    begin = commands.add_parser(
+        "start",
+        help="begin a live run at a broker",
+        description="Begin a run of a scenario with the twins that a broker has, under its first "
+        "measure, and say its name. It goes on at the broker.",
+    )
+    begin.add_argument("scenario", type=Path, metavar="SCENARIO", help="its YAML document")
+    begin.add_argument("--seed", type=int, metavar="N", help="(the scenario's)")
+    begin.add_argument(
+        "--pace", type=float, metavar="F", help="seconds of the run per second (as it says)"
+    )
+    broker_option(begin)
+    begin.set_defaults(do=command_start)
+    level = commands.add_parser(
+        "level",
+        help="set how far a loop may go by itself",
+        description="Set the level of one twin's class of actions: 3 advises, 4 proposes, 5 acts. "
+        "Down at once, up only as far as the evidence goes.",
+    )
+    level.add_argument("twin", metavar="TWIN")
+    level.add_argument("action", metavar="ACTION", help="an actuator, or a class of the rules")
+    level.add_argument("level", type=int, choices=(3, 4, 5), metavar="LEVEL", help="3, 4 or 5")
+    level.add_argument("--operator", required=True, metavar="NAME", help="who is on duty")
+    level.add_argument("--as", dest="identity", required=True, metavar="NAME", help="who asks")
+    level.add_argument(
+        "--key", type=Path, required=True, metavar="FILE", help="that one's private key"
+    )
+    level.add_argument(
+        "--request", default="", metavar="ID", help="do it once for this id (a new one)"
+    )
+    _control_option(level)
+    level.set_defaults(do=command_level)
     seen = commands.add_parser("proposals", help="what a loop proposes, and how far it may go")
     _control_option(seen)
     seen.set_defaults(do=command_proposals)
@@ -381,12 +484,23 @@ def _audit_commands(command: argparse.ArgumentParser) -> None:
     query.add_argument("--since", type=_instant, default=float("-inf"), metavar="TIME", help="ISO")
     query.add_argument("--until", type=_instant, default=float("inf"), metavar="TIME", help="ISO")
     query.set_defaults(do=command_audit_query)
+    again = commands.add_parser(
+        "reproduce",
+        help="make a decision again from its record",
+        description="Try the measures of a decision again in the same futures of the same cut, and "
+        "see whether the same bundle comes of it. Exits with 3 when it is another one.",
+    )
+    again.add_argument("decision", metavar="DECISION", help="its id, see: multitwin audit query")
+    again.add_argument("--rules", type=Path, required=True, metavar="FILE", help="those of then")
+    broker_option(again)
+    again.set_defaults(do=command_audit_reproduce)
     repair = commands.add_parser("repair", help="cut off the torn last line that a crash left")
     repair.set_defaults(do=command_audit_repair)
-    for one in (verify, query, repair):
+    for one in (verify, query, repair, again):
         one.add_argument("directory", metavar="DIR", help="the trail's folder")
+    for one in (verify, query, repair):
         one.add_argument("--json", action="store_true", help="one JSON document")
-    for one in (verify, query):
+    for one in (verify, query, again):
         one.add_argument("--key", metavar="FILE", help="public key (PEM) of who signs the heads")
 
 

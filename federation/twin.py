@@ -103,7 +103,10 @@ class Actuator:
     """What may be changed from outside, one value per entity of `kind`.
 
     A setpoint that nobody renews falls back to `safe_default` after `lease_ns` (0: it
-    holds until changed). `compensation` says in words how its effect is undone.
+    holds until changed). `compensation` says in words how its effect is undone. Where it takes
+    more than to set what was set before, `amends` is the setpoint that does it: a place whose new
+    setpoint was in force and then not confirmed is given that for one step, and then what was set
+    before, or the safe default.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Actuator:
     lease_ns: int = 0
     compensation: str = ""
     doc: str = ""
+    amends: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,7 +515,10 @@ class Twin(ABC):
         """Cover the span since the last step and publish the state at `step.time_ns`."""
 
     def snapshot(self) -> bytes:
-        """The whole state of the session, for `restore` on a fresh object of this class."""
+        """The whole state of the session, for `restore` on a fresh object of this class.
+
+        It may come back over the wire: `federation.snapshot` reads it without running it.
+        """
         raise TwinError(Reason.UNSUPPORTED, f"{type(self).__name__} has no snapshot")
 
     def restore(self, state: bytes) -> None:
@@ -672,7 +679,7 @@ class Cut(Protocol):
 class OpenCut(Cut, Protocol):
     """A cut of a run whose members can also be asked what they could do from then on."""
 
-    def blocks(
+    def believed_blocks(
         self, from_ns: int, periods_ns: tuple[int, ...], members: Sequence[str] = ()
     ) -> Mapping[str, LinearBlock]:
         """The blocks of members (of all, by default) for periods from `from_ns` on, by name.

@@ -21,9 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -58,9 +58,12 @@ HOSTS = 4
 SIZE = 10
 MOST_GROWTH = 0.02
 
-IDLE_S = 45.0
-"""Rest before what is left is counted: gRPC adds threads when it is behind, and lets them go
-when they have had nothing to do for 20 s, which they never have between two runs."""
+MOST_IDLE_S = 300.0
+"""Rest within which all that is left over must have gone. gRPC's `event_engine` adds a thread when
+it is behind and lets it go when it has had nothing to do for 20 s, which it never has between two
+runs; with five processes some thread may be woken by a keepalive for a while."""
+
+LOOK_EVERY_S = 5.0
 
 WARM_UP = 0.2
 """The share of the time in which caches fill and the allocator finds its size."""
@@ -164,6 +167,25 @@ class Look:
             sum(len(process.net_connections("all")) for process in (me, *hosting)),
         )
 
+    @staticmethod
+    def fewest(looks: Sequence[Look]) -> Look:
+        """The fewest of everything in some looks."""
+        return replace(
+            looks[0],
+            tasks=min(look.tasks for look in looks),
+            threads=min((look.threads for look in looks), key=Counter.total),
+            sockets=min(look.sockets for look in looks),
+        )
+
+    def is_more_than(self, looks: Sequence[Look]) -> bool:
+        """Whether there is something that was not there at the emptiest of the looks."""
+        fewest = self.fewest(looks)
+        return (
+            self.tasks > fewest.tasks
+            or self.threads.total() > fewest.threads.total()
+            or self.sockets > fewest.sockets
+        )
+
 
 async def _fill_pool() -> None:
     """Have the loop start all the threads that it works with: else it adds one, up to its fixed
@@ -224,22 +246,22 @@ async def soak(minutes: float, twins: int, steps: int) -> int:
                 await asyncio.sleep(1.0)  # what ends with the run has ended
                 looks.append(Look.now(now_s, pids))
                 print(f"{now_s / 60:5.1f} min, {looks[-1]}", file=sys.stderr, flush=True)
-            await asyncio.sleep(IDLE_S)
-            idle = Look.now(time.monotonic() - started_s, pids)
-    warm = [look for look in looks if look.at_s >= WARM_UP * looks[-1].at_s]
-    quarter = max(1, len(warm) // 4)
-    first, last = warm[:quarter], warm[-quarter:]
+            warm = [look for look in looks if look.at_s >= WARM_UP * looks[-1].at_s]
+            quarter = max(1, len(warm) // 4)
+            first, last = warm[:quarter], warm[-quarter:]
+            rested_s = time.monotonic()
+            while True:
+                await asyncio.sleep(LOOK_EVERY_S)
+                idle = Look.now(time.monotonic() - started_s, pids)
+                idle_s = time.monotonic() - rested_s
+                if not idle.is_more_than(first) or idle_s > MOST_IDLE_S:
+                    break
 
     def growth(name: str) -> float:
         before, after = (median(getattr(look, name) for look in some) for some in (first, last))
         return float(after / before - 1.0)
 
-    def left_over(name: str) -> int:
-        """What is still there in the end, when nothing has happened for a while, and was not
-        there at the emptiest look of the beginning."""
-        return int(getattr(idle, name) - min(getattr(look, name) for look in first))
-
-    fewest = min((look.threads for look in first), key=Counter.total)
+    fewest = Look.fewest(first)
 
     result = {
         "minutes": round((time.monotonic() - started_s) / 60, 1),
@@ -251,15 +273,15 @@ async def soak(minutes: float, twins: int, steps: int) -> int:
         "hosts_mib": round(last[-1].hosts_mib, 1),
         "broker_growth": round(growth("broker_mib"), 4),
         "hosts_growth": round(growth("hosts_mib"), 4),
-        "tasks_left": left_over("tasks"),
-        "threads_left": idle.threads.total() - fewest.total(),
-        "threads_more": dict(idle.threads - fewest),
-        "sockets_left": left_over("sockets"),
+        "tasks_left": idle.tasks - fewest.tasks,
+        "threads_left": idle.threads.total() - fewest.threads.total(),
+        "threads_more": dict(idle.threads - fewest.threads),
+        "sockets_left": idle.sockets - fewest.sockets,
+        "idle_s": round(idle_s),
     }
     print(json.dumps(result), flush=True)
     grew = max(growth("broker_mib"), growth("hosts_mib")) >= MOST_GROWTH
-    left = max(left_over("tasks"), left_over("sockets"), idle.threads.total() - fewest.total())
-    return int(grew or left > 0)
+    return int(grew or idle.is_more_than(first))
 
 
 def main() -> int:

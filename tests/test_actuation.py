@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +23,9 @@ from federation.control.actuation import (
     Answered,
     Ask,
     Ended,
+    Event,
     FileJournal,
+    Hands,
     Overdue,
     Seat,
     Seen,
@@ -41,7 +43,7 @@ from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.loop import run
 from federation.scenario.run import Case, Outcome
 from federation.scenario.spec import parse
-from federation.twin import NO_DESK, SECOND_NS, SYSTEM, StepInput
+from federation.twin import NO_DESK, SECOND_NS, SYSTEM, Step, StepInput
 from federation.wire.credentials import Identity, Keyring, Known, Role
 from federation.wire.enrol import keep_name
 from federation.wire.link import Link
@@ -553,65 +555,109 @@ def test_a_condition_on_a_twin_that_is_not_set_counts_as_well(tmp_path: Path) ->
     story(tell)
 
 
+def deadly(stage: Stage, dead: asyncio.Event) -> type[Hands]:
+    """Hands of one who dies when the first member has done what a stage asks, before all have."""
+    last = {"selecting": "select", "operating": "operate", "watching": "look"}.get(stage, "confirm")
+
+    class Deadly(Hands):
+        is_over = False
+
+        async def ask(self, what: str, member: str) -> Event:
+            if self.is_over:
+                await asyncio.sleep(3600)
+            self.is_over = what == last
+            answer = await super().ask(what, member)
+            if self.is_over:
+                dead.set()
+                await asyncio.sleep(3600)
+            return answer
+
+    return Deadly
+
+
+async def die(at: dict[str, Site], stage: Stage, journal: FileJournal) -> None:
+    """Begin to bring a bundle to all, and die on the way."""
+    dead = asyncio.Event()
+    work = asyncio.create_task(
+        carry_out(task(bundle(speeds=FOUR), at), GUARD, journal, messengers=deadly(stage, dead))
+    )
+    waits = asyncio.create_task(dead.wait())
+    await asyncio.wait({waits, work}, return_when=asyncio.FIRST_COMPLETED)
+    waits.cancel()
+    assert not work.done()
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+
+
+async def window_over(at: dict[str, Site]) -> None:
+    until_s = max(one.now_s for one in at.values()) + WINDOW_NS // SECOND_NS + 1
+    while min(one.now_s for one in at.values()) < until_s:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)  # whoever is in doubt has asked
+
+
 @pytest.mark.parametrize("stage", list(Stage)[:4])
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_who_brings_a_bundle_may_die_in_any_stage(
     tmp_path: Path, stage: Stage, comes_back: bool
 ) -> None:
-    """It dies when the first member has done what a stage asks, before all have. LEVEL45 15."""
-
-    class Deadly:
-        def __init__(self, of: Task, identity: Identity) -> None:
-            from federation.control.actuation import Hands
-
-            self._hands = Hands(of, identity)
-            self._is_over = False
-
-        async def ask(self, what: str, member: str) -> Any:
-            if self._is_over:
-                await asyncio.sleep(3600)
-            if what == {"selecting": "select", "operating": "operate", "watching": "look"}.get(
-                stage, "confirm"
-            ):
-                self._is_over = True
-                await self._hands.ask(what, member)
-                dead.set()
-                await asyncio.sleep(3600)
-            return await self._hands.ask(what, member)
-
-        async def close(self) -> None:
-            await self._hands.close()
-
-    dead = asyncio.Event()
+    """LEVEL45 15."""
 
     async def tell() -> None:
-        nonlocal dead
-        dead = asyncio.Event()
         async with sites(*FOUR) as at:
-            journal = FileJournal(tmp_path / "journal")
             going = Going(at)
-            work = asyncio.create_task(
-                carry_out(task(bundle(speeds=FOUR), at), GUARD, journal, messengers=Deadly)
-            )
-            waits = asyncio.create_task(dead.wait())
-            await asyncio.wait({waits, work}, return_when=asyncio.FIRST_COMPLETED)
-            waits.cancel()
-            assert not work.done()
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            await die(at, stage, FileJournal(tmp_path / "journal"))
             expected = FOUR if stage is Stage.CONFIRMING else dict.fromkeys(FOUR, SAFE)
             if comes_back:
                 ((_, ended),) = await take_up(FileJournal(tmp_path / "journal"), GUARD)
                 assert (ended.stage is Stage.COMMITTED) == (stage is Stage.CONFIRMING)
                 assert await take_up(FileJournal(tmp_path / "journal"), GUARD) == []
-            until_s = max(one.now_s for one in at.values()) + WINDOW_NS // SECOND_NS + 1
-            while min(one.now_s for one in at.values()) < until_s:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)  # whoever is in doubt has asked
+            await window_over(at)
             await going.end()
             assert await speeds(at) == expected
 
     story(tell)
+
+
+class Dosing(Pump):
+    """What it was set to is not undone by setting it back: it is flushed first."""
+
+    amends = 0.0
+    given: ClassVar[dict[int, list[float]]] = {}
+    """All that each was set to, in turn."""
+
+    def advance(self, step: Step) -> None:
+        self.given.setdefault(id(self), []).extend(action.value for action in step.actions)
+        super().advance(step)
+
+
+@pytest.mark.parametrize("stage", list(Stage)[:4])
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_what_was_operated_and_can_not_be_completed_is_compensated_as_declared(
+    tmp_path: Path, stage: Stage, comes_back: bool
+) -> None:
+    """Once at every twin that it had come to, at no other one, whoever lives. LEVEL45 15."""
+    Dosing.given.clear()
+
+    async def tell() -> None:
+        async with sites(*FOUR, pump=Dosing) as at:
+            going = Going(at)
+            await die(at, stage, FileJournal(tmp_path / "journal"))
+            if comes_back:
+                await asyncio.sleep(0.05)  # what was operated is in force
+                await take_up(FileJournal(tmp_path / "journal"), GUARD)
+            await window_over(at)
+            await going.end()
+
+    story(tell)
+    came_to = [values for values in Dosing.given.values() if values]
+    if stage is Stage.CONFIRMING:
+        assert sorted(came_to) == [[value] for value in FOUR.values()]
+        return
+    assert all(values[0] in FOUR.values() for values in came_to)
+    assert all(values[1:] == [Dosing.amends, SAFE] for values in came_to)
+    assert len(came_to) == {Stage.SELECTING: 0, Stage.WATCHING: 4}.get(stage, len(came_to))
+    assert came_to or stage is Stage.SELECTING
 
 
 @pytest.mark.parametrize("keeps_state", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -114,6 +115,44 @@ def test_what_is_not_confirmed_within_its_window_is_undone_and_what_was_before_i
     assert given(on, 21) == [("speed[p1]", 3.0, "guard")]
     assert refused(lambda: on.confirm("new", new.digest(), "guard")) is Reason.BUNDLE_OVER
     assert given(on, 51) == [("speed[p1]", 1.0, DESK)]  # the old lease went on meanwhile
+
+
+def test_what_was_in_force_and_is_not_confirmed_is_made_up_for_during_one_step() -> None:
+    speed, valve = WORKS.actuators
+    works = replace(WORKS, actuators=(replace(speed, amends=0.0, compensation="it stops"), valve))
+
+    def begun(on: Desk, what: Bundle) -> None:
+        on.select(what, "guard", 20, ANY)
+        on.operate(what.id, what.digest(), "guard", ANY)
+
+    on = Desk("runs/a", "works", works)
+    put(on, bundle("b0", 3.0))
+    assert given(on, 1) == [("speed[p1]", 3.0, "guard")]
+    begun(on, bundle("b1"))
+    assert given(on, 2) == [("speed[p1]", 7.0, "guard")]
+    on.release("b1")
+    begun(on, bundle("b2", 5.0))  # who comes at once waits for a step
+    again = Desk("runs/a", "works", works)
+    again.load(on.save())
+    for one in (on, again):
+        step = one.step(3)
+        assert step is not None
+        (operated,) = step.operated
+        assert operated.action.value == 0.0
+        assert operated.text == "works.speed[p1] is compensated, it stops: released"
+        assert [each.since_ns for each in one.in_force()] == [None]
+        assert given(one, 4) == [("speed[p1]", 5.0, "guard")]
+    on.release("b2")
+    assert given(on, 5) == [("speed[p1]", 0.0, DESK)]
+    assert given(on, 6) == [("speed[p1]", 3.0, "guard")]  # what was confirmed before
+    begun(on, bundle("b3", 6.0, entity="p2"))
+    on.release("b3")  # it never came into force
+    assert given(on, 7) == []
+    begun(on, bundle("b4", 6.0))
+    assert given(on, 8) == [("speed[p1]", 6.0, "guard")]
+    put(on, bundle("b5", 9.0, priority=Priority.OPERATOR, author="kim"), "kim")
+    on.release("b4")  # a person has the say
+    assert given(on, 9) == [("speed[p1]", 9.0, "kim")]
 
 
 def test_a_reservation_lapses_after_its_window() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -140,6 +141,162 @@ def test_a_future_over_grpc_is_the_one_in_one_process_bit_for_bit_and_the_run_go
 
     bounded(story)
     assert len({str(glimpse.series) for glimpse in expected}) == len(expected)
+
+
+Told = dict[str, list[tuple[int, float]]]
+
+
+async def tried(
+    services: Services,
+    run: str,
+    cut_ns: int,
+    until_ns: int,
+    *attempts: scenario_pb2.TryFuturesRequest.Attempt,
+    figures: tuple[str, ...] = ("reservoir.spilled", "polder.damage"),
+) -> list[scenario_pb2.TryFuturesResponse]:
+    """What came of each attempt, in the order in which they were asked for."""
+    request = scenario_pb2.TryFuturesRequest(
+        name=run, time_ns=cut_ns, horizon_ns=until_ns, attempts=attempts, figures=figures
+    )
+    found = [answer async for answer in services.scenarios.TryFutures(request)]
+    assert sorted(answer.attempt for answer in found) == list(range(len(attempts)))
+    return sorted(found, key=lambda answer: answer.attempt)
+
+
+def told_by(answer: scenario_pb2.TryFuturesResponse) -> Told:
+    assert not answer.HasField("error"), answer.error
+    found: Told = {}
+    for told in answer.told:
+        value = float(codec.decode_vector(told.values, told.variable)[0])
+        found.setdefault(f"{told.member}.{told.variable}", []).append((told.time_ns, value))
+    return found
+
+
+Attempt = scenario_pb2.TryFuturesRequest.Attempt
+
+
+def test_futures_that_are_tried_are_those_in_one_process_bit_for_bit_and_leave_nothing() -> None:
+    known: dict[str, float] = {"reservoir": LEAK}
+    cases_ = [(at_h, n, b) for at_h in (1, 9) for n, b in ((0, {}), (1, {}), (0, known))]
+    expected = [glimpsed(at_h, at_h + 6, number, b) for at_h, number, b in cases_]
+    scenario = parse(SCENARIO)
+    undisturbed = run_local(scenario, case_of(scenario), warden)
+
+    class Slower(Polder):
+        def advance(self, step: Step) -> None:
+            time.sleep(0.003)
+            super().advance(step)
+
+    async def story() -> None:
+        async with lowland(polder=Slower) as (broker, services):
+            run = await services.create(SCENARIO)
+            await People(services, run.name).settled(10 * HOUR_NS)
+            found: list[Told] = []
+            for at_h in (1, 9):
+                attempts = [
+                    Attempt(measure="plan", future=future_of(number, b))
+                    for hour, number, b in cases_
+                    if hour == at_h
+                ]
+                cut_ns, until_ns = at_h * HOUR_NS - 1, (at_h + 6) * HOUR_NS
+                answers = await tried(services, run.name, cut_ns, until_ns, *attempts)
+                found += map(told_by, answers)
+                assert all(sent.action.member for answer in answers for sent in answer.sent)
+                assert all(answer.sent for answer in answers)
+            for told, glimpse in zip(found, expected, strict=True):
+                for figure, series in glimpse.series.items():
+                    assert tuple(told.get(figure, ())) == series[1:]
+            runs, _ = broker.store.runs(100, None)
+            assert [one.name for one in runs] == [run.name]
+            assert (await services.ended(run.name)).digest == undisturbed.digest
+
+    bounded(story)
+    assert len({str(glimpse.series) for glimpse in expected}) == len(expected)
+
+
+def test_without_another_future_what_is_tried_goes_on_as_the_run_did() -> None:
+    planned = SCENARIO.replace("none: {}", "none: {crews: nearest}")
+
+    async def story() -> None:
+        async with lowland() as (broker, services):
+            run = await services.create(planned)
+            await services.ended(run.name)
+            cut_ns = 7 * HOUR_NS - 1
+            for cut_ns in (-1, 7 * HOUR_NS - 1, 9 * HOUR_NS + 1):
+                asked = (run.name, cut_ns, 24 * HOUR_NS, Attempt(), Attempt(measure="plan"))
+                as_it_was, planned_anew = map(told_by, await tried(services, *asked))
+                lived: Told = {}
+                for figure in as_it_was:
+                    member, _, variable = figure.partition(".")
+                    stored = broker.store.history(run.name, member, variable, cut_ns + 1, 1 << 62)
+                    lived[figure] = [
+                        (s.entry.time_ns, float(s.entry.value[0]))
+                        for s in stored
+                        if isinstance(s.entry, Record)
+                    ]
+                assert as_it_was == lived
+                assert planned_anew != lived
+
+    bounded(story)
+
+
+def test_what_can_not_be_tried_says_why_and_what_nobody_waits_for_ends() -> None:
+    at_work: set[int] = set()
+
+    class Fixed(Polder):
+        """It has no other futures, and takes its time."""
+
+        def open(self, seed: int, parameters: Mapping[str, float]) -> None:
+            super().open(seed, parameters)
+            at_work.add(id(self))
+
+        def advance(self, step: Step) -> None:
+            time.sleep(0.002)
+            super().advance(step)
+
+        def close(self) -> None:
+            at_work.discard(id(self))
+
+        def diverge(self, *what: object, **more: object) -> int | None:
+            return Twin.diverge(self, *what, **more)  # type: ignore[arg-type]
+
+        def snapshot(self) -> bytes:
+            return json.dumps([self.water_m, self.pumps, self.damage_usd]).encode()
+
+        def restore(self, state: bytes) -> None:
+            self.water_m, self.pumps, self.damage_usd = json.loads(state)
+
+    async def story() -> None:
+        async with lowland(polder=Fixed) as (_, services):
+            run = await services.create(SCENARIO)
+            await services.ended(run.name)
+            asked = (run.name, HOUR_NS, 20 * HOUR_NS)
+            no, yes = await tried(services, *asked, Attempt(future=future_of(0)), Attempt())
+            assert (no.error.reason, no.error.metadata["member"]) == ("UNSUPPORTED", "polder")
+            assert told_by(yes)
+            for wrong, reason in (
+                (tried(services, *asked, figures=("polder.colour",)), Reason.UNKNOWN_VARIABLE),
+                (tried(services, *asked, Attempt(measure="pray")), Reason.SCENARIO_INVALID),
+                (tried(services, *asked, *[Attempt()] * 1001), Reason.SCENARIO_INVALID),
+                (tried(services, run.name, HOUR_NS, 0), Reason.INSTANT_PASSED),
+                (tried(services, run.name, 99 * HOUR_NS, 100 * HOUR_NS), Reason.INSTANT_PASSED),
+            ):
+                assert (await refused(wrong)).reason is reason
+            while at_work:
+                await asyncio.sleep(0.02)
+            request = scenario_pb2.TryFuturesRequest(
+                name=run.name, time_ns=HOUR_NS, horizon_ns=1 << 60, attempts=[Attempt()]
+            )
+            call = services.scenarios.TryFutures(request)
+            reading = asyncio.create_task(call.read())
+            while not at_work:
+                await asyncio.sleep(0.02)
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            while at_work:
+                await asyncio.sleep(0.02)
+
+    bounded(story)
 
 
 def test_a_future_goes_through_the_past_once_however_many_there_are_of_a_cut() -> None:

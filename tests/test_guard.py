@@ -418,7 +418,7 @@ BROKEN = [
     ("    high: 90", "    high: 190", "5..190 is not within the actuator's own 0..100"),
     ("    low: 5\n", "    low: 45\n", "its safe default 40 is outside of its range"),
     ("at_most: 30,", "at_most: .nan,", "finite number"),
-    ("at_most: 430", "at_most: .nan", "not a number"),
+    ("at_most: 430", "at_most: .nan", "finite number"),
     ("version: 7", "version: 0", "greater than 0"),
     ("{of: grid.tie, entity: south", "{of: grid.tie, entity: east", "no entity 'east'"),
     ("{of: grid.tie, entity: south", "{of: grid.tie, entity: north", "two terms of ring"),

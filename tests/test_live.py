@@ -7,29 +7,39 @@ that everything happens at known instants of the run, however slow the machine i
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import sys
 import threading
 import time
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from federation.broker.server import BrokerOptions, BrokerServer
-from federation.control import audit
+from federation.control import audit, shelf
+from federation.control.again import again
 from federation.control.autonomy import Key, Standing
 from federation.control.live import LiveLoop
 from federation.control.mandate import Keys, Terms
+from federation.control.outlook import Outlook
 from federation.control.people import answer, asking, serving_people, set_level
-from federation.control.situation import NEVER
+from federation.control.situation import NEVER, Mode
+from federation.control.trials import Trial
 from federation.control.turn import Made
 from federation.control.view import Holding
+from federation.core.bundle import Priority, Setpoint
 from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import parse
 from federation.scenario.study import cases
 from federation.twin import HOUR_NS, MINUTE_NS, Step, Twin
-from federation.v1 import autonomy_pb2
+from federation.v1 import autonomy_pb2, control_pb2
 from federation.wire.credentials import Identity, Keyring, Role
 from federation.wire.orders import Hand
 from federation.wire.serve import ServeOptions, serving
@@ -224,6 +234,59 @@ async def at_work(
 async def _gone(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def controlling(stage: Stage, terms: Terms) -> AsyncIterator[tuple[Process, str]]:
+    """A loop as a process of its own, and where people find it; it is killed in the end."""
+    folder = terms.rules.parent
+    known = [(GUARD, Role.GUARD, ["*"]), (OPTIMISER, Role.OPTIMISER, ["*"])]
+    known += [(WIM, Role.OPERATOR, ["water", "weather"]), (CISKA, Role.OPERATOR, ["civil"])]
+    entries = [
+        {
+            "name": who.name,
+            "public_key": who.public_key,
+            "roles": [role.value],
+            "domains": domains,
+        }
+        for who, role, domains in known
+    ]
+    (folder / "keyring.yaml").write_text(yaml.safe_dump({"identities": entries}))
+    for who in (GUARD, OPTIMISER):
+        if not (folder / f"{who.name}.pem").exists():
+            who.save(folder / f"{who.name}.pem")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "federation", "control", stage.run, "--port", "0"),
+        *("--broker", stage.broker.address, "--level", str(terms.level)),
+        *("--rules", str(terms.rules), "--keyring", str(folder / "keyring.yaml")),
+        *("--key", str(folder / "guard.pem"), "--operator", terms.operator),
+        *("--optimiser-key", str(folder / "optimiser.pem"), "--state", str(terms.state)),
+        *("--ahead-h", "3", "--measure", "plan", "--window-min", "120"),
+        *("--stage-within-s", "20"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        line = (await process.stderr.readline()).decode()
+        found = re.search(r"control of \S+ at (\S+)", line)
+        assert found, line + (await process.stderr.read()).decode()
+        draining = asyncio.create_task(process.stderr.read())
+        yield process, found.group(1)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+    await draining
+
+
+async def shown(address: str) -> list[autonomy_pb2.Proposal]:
+    """What a loop proposes, once it proposes anything."""
+    while True:
+        async with asking(address) as stub:
+            listed = await stub.ListProposals(autonomy_pb2.ListProposalsRequest())
+        if listed.proposals:
+            return list(listed.proposals)
+        await asyncio.sleep(0.05)
 
 
 def told(terms: Terms, kind: str) -> list[dict[str, object]]:
@@ -426,3 +489,250 @@ def test_rules_that_change_count_from_the_next_decision_on(tmp_path: Path) -> No
 
     bounded(story)
     assert [b["what"] for b in told(terms, "noted")].count("rules refused") == 1
+
+
+def test_a_loop_that_is_killed_takes_its_open_decisions_up_again(tmp_path: Path) -> None:
+    terms = replace(terms_of(tmp_path, 4), state=tmp_path / "killed")
+
+    async def story() -> None:
+        async with at_work(replace(terms, state=tmp_path / "state")) as stage:
+            ticking = asyncio.create_task(stage.tick(terms.state / "intents.jsonl"))
+            async with controlling(stage, terms) as (process, address):
+                stage.let(2 * HOUR_NS)
+                (first,) = await shown(address)
+                half = await answer(address, first.id, WIM, is_yes=True)
+                assert (half.state, half.counts) == ("open", True)
+                process.kill()
+            async with controlling(stage, terms) as (process, address):
+                (again,) = await shown(address)
+                assert (again.content, again.state) == (first.content, "open")
+                assert set(again.confirmed.values()) == {"Wim"}
+                whole = await answer(address, first.id, CISKA, is_yes=True)
+                assert (whole.state, whole.sentence) == ("taken", "committed")
+                held = await stage.holding("reservoir", "main")
+                assert held is not None
+                process.kill()
+            async with controlling(stage, terms) as (_, address):
+                (taken,) = await shown(address)
+                assert (taken.state, taken.sentence) == ("taken", "committed")
+                stage.let(4 * HOUR_NS)
+                while len(await shown(address)) < 2:
+                    await asyncio.sleep(0.05)
+            ticking.cancel()
+            await asyncio.gather(ticking, return_exceptions=True)
+
+    bounded(story)
+    first, *_ = told(terms, "decided")
+    (observed,) = [o for o in told(terms, "observed") if o["decision"] == first["decision"]]
+    assert observed["predicted"] != {}
+    assert [a["decision"] for a in told(terms, "acted")] == [first["decision"]]
+    decided = [d["decision"] for d in told(terms, "decided")]
+    assert len(decided) == len(set(decided))
+
+
+def test_a_level_is_set_once_for_a_request_also_by_another_life_of_the_loop(
+    tmp_path: Path,
+) -> None:
+    terms = replace(terms_of(tmp_path, 4), state=tmp_path / "killed")
+    pump, gate = Key("polder", "pump", "Ann"), Key("reservoir", "gate", "Ann")
+
+    async def story() -> None:
+        async with at_work(replace(terms, state=tmp_path / "state")) as stage:
+            async with controlling(stage, terms) as (process, address):
+                down = await set_level(address, gate, 3, WIM, "r1")
+                assert down.level == 3
+                assert (await set_level(address, gate, 4, WIM, "r2")).level == 4
+                process.kill()
+            key = tmp_path / "Wim.pem"
+            WIM.save(key)
+            async with controlling(stage, terms) as (process, address):
+                assert await set_level(address, gate, 3, WIM, "r1") == down
+                async with asking(address) as stub:
+                    now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
+                levels = {(s.twin, s.action): s.level for s in now.standings}
+                assert levels == {pump[:2]: 4, gate[:2]: 4}  # nothing was done again
+                with pytest.raises(ScenarioError) as refused:
+                    await set_level(address, gate, 4, WIM, "r1")
+                assert refused.value.reason is Reason.REQUEST_DIFFERS
+                for level, code in (("5", 3), ("3", 0)):  # 5 is not earned
+                    asked = await asyncio.create_subprocess_exec(
+                        *(sys.executable, "-m", "federation", "level", "reservoir", "gate", level),
+                        *("--operator", "Ann", "--as", "Wim", "--key", str(key)),
+                        *("--control", address),
+                    )
+                    assert await asked.wait() == code
+                async with asking(address) as stub:
+                    now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
+                assert {s.level for s in now.standings} == {3, 4}
+
+    bounded(story)
+
+
+NARROW = RULES.replace(
+    "  reservoir.gate:\n",
+    "  reservoir.gate:\n    high: 0.5\n",
+).replace(
+    "recovery: {name: defaults,",
+    "recovery: {name: ajar, setpoints: [{of: reservoir.gate, entity: main, value: 0.4}],",
+)
+"""The gate may be opened half, and the plan opens it further; in its place it stands ajar."""
+
+
+def not_a_number(outlook: Outlook, name: str, trial: Trial) -> tuple[Setpoint, ...]:
+    return (Setpoint("reservoir", "gate", "main", float("nan"), HOUR_NS),)
+
+
+@pytest.mark.parametrize("trouble", ["unsafe", "NaN", "late"])
+def test_the_recovery_plan_takes_the_place_of_a_loop_in_trouble(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twins get the plan of their owners, over real sockets. LEVEL45 14, 24."""
+    unsafe = NARROW if trouble == "unsafe" else NARROW.replace("    high: 0.5\n", "")
+    terms = terms_of(tmp_path, 5, unsafe)
+    if trouble == "NaN":
+        monkeypatch.setattr(Outlook, "_setpoints", not_a_number)
+
+    class Slow(Polder):
+        """In futures it takes its time."""
+
+        is_slow = False
+
+        def diverge(self, *what: Any, **more: Any) -> int | None:
+            if Slow.is_slow:
+                time.sleep(2.0)
+            return super().diverge(*what, **more)
+
+    async def story() -> None:
+        async with at_work(terms, polder=Slow) as stage:
+            Slow.is_slow = trouble == "late"
+            if Slow.is_slow:
+                stage.loop.terms = stage.loop.mandate.terms = replace(terms, within_s=1.0)
+            stage.let(2 * HOUR_NS)
+            cut = await stage.loop.view.cut(HOUR_NS)
+            while cut is None or cut.time_ns < 2 * HOUR_NS - 1:
+                cut = await stage.loop.view.cut(HOUR_NS)
+            await stage.loop.decide(cut)
+            held = await stage.holding("reservoir", "main")
+            assert held is not None
+            assert (held.value, held.priority) == (0.4, Priority.AUTONOMOUS)
+            assert held.until_ns < NEVER  # it is leased, too
+            assert stage.loop.guard.mode is Mode.RECOVERY
+            gate = Key("reservoir", "gate", "Ann")
+            assert stage.loop.ladder.level(gate) == 3
+
+    bounded(story)
+    (judged,) = told(terms, "judged")
+    assert not judged["passed"]
+    assert judged["fallback"]
+    expected = {"unsafe": "range:reservoir.gate", "NaN": "range:reservoir.gate", "late": "silence"}
+    refusals = judged["refusals"]
+    assert isinstance(refusals, list)
+    assert expected[trouble] in {rule for rule, _ in refusals}
+    (acted,) = told(terms, "acted")
+    assert acted["state"] == "committed"
+
+
+def test_a_proposal_that_nobody_answers_expires_by_itself_and_nothing_acts(tmp_path: Path) -> None:
+    terms = terms_of(tmp_path, 4)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            going = asyncio.create_task(stage.loop.go())
+            stage.let(2 * HOUR_NS)
+            (open_,) = await shown(stage.address)
+            assert open_.state == "open"
+            stage.now_s[0] += 601.0
+            while not told(terms, "rejected"):  # the loop itself has seen to it, nobody asked
+                stage.let(stage.held.hold_ns + 10 * MINUTE_NS)
+                await asyncio.sleep(0.05)
+            (expired, *_) = reversed(await shown(stage.address))
+            assert expired.state == "expired"
+            late = await answer(stage.address, open_.id, WIM, is_yes=True)
+            assert not late.counts
+            assert not (await stage.loop.view.desks()).holdings
+            going.cancel()
+            await asyncio.gather(going, return_exceptions=True)
+
+    bounded(story)
+    first, *_ = told(terms, "rejected")
+    assert (first["person"], first["why"]) == ("", "nobody confirmed in time")
+    assert not told(terms, "acted")
+
+
+def test_a_decision_is_made_again_from_its_record(tmp_path: Path) -> None:
+    """By who was not there, after the run has gone on. LEVEL45 21."""
+    terms = terms_of(tmp_path, 5)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            for hour in (2, 4):
+                assert (await stage.decide(hour)).outcome == "committed"
+            stage.let(NEVER)
+            await stage.services.ended(stage.run)
+            for record in told(terms, "decided"):
+                found = await again(stage.broker.address, record, terms.rules)
+                assert found.is_same
+                assert found.bundle is not None
+                assert len(found.ratings) == 2
+            moved: dict[str, Any] = json.loads(json.dumps(record))
+            moved["basis"]["inputs"]["weights"] = {}
+            moved["basis"]["inputs"]["cut_ns"] -= HOUR_NS
+            other = await again(stage.broker.address, moved, terms.rules)
+            assert not other.is_same
+            moved["basis"]["versions"]["polder"] = "polder 0"
+            with pytest.raises(ScenarioError) as refused:
+                await again(stage.broker.address, moved, terms.rules)
+            assert refused.value.reason is Reason.DESCRIPTION_DIFFERS
+
+    bounded(story)
+
+
+def test_what_can_not_be_tried_in_one_request_is_forked(tmp_path: Path) -> None:
+    """Members that have come in the midst of a run are known to forks."""
+    terms = terms_of(tmp_path, 3)
+    late = "members:\n  moon: {address: ADDRESS}\n"
+
+    async def story() -> None:
+        async with at_work(terms) as stage, serving(Sky, "moon", ServeOptions(grace_s=0.1)) as moon:
+            stage.let(HOUR_NS)
+            document = late.replace("ADDRESS", f'"{moon[0]}"')
+            await stage.services.control.AddMembers(
+                control_pb2.AddMembersRequest(run=stage.run, document=document, operator="Ann")
+            )
+            made = await stage.decide(2)
+            assert made.outcome == "advised"
+            assert made.chosen == "plan"
+            runs, _ = stage.broker.store.runs(100, None)
+            assert len(runs) == 1 + 2 * 2  # the run, and two measures in two futures
+
+    bounded(story)
+
+
+def test_a_decision_on_the_shelf_is_the_one_that_was_put_there(tmp_path: Path) -> None:
+    terms = terms_of(tmp_path, 4)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            made = await stage.decide(2)
+            (found,) = (again_ := shelf.Shelf(terms.state / "decisions")).all()
+            again_.wanted = stage.loop.mandate.shelf.wanted
+            assert (found.id, found.outcome, found.chosen) == (made.id, "proposed", "plan")
+            assert found.bundle == made.bundle
+            assert found.ratings == made.ratings
+            assert found.verdict == made.verdict
+            assert found.is_shadow
+            until_ns = made.known.until_ns
+            weights = {("reservoir", "spilled"): 1.0, ("polder", "damage"): 2.0}
+            for name, candidate in made.candidates.items():
+                kept = found.candidates[name]
+                assert kept.setpoints == candidate.setpoints
+                for one, other in zip(kept.trials, candidate.trials, strict=True):
+                    assert one.actions == other.actions
+                    assert one.growth(weights, until_ns) == other.growth(weights, until_ns)
+                    series = one.series(("polder", "water")), other.series(("polder", "water"))
+                    assert series[0].times_ns == series[1].times_ns
+                    assert (series[0].values == series[1].values).all()
+            again_.keep([])
+            assert again_.all() == []
+
+    bounded(story)

@@ -55,6 +55,12 @@ def test_the_same_seed_gives_the_same_digest_twice() -> None:
     assert run_local(scenario, case, None).digest == run_local(scenario, case, None).digest
 
 
+LAUGHS = "6\na0: &a0 [ha, ha]\n" + "\n".join(
+    f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]" for i in range(1, 12)
+)
+"""A document of 600 characters that says ha 200,000,000,000 times."""
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason", "said"),
     [
@@ -74,6 +80,20 @@ def test_the_same_seed_gives_the_same_digest_twice() -> None:
             Reason.MISSING_FILE,
             "x.csv",
         ),
+        (
+            "to: tower.pump_power",
+            "to: tower.pump_power, map: {file: ../../../etc/passwd, source: a, target: b}",
+            Reason.MISSING_FILE,
+            "does not lie in the scenario's folder",
+        ),
+        ("horizon_h: 6", "horizon_h: .inf", Reason.SCENARIO_INVALID, "finite"),
+        ("horizon_h: 6", "horizon_h: 1e300", Reason.SCENARIO_INVALID, "146 years"),
+        ("horizon_h: 6", "horizon_h: 6\npace: {factor: 1e300}", Reason.SCENARIO_INVALID, "pace"),
+        ("horizon_h: 6", "horizon_h: \0", Reason.SCENARIO_INVALID, "special characters"),
+        ("horizon_h: 6", "horizon_h: 2020-13-45", Reason.SCENARIO_INVALID, "month must be"),
+        ("horizon_h: 6", "horizon_h: &a [*a]", Reason.SCENARIO_INVALID, "line 1: "),
+        ("horizon_h: 6", f"horizon_h: {'[' * 2000}", Reason.SCENARIO_INVALID, "too deeply"),
+        ("horizon_h: 6", f"horizon_h: {LAUGHS}", Reason.SCENARIO_INVALID, "over 1,000,000 long"),
     ],
 )
 def test_a_wrong_scenario_is_refused_with_the_line_and_the_remedy(

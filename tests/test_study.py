@@ -6,10 +6,13 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -372,3 +375,56 @@ def test_a_worker_that_dies_costs_nothing(tmp_path: Path) -> None:
     assert told["failed_runs"] == []
     assert main(["run", str(path), "--runs", "12", "--out", str(tmp_path / "calm")]) == 0
     assert told["digest"] == Study(tmp_path / "calm").summary["digest"]
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[str]:
+    """A Ray cluster of two processors with nothing in it of ours, and its address."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    command += [f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as head:
+        try:
+            assert head.stdout is not None
+            assert any("Ray runtime started" in line for line in head.stdout)
+            yield f"127.0.0.1:{port}"
+        finally:
+            family = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            _, left = psutil.wait_procs(family, timeout=20)
+            for process in left:
+                process.kill()
+
+
+def test_a_cluster_that_loses_a_worker_gives_the_digest_of_one_process() -> None:
+    """The worker is killed from outside, as it may be when a machine of the cluster goes."""
+    # Ray's sockets lie there, whose paths may be 107 characters long
+    with tempfile.TemporaryDirectory(dir="/tmp") as name, cluster(Path(name) / "ray") as address:
+        path, out = written(Path(name), "Slow", {"pause_s": 0.02}), Path(name) / "out"
+        command = [sys.executable, "-m", "federation", "run", str(path), "--runs", "300"]
+        command += ["--ray", address, "--out", str(out)]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as driver:
+            _wait_for_part(out, driver)
+            _busy_at(address).kill()
+            _, said = driver.communicate(timeout=120)
+        assert driver.returncode == 0, said
+        found = Study(out).summary
+        assert found["failed_runs"] == []
+        calm = Path(name) / "calm"
+        assert main(["run", str(path), "--runs", "300", "--out", str(calm)]) == 0
+        assert found["digest"] == Study(calm).summary["digest"]
+
+
+def _busy_at(address: str) -> psutil.Process:
+    """A worker of this cluster that has a task."""
+    port, give_up_s = address.rpartition(":")[2], time.monotonic() + 20
+    while time.monotonic() < give_up_s:
+        for process in psutil.process_iter(["cmdline"]):
+            if "ray::_do" not in " ".join(process.info["cmdline"] or ()):
+                continue
+            if any(f":{port}" in " ".join(each.cmdline()) for each in process.parents()):
+                return process
+    raise AssertionError("no worker of the cluster is at work")

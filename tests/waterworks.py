@@ -60,6 +60,8 @@ class Pump(Twin):
     """Steps at `gate_ns` wait for this."""
     gate_ns: ClassVar[int] = -1
     at_gate: ClassVar[threading.Event] = threading.Event()
+    amends: ClassVar[float | None] = None
+    """What makes up for a speed that was taken back."""
 
     def describe(self) -> Description:
         return Description(
@@ -82,6 +84,7 @@ class Pump(Twin):
                     SAFE,
                     lease_ns=600 * SECOND_NS,
                     compensation="the speed before is set again",
+                    amends=self.amends,
                 ),
             ),
         )
@@ -139,11 +142,12 @@ async def site(
     keyring: Keyring = KEYRING,
     state_file: Path | None = None,
     linger_s: float = 600.0,
+    pump: type[Pump] = Pump,
 ) -> AsyncIterator[Site]:
     """A pump that is served, with a session for the run."""
     options = ServeOptions(keyring=keyring, state_file=state_file, grace_s=0.1, linger_s=linger_s)
     async with (
-        serving(Pump, name, options) as (address, _),
+        serving(pump, name, options) as (address, _),
         await Link.connect(address, name) as link,
     ):
         session = await link.session(name, 1, {}, EPOCH, run=RUN)
@@ -153,9 +157,9 @@ async def site(
 
 
 @asynccontextmanager
-async def sites(*names: str) -> AsyncIterator[dict[str, Site]]:
+async def sites(*names: str, pump: type[Pump] = Pump) -> AsyncIterator[dict[str, Site]]:
     async with AsyncExitStack() as stack:
-        yield {name: await stack.enter_async_context(site(name)) for name in names}
+        yield {name: await stack.enter_async_context(site(name, pump=pump)) for name in names}
 
 
 def bundle(

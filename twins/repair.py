@@ -28,7 +28,7 @@ class Repairs:
     Work is counted in crew-hours. A crew is under way until its arrival, then takes one
     crew-hour off its component per hour; n crews take n. When nothing remains the
     component is whole again and its crews are free. Instants are nanoseconds from the
-    start of the run and exact within a step. Plain data: it pickles and copies.
+    start of the run and exact within a step. Plain data: it copies.
 
     A twin calls, in this order in each step: `progress` over the span, `damage` with the
     cumulative work that it is told, `assign` for each action.

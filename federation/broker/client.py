@@ -49,6 +49,19 @@ async def print_why(broker: str, run: str) -> None:
         print(words(await stub.Why(control_pb2.WhyRequest(run=run), timeout=ANSWER_S)))
 
 
+async def start_run(
+    broker: str, document: str, seed: int | None, pace_factor: float | None
+) -> None:
+    """Begin a run under the first measure of its document, and say its name."""
+    async with asking(broker) as channel:
+        stub: scenario_pb2_grpc.ScenariosAsyncStub = scenario_pb2_grpc.ScenariosStub(channel)
+        request = scenario_pb2.CreateRunRequest(
+            document=document, seed=seed, pace_factor=pace_factor
+        )
+        answer = await stub.CreateRun(request, timeout=ANSWER_S)
+    print(answer.run.name)
+
+
 async def add_members(broker: str, run: str, document: str, at_h: float | None) -> None:
     """Let members join a run, and say when they do."""
     async with asking(broker) as channel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -150,8 +150,18 @@ def write_asked(asked: Asked) -> Note:
 def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
     """All that is on record of a run, or what is of instants up to `until_ns`.
 
-    Fails as `Store.journal` does, and with STORE_FAILED when the record makes no sense.
+    Fails as `Store.journal` does, and as `remember`.
     """
+    memory = remember(run, cut(store, run, until_ns))
+    for snapshot in store.snapshots(run):  # of each member the newest first
+        past = memory.pasts.get(snapshot.member, Past())
+        if past.saved is None and snapshot.number <= past.steps:
+            past.saved = Saved(snapshot.number, snapshot.time_ns, snapshot.state)
+    return memory
+
+
+def remember(run: str, items: Iterable[Item]) -> Memory:
+    """What some items of a journal say. Fails with STORE_FAILED when they make no sense."""
     case: Case | None = None
     origin: Origin | None = None
     descriptions: dict[str, Description] = {}
@@ -159,7 +169,7 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
     asked: list[Asked] = []
     places: dict[str, Place] = {}
     desks: dict[str, dict[tuple[int, int], DeskStep]] = {}
-    for item in cut(store, run, until_ns):
+    for item in items:
         if isinstance(item, Frame):
             past = pasts.setdefault(item.member, Past())
             results = codec.decode_results(item.answer)
@@ -202,10 +212,6 @@ def recall(store: Store, run: str, until_ns: int | None = None) -> Memory:
                     f"the journal of {run} has an item of the unknown kind {item.kind!r}",
                     {"run": run},
                 )
-    for snapshot in store.snapshots(run):  # of each member the newest first
-        past = pasts.get(snapshot.member, Past())
-        if past.saved is None and snapshot.number <= past.steps:
-            past.saved = Saved(snapshot.number, snapshot.time_ns, snapshot.state)
     return Memory(case, descriptions, pasts, tuple(asked), places, origin, desks)
 
 

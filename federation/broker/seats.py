@@ -264,7 +264,7 @@ class MemberSeat:
                 self._succeed(replace(item, time_ns=step.time_ns), None)
                 continue
             if (item.time_ns, item.micro) != (step.time_ns, step.micro):
-                error = _off_the_record(self.member, item, step)
+                error = off_the_record(self.member, item, step)
                 asyncio.get_running_loop().call_soon(done, error)
                 return
             self._track.add(step, item)
@@ -662,7 +662,7 @@ class MemberSeat:
         for steps, marks in self._track.frames():
             results = await self._in_time(session.advance(steps))
             for result, mark in zip(results, marks, strict=True):
-                if _mark(self._track.renumbered(self.member, result)) != mark:
+                if mark_of(self._track.renumbered(self.member, result)) != mark:
                     raise TwinError(
                         Reason.REPLAY_DIFFERS,
                         f"{self.member} did its step at {result.time_ns} ns again and answered "
@@ -730,7 +730,7 @@ class _Track:
             if result.desk is not None:
                 self._desks[len(self._steps)] = result.desk
             self._steps.append(step)
-            self._marks.append(_mark(result))
+            self._marks.append(mark_of(result))
 
     def arrived(self) -> None:
         """A session is where the member is."""
@@ -781,26 +781,7 @@ class _Track:
 
     def renumbered(self, member: str, result: StepResult) -> StepResult:
         """An answer with the serials of its events after those of the session before."""
-        if not self._shift or not (result.events or result.causes or result.actions):
-            return result
-        prefix = f"{member}/"
-
-        def new(event: str) -> str:
-            if not event.startswith(prefix):
-                return event
-            return f"{prefix}{int(event.removeprefix(prefix)) + self._shift}"
-
-        return result._replace(
-            causes={
-                name: {index: new(event) for index, event in entries.items()}
-                for name, entries in result.causes.items()
-            },
-            events=tuple(
-                replace(event, id=new(event.id), causes=tuple(map(new, event.causes)))
-                for event in result.events
-            ),
-            actions=tuple(replace(a, cause=new(a.cause)) for a in result.actions),
-        )
+        return renumbered(member, result, self._shift)
 
     def frames(self) -> Iterator[tuple[list[StepInput], list[bytes]]]:
         """The steps since the saved state with the marks of their answers, in frames."""
@@ -813,12 +794,36 @@ class _Track:
             yield steps, self._marks[start:end]
 
 
+def renumbered(member: str, result: StepResult, shift: int) -> StepResult:
+    """An answer of a session that goes on for another, which told `shift` events before it."""
+    if not shift or not (result.events or result.causes or result.actions):
+        return result
+    prefix = f"{member}/"
+
+    def new(event: str) -> str:
+        if not event.startswith(prefix):
+            return event
+        return f"{prefix}{int(event.removeprefix(prefix)) + shift}"
+
+    return result._replace(
+        causes={
+            name: {index: new(event) for index, event in entries.items()}
+            for name, entries in result.causes.items()
+        },
+        events=tuple(
+            replace(event, id=new(event.id), causes=tuple(map(new, event.causes)))
+            for event in result.events
+        ),
+        actions=tuple(replace(a, cause=new(a.cause)) for a in result.actions),
+    )
+
+
 def _outdone(member: str) -> ScenarioError:
     why = f"{member} was not replaced: somebody else is to, or its part of the run ended first"
     return ScenarioError(Reason.INSTANT_PASSED, why, {"member": member})
 
 
-def _off_the_record(member: str, item: StepResult, step: StepInput) -> TwinError:
+def off_the_record(member: str, item: StepResult, step: StepInput) -> TwinError:
     return TwinError(
         Reason.REPLAY_DIFFERS,
         f"{member} has a step at {step.time_ns} ns and had one at {item.time_ns} ns on record: "
@@ -836,7 +841,7 @@ def _unchanged(steps: Sequence[StepInput]) -> tuple[StepResult, ...]:
     return tuple(StepResult(step.time_ns, step.micro) for step in steps)
 
 
-def _mark(result: StepResult) -> bytes:
+def mark_of(result: StepResult) -> bytes:
     """Tells an answer from every other one."""
     message = codec.encode_step_result(result).SerializeToString(deterministic=True)
     return hashlib.blake2b(message, digest_size=16).digest()

@@ -10,10 +10,19 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +31,7 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from federation.broker.branches import Attempt, Branches, Tried
 from federation.broker.cuts import Cuts
 from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, substitute_of
 from federation.broker.live import TURN_WITHIN_S, LiveRun, entrance
@@ -31,6 +41,7 @@ from federation.broker.memory import (
     Origin,
     cut,
     recall,
+    remember,
     write_asked,
     write_case,
     write_description,
@@ -88,6 +99,7 @@ SERVICES = tuple(
 
 PAGE_SIZE = 100
 MOST_BUCKETS = 10_000
+MOST_ATTEMPTS = 1_000
 CHUNK_BYTES = 2 * MEBIBYTE
 """About how much one answer of `Watch` carries; less than any client's default limit."""
 
@@ -122,6 +134,8 @@ class BrokerOptions:
     grace_s: float = 2.0
     link: LinkOptions = field(default_factory=LinkOptions)
     roster: Path | None = None
+    parallel_futures: int = 8
+    """How many futures of runs are tried at a time, for all who ask."""
 
 
 class BrokerServer:
@@ -162,6 +176,13 @@ class BrokerServer:
                 f"{self.store.id[:8]}-{self.epoch}",
                 round(self.options.lease_ttl_s * 1e9),
                 self.store.lease_epoch,
+            )
+            self._branches = Branches(
+                self.store,
+                self.epoch,
+                self.options.planner,
+                self._reach_all,
+                self.options.parallel_futures,
             )
             await self._listen(stack)
             self.continued = tuple(run.name for run in unfinished)
@@ -606,16 +627,7 @@ class BrokerServer:
         run = await self.find(name)
         cut_ns = run.settled_ns if time_ns is None else time_ns
         end_ns = run.horizon_ns if horizon_ns is None else horizon_ns
-        if not -1 <= cut_ns <= run.settled_ns:
-            raise ScenarioError(
-                Reason.INSTANT_PASSED,
-                f"{name} is settled up to {run.settled_ns} ns; it can't be cut at {cut_ns} ns",
-                {"settled_ns": str(run.settled_ns)},
-            )
-        if end_ns < max(cut_ns, 0):
-            raise ScenarioError(
-                Reason.INSTANT_PASSED, f"a run can't end at {end_ns} ns, before its cut"
-            )
+        _check_cut(run, cut_ns, end_ns)
         items, memory = await asyncio.to_thread(_cut, self.store, name, cut_ns)
         case = memory.case
         if case is None:
@@ -647,6 +659,51 @@ class BrokerServer:
         items += [write_asked(replace(order, time_ns=cut_ns + 1)) for order in orders]
         return await self._begin_with_past(
             replace(run, measure=new.measure, horizon_ns=end_ns), items
+        )
+
+    async def try_futures(
+        self,
+        name: str,
+        cut_ns: int,
+        end_ns: int,
+        attempts: Sequence[Attempt],
+        figures: Collection[str],
+    ) -> AsyncGenerator[scenario_pb2.TryFuturesResponse, None]:
+        """What came of each attempt, as they end; fails as `Scenarios.TryFutures` does."""
+        run = await self.find(name)
+        _check_cut(run, cut_ns, end_ns)
+        if len(attempts) > MOST_ATTEMPTS:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                f"{len(attempts)} attempts in one request; at most {MOST_ATTEMPTS}",
+            )
+        memory = await asyncio.to_thread(_beginning, self.store, name)
+        _check_is_lived(name, memory.origin)
+        if memory.case is None:
+            raise _no_case(name)
+        wanted = [_figure(memory, figure) for figure in figures]
+
+        def check(scenario: Scenario, case: Case, attempt: Attempt) -> None:
+            if attempt.measure not in ("", case.measure):
+                _check_measure(scenario, case.measure, attempt.measure)
+            if attempt.future is not None:
+                _check_future(
+                    attempt.future, memory, attempt.future.case(scenario, case, cut_ns + 1)
+                )
+
+        read = partial(parse, run.document, "scenario", self.options.scenario_folder)
+        trying = self._branches.try_all(name, read, cut_ns, end_ns, attempts, wanted, check)
+        async with aclosing(trying) as all_tried:
+            async for number, tried in all_tried:
+                response = _tried(number, tried)
+                self._fitting(response, "fewer figures, or a nearer horizon")
+                yield response
+
+    async def _reach_all(self, scenario: Scenario) -> dict[str, Link]:
+        """Links to all members of a scenario where they are now."""
+        places = _places(scenario.members)
+        return await self._connect(
+            self._addresses({name: places[name] for name in scenario.members}, {})
         )
 
     async def replay(
@@ -994,6 +1051,55 @@ def _cut(store: Store, run: str, until_ns: int) -> tuple[list[Item], Memory]:
         if not (isinstance(item, Note) and item.kind in ("case", "origin"))
     ]
     return items, recall(store, run, until_ns)
+
+
+def _check_cut(run: Run, cut_ns: int, end_ns: int) -> None:
+    """Refuse a cut that a run has not come to, and a future that ends before it."""
+    if not -1 <= cut_ns <= run.settled_ns:
+        raise ScenarioError(
+            Reason.INSTANT_PASSED,
+            f"{run.name} is settled up to {run.settled_ns} ns; it can't be cut at {cut_ns} ns",
+            {"settled_ns": str(run.settled_ns)},
+        )
+    if end_ns < max(cut_ns, 0):
+        raise ScenarioError(
+            Reason.INSTANT_PASSED, f"a run can't end at {end_ns} ns, before its cut"
+        )
+
+
+def _beginning(store: Store, run: str) -> Memory:
+    """What the journal of a run says before anything has happened in it."""
+    notes = takewhile(lambda item: isinstance(item, Note), (item for _, item in store.journal(run)))
+    return remember(run, notes)
+
+
+def _figure(memory: Memory, name: str) -> tuple[str, str]:
+    member, _, variable = name.partition(".")
+    known = memory.descriptions.get(member)
+    if known is None or variable not in {v.name for v in known.outputs()}:
+        raise ScenarioError(
+            Reason.UNKNOWN_VARIABLE,
+            f"the run has no output {name!r}",
+            {"member": member, "variable": variable},
+        )
+    return member, variable
+
+
+def _tried(number: int, tried: Tried | FederationError) -> scenario_pb2.TryFuturesResponse:
+    response = scenario_pb2.TryFuturesResponse(attempt=number)
+    if isinstance(tried, FederationError):
+        response.error.CopyFrom(status.encode_error(tried))
+        return response
+    for record in tried.told:
+        response.told.add(
+            member=record.owner,
+            variable=record.variable,
+            time_ns=record.time_ns,
+            values=codec.encode_vector(record.value),
+        )
+    for sent in tried.sent:
+        response.sent.add(time_ns=sent.time_ns, action=codec.encode_action(sent.action))
+    return response
 
 
 def _no_case(run: str) -> ScenarioError:
@@ -1364,6 +1470,25 @@ class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
                 run=await self._report(name), is_future=request.HasField("future")
             )
         raise AssertionError("abort raises")
+
+    async def TryFutures(  # noqa: N802
+        self,
+        request: scenario_pb2.TryFuturesRequest,
+        context: grpc.aio.ServicerContext[
+            scenario_pb2.TryFuturesRequest, scenario_pb2.TryFuturesResponse
+        ],
+    ) -> AsyncIterator[scenario_pb2.TryFuturesResponse]:
+        async with refusing(context):
+            attempts = [
+                Attempt(a.measure, _future(a.future) if a.HasField("future") else None)
+                for a in request.attempts
+            ]
+            trying = self._broker.try_futures(
+                request.name, request.time_ns, request.horizon_ns, attempts, request.figures
+            )
+            async with aclosing(trying) as all_tried:
+                async for response in all_tried:
+                    yield response
 
     async def ReplayRun(  # noqa: N802
         self,

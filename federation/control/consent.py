@@ -100,6 +100,8 @@ class Consent:
     async def _act_on(self, proposal: str) -> None:
         """Act on what persons have confirmed, if it is still what they confirmed."""
         mandate = self._mandate
+        # another life of the loop may have been who looked at them last
+        await mandate.view.look_at_clocks({variable_of(name)[0] for name in mandate.rules.values})
         now = mandate.view.now()
         situation = mandate.view.situation(now, await mandate.view.desks())
 
@@ -111,8 +113,10 @@ class Consent:
         mandate.told((told,))
         if bundle is None or made is None:
             return
+        candidate = made.candidates[made.chosen]
+        mandate.save()  # what is taken is not taken again by another life of the loop
         submission = mandate.submitted(bundle)
-        forecast = self._outlook.forecast_of(bundle, made.candidates[made.chosen])
+        forecast = self._outlook.forecast_of(bundle, candidate)
         # a person stands by: the switch to the recovery plan is for a loop that acts alone
         verdict = mandate.looked_at(submission, situation, forecast)
         if verdict.passed:

@@ -10,6 +10,7 @@ from federation.control import actuation, audit
 from federation.control.actuation import Ended, FileJournal, Stage, Task
 from federation.control.autonomy import Breached
 from federation.control.mandate import Mandate
+from federation.control.proposal import State
 from federation.control.situation import Forecast, Mode, Verdict
 from federation.control.view import Observation
 from federation.core.bundle import Bundle
@@ -31,10 +32,34 @@ class Deeds:
             for bundle, ended in await actuation.take_up(
                 self._journal, self._mandate.keys.guard, within_s=terms.stage_within_s
             ):
-                self._acted(bundle, ended, "ended after a restart")
+                self._take_up(bundle, ended)
+            self._give_up()
+            self._mandate.save()
             yield
         finally:
             self._journal.close()
+
+    def _take_up(self, bundle: Bundle, ended: Ended) -> None:
+        """Know how something ended that an earlier life of the loop had begun."""
+        mandate = self._mandate
+        made = mandate.made_of(bundle.id)
+        self._acted(bundle, ended, "ended after a restart", "" if made is None else made.id)
+        if made is not None:
+            made.outcome = ended.stage.value
+            made.is_shadow = ended.stage is not Stage.COMMITTED
+            if made.id in mandate.docket.states:
+                mandate.docket.states[made.id] = State.TAKEN
+
+    def _give_up(self) -> None:
+        """What persons had confirmed, and nobody began before the loop ended, is not done."""
+        mandate = self._mandate
+        for made in mandate.decisions:
+            is_taken = mandate.docket.states.get(made.id) is State.TAKEN
+            if is_taken and made.outcome == "proposed":
+                made.outcome = Stage.COMPENSATED.value
+                why = "the loop ended before it was begun"
+                now_ns = mandate.view.settled_ns
+                mandate.note(audit.Acted(made.id, made.outcome, now_ns, why))
 
     async def judge(self, bundle: Bundle, forecast: Forecast) -> Verdict:
         """What the guard says of a bundle as things stand now; below level 5 it only looks."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from federation.control import audit
 from federation.control.mandate import Mandate
 from federation.control.situation import Place
-from federation.control.turn import Candidate, Made
+from federation.control.turn import Candidate, Known, Made
 from federation.control.view import Observation, variable_of
 from federation.core.bundle import Bundle, Condition, Priority, Setpoint
-from federation.twin import MINUTE_NS
+from federation.twin import MINUTE_NS, Actuator
 
 
 def bundle_of(
@@ -23,10 +23,16 @@ def bundle_of(
     soon_ns = known.cut.time_ns + 2 * mandate.terms.every_ns
     for place, held in known.desks.holdings.items():
         is_mine = held.owner == author and held.priority is Priority.AUTONOMOUS
-        if is_mine and held.until_ns < soon_ns:
+        if is_mine and _is_done(mandate, place, known.cut):
+            default = _actuator(mandate, *place[:2]).safe_default
+            if held.value != default:
+                wanted[place] = Setpoint(*place, default, lease_ns(mandate, *place[:2]))
+        elif is_mine and held.until_ns < soon_ns:
             wanted[place] = Setpoint(*place, held.value, lease_ns(mandate, *place[:2]))
     for setpoint in candidate.setpoints:
         place = (setpoint.member, setpoint.actuator, setpoint.entity)
+        if _is_done(mandate, place, known.cut):
+            continue  # what is only to come in one of the futures is no reason to act now
         there = known.desks.holdings.get(place)
         if there is None or there.value != setpoint.value or place in wanted:
             wanted[place] = setpoint
@@ -42,20 +48,51 @@ def bundle_of(
         expires_ns=known.cut.time_ns + round(mandate.rules.life_min * MINUTE_NS),
         author=author,
         basis=basis.digest(),
-        conditions=_conditions(mandate, setpoints, known.cut),
+        conditions=_conditions(mandate, _changes(mandate, setpoints, known), known.cut),
     )
+
+
+def _changes(mandate: Mandate, setpoints: Sequence[Setpoint], known: Known) -> list[Setpoint]:
+    """The setpoints that rest on what was seen: not those that are in force already, nor those
+    that go back to the safe default."""
+    found = []
+    for s in setpoints:
+        there = known.desks.holdings.get((s.member, s.actuator, s.entity))
+        default = _actuator(mandate, s.member, s.actuator).safe_default
+        if s.value != (default if there is None else there.value) and s.value != default:
+            found.append(s)
+    return found
+
+
+def _is_done(mandate: Mandate, place: Place, cut: Observation) -> bool:
+    """Whether it is seen that nothing remains to be done there, so that a crew may go."""
+    repairs = mandate.view.scenario.repairs
+    member, actuator, entity = place
+    for work in repairs.work if repairs is not None else ():
+        if work.actuator != f"{member}.{actuator}":
+            continue
+        reading = cut.readings.get(variable_of(work.remaining))
+        ids = mandate.view.descriptions[member].ids(_actuator(mandate, member, actuator).kind)
+        return reading is not None and not reading.values[ids.index(entity)] > 0.0
+    return False
+
+
+def _actuator(mandate: Mandate, member: str, actuator: str) -> Actuator:
+    actuators = mandate.view.descriptions[member].actuators
+    return next(a for a in actuators if a.name == actuator)
 
 
 def _conditions(
     mandate: Mandate, setpoints: Sequence[Setpoint], cut: Observation
 ) -> tuple[Condition, ...]:
-    """What the setpoints need is still about as it was seen."""
-    needed = {
-        variable
-        for s in setpoints
-        if (rule := mandate.rules.actuators.get(f"{s.member}.{s.actuator}")) is not None
-        for variable in rule.needs
-    }
+    """What the setpoints need is still about as it was seen: where they are set, if it is of the
+    same kind, else everywhere."""
+    needed: dict[str, set[tuple[str, str]]] = {}
+    for s in setpoints:
+        rule = mandate.rules.actuators.get(f"{s.member}.{s.actuator}")
+        kind = _actuator(mandate, s.member, s.actuator).kind
+        for variable in () if rule is None else rule.needs:
+            needed.setdefault(variable, set()).add((kind, s.entity))
     found = []
     for name in sorted(needed):
         member, output = variable_of(name)
@@ -64,7 +101,10 @@ def _conditions(
             continue
         description = mandate.view.descriptions[member]
         known = next(v for v in description.outputs() if v.name == output)
+        is_local = {kind for kind, _ in needed[name]} == {known.kind}
         for entity, value in zip(description.ids(known.kind), reading.values.tolist(), strict=True):
+            if is_local and (known.kind, entity) not in needed[name]:
+                continue
             band = mandate.terms.moves_by * max(abs(value), 1e-6)
             found.append(Condition(member, output, entity, value - band, value + band))
     return tuple(found)
@@ -72,9 +112,7 @@ def _conditions(
 
 def lease_ns(mandate: Mandate, member: str, actuator: str) -> int:
     """How long a setpoint holds: no longer than the twin and the rules let it; 0 for no end."""
-    declared = next(
-        a.lease_ns for a in mandate.view.descriptions[member].actuators if a.name == actuator
-    )
+    declared = _actuator(mandate, member, actuator).lease_ns
     rule = mandate.rules.actuators.get(f"{member}.{actuator}")
     if rule is None:
         return declared

@@ -119,7 +119,7 @@ class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
         return self._memory.course
 
     def observe(self, cut: Cut) -> Situation:
-        if not hasattr(cut, "blocks"):
+        if not hasattr(cut, "believed_blocks"):
             raise ScenarioError(Reason.UNSUPPORTED, "this run can't be asked for new plans")
         news = tuple(cut.seen(*_pair(name)).tobytes() for name in self._news)
         lacking = max((float(cut.seen(*rule.lacking)[0]) for rule in self.rules), default=0.0)
@@ -180,7 +180,7 @@ class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
         from_ns = cut.time_ns + self._delay_ns
         left_ns = min(cut.horizon_ns - from_ns, self._horizon_ns)
         periods_ns = _periods(left_ns, self._period_ns)
-        blocks = cut.blocks(from_ns, periods_ns, self._members or ())
+        blocks = cut.believed_blocks(from_ns, periods_ns, self._members or ())
         model = DispatchModel(blocks, self._couplings, periods_ns, self.controls)
         try:
             plan = model.solve(from_ns, self._members, weighs_idle=False)

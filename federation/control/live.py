@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from federation.control import audit
 from federation.control.autonomy import Key as Grantee
 from federation.control.autonomy import Moved, Solved
 from federation.control.consent import Consent
@@ -27,12 +29,42 @@ from federation.control.outlook import Outlook
 from federation.control.proposal import Answer, Told
 from federation.control.rules import Rules
 from federation.control.stages import LiveStages
-from federation.control.turn import Candidate, Known, LiveCut
+from federation.control.turn import Candidate, Known, LiveCut, Made
 from federation.control.view import LiveView, Observation, variable_of
+from federation.core.waits import instant
 from federation.errors import FederationError
 
 WATCH_S = 0.2
 """How often at most the guard looks at what is observed between decisions; wall time."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn of the loop took, wall time: in all, and of it each stage.
+
+    `why` says why there was no decision, if something went wrong.
+    """
+
+    time_ns: int
+    wall_s: float
+    stages_s: Mapping[str, float]
+    why: str
+    made: Made | None
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "time_ns": self.time_ns,
+            "wall_s": self.wall_s,
+            "stages_s": dict(self.stages_s),
+            "why": self.why,
+        }
+
+    def sentence(self) -> str:
+        what = self.why or "nothing to decide"
+        if self.made is not None:
+            what = f"{self.made.chosen}: {self.made.outcome}"
+        stages = ", ".join(f"{name} {s:.1f}" for name, s in self.stages_s.items() if s >= 0.05)
+        return f"{instant(self.time_ns)}: {what}; {self.wall_s:.1f} s ({stages})"
 
 
 class LiveLoop:
@@ -56,9 +88,7 @@ class LiveLoop:
         self.mandate = Mandate(self.view, terms, keys, unix_s)
         self.ladder = self.mandate.ladder
         self.docket = self.mandate.docket
-        self.decisions = self.mandate.decisions
-        self.turn_s: list[float] = []
-        """How long each decision took, wall time."""
+        self.turns: list[Turn] = []
         self._turn = asyncio.Lock()
         """Of what may act at a time there is one."""
         self._stack = AsyncExitStack()
@@ -71,6 +101,11 @@ class LiveLoop:
     @property
     def guard(self) -> Guard:
         return self.mandate.guard
+
+    @property
+    def decisions(self) -> list[Made]:
+        """Those whose end is open, and the last one."""
+        return self.mandate.decisions
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -103,12 +138,16 @@ class LiveLoop:
     ) -> None:
         await self._stack.aclose()
 
-    async def go(self) -> None:
-        """Decide until the run ends."""
+    async def go(self, told: Callable[[Turn], None] = lambda turn: None) -> None:
+        """Decide until the run ends; `told` hears of each turn. A cut that an earlier life of the
+        loop has decided about is not decided about again."""
         watching = asyncio.create_task(self._watch())
+        decided_ns = max((made.known.cut.time_ns for made in self.decisions), default=-1)
         try:
             while (cut := await self.view.cut(self.terms.every_ns)) is not None:
-                await self.decide(cut)
+                if cut.time_ns > decided_ns:
+                    await self.decide(cut)
+                    told(self.turns[-1])
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -118,7 +157,7 @@ class LiveLoop:
         async with self._turn:
             if self.mandate.reload_rules():
                 self._outlook.change_rules()
-            began_s = time.perf_counter()
+            began_s, before_s = time.perf_counter(), dict(self.loop.spent_s)
             await self.view.look_at_clocks({variable_of(name)[0] for name in self.rules.values})
             cut = self.view.timed(cut)
             decision: Decision | None = None
@@ -143,7 +182,11 @@ class LiveLoop:
                 self.mandate.climb(Solved(key, in_time=not why))
             if why:
                 await self._deeds.be_silent(cut, why)
-            self.turn_s.append(time.perf_counter() - began_s)
+            stages_s = {name: s - before_s[name] for name, s in self.loop.spent_s.items()}
+            made = self.decisions[-1] if decision is not None and self.decisions else None
+            turn = Turn(cut.time_ns, time.perf_counter() - began_s, stages_s, why, made)
+            self.turns.append(turn)
+            self.mandate.note(audit.Noted("turn", turn.plain(), "" if made is None else made.id))
             self.mandate.save()
             return decision
 
@@ -172,6 +215,6 @@ class LiveLoop:
         """What became of a decision, in a word; empty when it is not known."""
         return self.mandate.outcome(decision)
 
-    def set_level(self, key: Grantee, level: int, person: str) -> Moved:
-        """A person sets a level; see `Ladder`. Who may do so is for the caller to have checked."""
-        return self.mandate.set_level(key, level, person)
+    def set_level(self, key: Grantee, level: int, person: str, request: str = "") -> Moved:
+        """A person sets a level; see `Mandate.set_level`."""
+        return self.mandate.set_level(key, level, person, request)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,13 +18,17 @@ from federation.control.guard import Guard
 from federation.control.monitor import Monitor
 from federation.control.proposal import Docket, State, Told
 from federation.control.rules import Rules, load
+from federation.control.shelf import Shelf
 from federation.control.situation import Forecast, Situation, Submission, Verdict
 from federation.control.turn import Made
 from federation.control.view import LiveView, variable_of
 from federation.core.bundle import Bundle
-from federation.errors import FederationError
+from federation.errors import FederationError, Reason, ScenarioError
 from federation.twin import HOUR_NS, MINUTE_NS
 from federation.wire.credentials import Identity, Keyring, Role
+
+MOST_REQUESTS = 1_000
+"""How many requests to set a level are remembered with their answers."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,13 @@ class Mandate:
         self.guard: Guard
         self.monitor: Monitor
         self.trail: audit.Trail
+        self.shelf = Shelf(terms.state / "decisions")
         self.decisions: list[Made] = []
+        """Those whose end is open, and the last one."""
+        self._outcomes: dict[str, str] = {}
+        """What became of all others, by decision."""
+        self._requests: dict[str, tuple[str, Moved]] = {}
+        """What was asked of the ladder under an id, by digest, and the answer."""
 
     @contextmanager
     def on_record(self) -> Iterator[None]:
@@ -88,8 +99,8 @@ class Mandate:
         )
         self.monitor = Monitor(self.rules, self.view.descriptions)
         terms.state.mkdir(parents=True, exist_ok=True)
-        self._restore()
         with audit.Trail(terms.state / "trail", self.keys.guard.attest) as self.trail:
+            self._restore()
             yield
 
     async def situation(self) -> Situation:
@@ -97,8 +108,13 @@ class Mandate:
         return self.view.situation(self.view.now(), await self.view.desks())
 
     def made(self, decision: str) -> Made | None:
-        """A decision of this life of the loop."""
+        """A decision whose end is open, or the last one."""
         return next((m for m in self.decisions if m.id == decision), None)
+
+    def made_of(self, bundle: str) -> Made | None:
+        """The same for the decision that made a bundle."""
+        made = (m for m in self.decisions if m.bundle is not None and m.bundle.id == bundle)
+        return next(made, None)
 
     def _is_proposed_by(self, author: str, message: bytes, signature: bytes) -> bool:
         return self.keys.keyring.proves(author, Role.OPTIMISER, message, signature)
@@ -114,9 +130,26 @@ class Mandate:
         """Whether there is anything that it may do without asking."""
         return self.terms.level == 5 and any(self.ladder.level(key) == 5 for key in self.grantees())
 
-    def set_level(self, key: Grantee, level: int, person: str) -> Moved:
-        """A person sets a level; see `Ladder`. Who may do so is for the caller to have checked."""
+    def set_level(self, key: Grantee, level: int, person: str, request: str = "") -> Moved:
+        """A person sets a level; see `Ladder`. Who may do so is for the caller to have checked.
+
+        The same under the id of an earlier `request` gets the same answer, also in another life
+        of the loop. Fails with REQUEST_DIFFERS when the id was used for something else.
+        """
+        content = hashlib.sha256(json.dumps([*key, level, person]).encode()).hexdigest()
+        if request in self._requests:
+            before, answer = self._requests[request]
+            if before != content:
+                raise ScenarioError(
+                    Reason.REQUEST_DIFFERS,
+                    f"the request {request} was made before, and said something else",
+                    {"request": request},
+                )
+            return answer
         (moved,) = self.ladder.handle(Set(key, level, person))
+        if request:
+            self._requests[request] = (content, moved)
+            self._requests = dict(list(self._requests.items())[-MOST_REQUESTS:])
         self.note(audit.Noted("level", _moved(moved)))
         self.save()
         return moved
@@ -139,7 +172,7 @@ class Mandate:
     def outcome(self, decision: str) -> str:
         """What became of a decision, in a word; empty when it is not known."""
         made = self.made(decision)
-        return "" if made is None else made.outcome
+        return self._outcomes.get(decision, "") if made is None else made.outcome
 
     def judged(self, decision: str, verdict: Verdict) -> None:
         """Put on record what the guard said of a decision."""
@@ -157,6 +190,7 @@ class Mandate:
                 self.note(audit.Approved(told.proposal, told.person, told.domains))
             elif told.state in (State.REJECTED, State.EXPIRED, State.VOID):
                 self.note(audit.Rejected(told.proposal, told.person, told.sentence))
+                self._outcomes[told.proposal] = told.state.value
                 made = self.made(told.proposal)
                 if made is not None:
                     made.outcome = told.state.value
@@ -204,30 +238,75 @@ class Mandate:
         return True
 
     def save(self) -> None:
-        """Keep what a later life of the loop goes on from; whole or not at all."""
-        plain = {
-            "rules_version": self.rules.version,
-            "run": self.view.run,
-            "guard": self.guard.snapshot(),
-            "ladder": self.ladder.snapshot(),
-            "docket": self.docket.snapshot(),
+        """Keep what a later life of the loop goes on from; each file whole or not at all."""
+        waiting = {
+            id_
+            for id_, state in self.docket.states.items()
+            if state in (State.OPEN, State.CONFIRMED)
         }
-        file = self.terms.state / "loop.json"
+        kept: list[tuple[Made, bool]] = []
+        for made in self.decisions:
+            self._outcomes[made.id] = made.outcome
+            has_trials = made is self.decisions[-1] or made.id in waiting
+            if not has_trials:
+                made.candidates = {}
+            if has_trials or made.is_shadow:
+                kept.append((made, has_trials))
+        self.decisions = [made for made, _ in kept]
+        self.shelf.keep(kept)
+        self._write(
+            "loop.json",
+            {
+                "rules_version": self.rules.version,
+                "run": self.view.run,
+                "guard": self.guard.snapshot(),
+                "docket": self.docket.snapshot(),
+                "outcomes": self._outcomes,
+            },
+        )
+        requests = [[id_, *entry] for id_, entry in self._requests.items()]
+        self._write("autonomy.json", {"ladder": self.ladder.snapshot(), "requests": requests})
+
+    def _write(self, name: str, plain: Mapping[str, Any]) -> None:
+        file = self.terms.state / name
         new = file.with_name(file.name + ".new")
-        new.write_text(json.dumps(plain), encoding="utf-8")
+        new.write_text(json.dumps(plain, default=asdict), encoding="utf-8")
         new.replace(file)
 
     def _restore(self) -> None:
-        """Go on from what an earlier life of the loop has kept, under the rules of then."""
-        file = self.terms.state / "loop.json"
-        if not file.is_file():
+        """Go on from what an earlier life of the loop has kept.
+
+        Autonomy that was earned in one run counts in the next, under the same rules. What was
+        proposed under others is void.
+        """
+        standing = _read(self.terms.state / "autonomy.json")
+        if standing is not None:
+            self._requests = {
+                id_: (content, _as_moved(moved)) for id_, content, moved in standing["requests"]
+            }
+            if standing["ladder"]["rules_version"] == self.rules.version:
+                self.ladder.restore(standing["ladder"])
+        plain = _read(self.terms.state / "loop.json")
+        if plain is None or plain["run"] != self.view.run:
             return
-        plain = json.loads(file.read_text(encoding="utf-8"))
-        if plain["run"] != self.view.run or plain["rules_version"] != self.rules.version:
-            return
-        self.guard.restore(plain["guard"])
-        self.ladder.restore(plain["ladder"])
+        self._outcomes = plain["outcomes"]
+        self.decisions = self.shelf.all()
         self.docket.restore(plain["docket"])
+        if plain["rules_version"] == self.rules.version:
+            self.guard.restore(plain["guard"])
+        else:
+            self.told(self.docket.change_rules(self.rules.persons, self.rules.version))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    plain: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return plain
+
+
+def _as_moved(plain: Mapping[str, Any]) -> Moved:
+    return Moved(**{**plain, "key": Grantee(*plain["key"])})
 
 
 def _moved(moved: Moved) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from federation.control.loop import IN_FORCE
 from federation.control.mandate import Mandate
 from federation.control.outlook import Outlook
 from federation.control.turn import Known
+from federation.errors import FederationError
 
 
 class Merit:
@@ -31,8 +32,8 @@ class Merit:
             for variable in mandate.needs(key):
                 if mandate.monitor.value(situation, variable)[0] is None:
                     mandate.climb(Unusable(key, variable))
-        if last is None or not last.ratings:
-            return
+        if last is None or not last.ratings or known.cut.time_ns > last.known.until_ns:
+            return  # nothing was predicted of now
         then, now_ns = last.known.cut, known.cut.time_ns
         grew = self._outlook.weighted(known.cut) - self._outlook.weighted(then)
         was_done = last.chosen if last.outcome in ("committed", "nothing") else IN_FORCE
@@ -65,14 +66,17 @@ class Merit:
                 continue
             then, until_ns = made.known.cut, made.known.until_ns
             others = [r.name for r in made.ratings if r.name not in (IN_FORCE, made.chosen)]
-            lived, *trials = await asyncio.gather(
+            attempts = [(name, None) for name in (made.chosen, *others[:1])]
+            lived, trials = await asyncio.gather(
                 self._outlook.trials.lived(then, until_ns),
-                *(
-                    self._outlook.trials.run(then, n, None, until_ns)
-                    for n in (made.chosen, *others[:1])
-                ),
+                self._outlook.trials.run_all(then, attempts, until_ns),
             )
-            cost, *rest = (t.growth(self._outlook.weights, until_ns) for t in trials)
+            growths = []
+            for trial in trials:
+                if isinstance(trial, FederationError):
+                    raise trial
+                growths.append(trial.growth(self._outlook.weights, until_ns))
+            cost, *rest = growths
             alternative = rest[0] if rest else None
             grew = lived.growth(self._outlook.weights, until_ns)
             is_good = made.verdict is not None and made.verdict.good

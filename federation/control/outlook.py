@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 
 from federation.control import audit
@@ -11,11 +9,11 @@ from federation.control.draft import lease_ns
 from federation.control.loop import IN_FORCE, Rating
 from federation.control.mandate import Mandate
 from federation.control.situation import Forecast, Series
-from federation.control.trials import Trials
+from federation.control.trials import Trial, Trials
 from federation.control.turn import Candidate, Known, LiveCut
 from federation.control.view import Observation, Variable, variable_of
 from federation.core.bundle import Bundle, Setpoint
-from federation.errors import FederationError, Reason, ScenarioError
+from federation.errors import Reason, ScenarioError
 from federation.twin import Vector
 
 
@@ -48,6 +46,7 @@ class Outlook:
         """Bring back from trials what the rules that are in force look at."""
         nevers = [variable_of(never.variable) for never in self._mandate.rules.never]
         self.trials = Trials(self._view, self.weights, nevers)
+        self._mandate.shelf.wanted = self.trials.wanted
 
     def weighted(self, cut: Observation) -> float:
         """The weighted figure as it stands; what was never told counts as nothing."""
@@ -71,7 +70,7 @@ class Outlook:
                 "weights": {".".join(v): w for v, w in self.weights.items()},
                 "moves_by": terms.moves_by,
                 "held": [
-                    [*place, held.value, held.owner, held.until_ns]
+                    [*place, held.value, int(held.priority), held.owner, held.until_ns]
                     for place, held in sorted(known.desks.holdings.items())
                 ],
             },
@@ -80,37 +79,31 @@ class Outlook:
     async def try_all(self, known: Known) -> dict[str, Candidate]:
         """Every measure and what is in force, in the same futures. A measure that can't be tried
         is left out; what is in force must be."""
-        names = {IN_FORCE: self._view.measure, **{name: name for name in self.measures}}
-        work = {
-            name: asyncio.ensure_future(self._try(known, name, measure))
-            for name, measure in names.items()
-        }
-        try:
-            await asyncio.wait(work.values())
-        finally:
-            for task in work.values():
-                task.cancel()
-            await asyncio.gather(*work.values(), return_exceptions=True)
+        measures = {IN_FORCE: self._view.measure, **{name: name for name in self.measures}}
+        count = self._mandate.terms.futures
+        attempts = [(measure, n) for measure in measures.values() for n in range(count)]
+        tried = await self.trials.run_all(known.cut, attempts, known.until_ns)
         found: dict[str, Candidate] = {}
-        for name, task in work.items():
-            error = task.exception()
-            if error is None:
-                found[name] = task.result()
-            elif name == IN_FORCE or not isinstance(error, FederationError):
-                raise error
+        for place, name in enumerate(measures):
+            trials: list[Trial] = []
+            for one in tried[place * count : (place + 1) * count]:
+                if isinstance(one, Trial):
+                    trials.append(one)
+                elif name == IN_FORCE:
+                    raise one
+                else:
+                    why = {"measure": name, "why": str(one)}
+                    self._mandate.note(audit.Noted("not tried", why))
+                    break
             else:
-                self._mandate.note(audit.Noted("not tried", {"measure": name, "why": str(error)}))
+                found[name] = Candidate(name, tuple(trials), self._setpoints(name, trials[0]))
         return found
 
-    async def _try(self, known: Known, name: str, measure: str) -> Candidate:
-        trials = await asyncio.gather(
-            *(
-                self.trials.run(known.cut, measure, number, known.until_ns)
-                for number in range(self._mandate.terms.futures)
-            )
-        )
-        actions = () if name == IN_FORCE else trials[0].first(self._mandate.terms.every_ns)
-        setpoints = tuple(
+    def _setpoints(self, name: str, trial: Trial) -> tuple[Setpoint, ...]:
+        """What a candidate would set at once."""
+        if name == IN_FORCE:
+            return ()
+        return tuple(
             Setpoint(
                 a.member,
                 a.actuator,
@@ -118,9 +111,8 @@ class Outlook:
                 a.value,
                 lease_ns(self._mandate, a.member, a.actuator),
             )
-            for a in actions
+            for a in trial.first(self._mandate.terms.every_ns)
         )
-        return Candidate(name, tuple(trials), setpoints)
 
     def rated(self, candidate: Candidate, known: Known) -> Rating:
         growth = [trial.growth(self.weights, known.until_ns) for trial in candidate.trials]

@@ -38,7 +38,6 @@ def canonical(value: object) -> bytes:
 class _Autonomy(autonomy_pb2_grpc.AutonomyServicer):
     def __init__(self, live: LiveLoop) -> None:
         self._live = live
-        self._requests: set[str] = set()
 
     async def ListProposals(  # noqa: N802
         self,
@@ -123,16 +122,15 @@ class _Autonomy(autonomy_pb2_grpc.AutonomyServicer):
                 else ""
             )
             problem = ""
-            if not request.request or request.request in self._requests:
-                problem = "a request has an id of its own"
+            if not request.request:
+                problem = "a request has an id"
             elif domain not in live.rules.persons.get(request.person, ()):
                 problem = f"{request.person!r} has no authority in {domain or 'that domain'}"
             elif not keyring.proves(request.person, Role.OPERATOR, message, request.signature):
                 problem = f"{request.person!r} did not sign this"
             if problem:
                 raise ScenarioError(Reason.NOT_AUTHORISED, problem, {"identity": request.person})
-            self._requests.add(request.request)
-            moved = live.set_level(key, request.level, request.person)
+            moved = live.set_level(key, request.level, request.person, request.request)
             return autonomy_pb2.SetLevelResponse(level=moved.after, sentence=moved.why)
         raise AssertionError("abort raises")
 
@@ -165,8 +163,9 @@ async def serving_people(
 async def control(live: LiveLoop, host: str, port: int) -> None:
     """Run a loop until its run ends, and serve people meanwhile. Says on stderr where."""
     async with live, serving_people(live, host, port) as address:
-        print(f"control of {live.view.run} at {address} (pid {os.getpid()})", file=sys.stderr)
-        await live.go()
+        where = f"control of {live.view.run} at {address} (pid {os.getpid()})"
+        print(where, file=sys.stderr, flush=True)
+        await live.go(lambda turn: print(turn.sentence(), file=sys.stderr, flush=True))
 
 
 @asynccontextmanager
@@ -209,12 +208,12 @@ async def answer(
 
 
 async def set_level(
-    address: str, key: Key, level: int, person: Identity
+    address: str, key: Key, level: int, person: Identity, request: str = ""
 ) -> autonomy_pb2.SetLevelResponse:
-    """Set how far a loop may go by itself with one twin's actions."""
+    """Set how far a loop may go by itself with one twin's actions; once for each `request`."""
     async with asking(address) as stub:
         known = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest(), timeout=ANSWER_S)
-        request = uuid.uuid4().hex
+        request = request or uuid.uuid4().hex
         message = level_message(key, level, request, known.rules_version)
         return await stub.SetLevel(
             autonomy_pb2.SetLevelRequest(

@@ -145,6 +145,7 @@ class LiveStages:
         mandate.note(self._decided(made))
         if verdict is not None:
             mandate.judged(made.id, verdict)
+        mandate.save()  # who takes up what is done now must know what it was for
         if bundle is None:
             made.outcome = "nothing"
             return ""
@@ -161,6 +162,7 @@ class LiveStages:
         else:
             made.outcome = "advised"
         made.is_shadow = made.outcome != "committed" and made.chosen != IN_FORCE
+        mandate.save()
         return bundle.digest()
 
     def _decided(self, made: Made) -> audit.Decided:

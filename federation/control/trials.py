@@ -1,4 +1,4 @@
-"""Tries what might be done, in forks of a live run at its broker."""
+"""Tries what might be done, in futures of a live run at its broker."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import numpy as np
 from federation.control.situation import Series
 from federation.control.view import LiveView, Observation, Variable
 from federation.core.ledger import ActionRecord
-from federation.errors import Reason, TwinError
+from federation.errors import FederationError, Reason, TwinError
 from federation.scenario.spec import PLANNER
 from federation.twin import Action, Vector
 from federation.v1 import broker_pb2, scenario_pb2
 from federation.wire import codec, status
+
+Attempt = tuple[str, int | None]
+"""A measure, and the number of a future or, with None, the one that the run itself is in."""
 
 CANCEL_S = 5.0
 """How long the broker may take to end a fork that nobody waits for any more."""
@@ -73,18 +76,65 @@ class Trial:
 
 
 class Trials:
-    """Forks of one run. `figures` and `others` are the outputs that a trial brings back."""
+    """Futures of one run. `figures` and `others` are the outputs that a trial brings back."""
 
     def __init__(self, view: LiveView, figures: Iterable[Variable], others: Iterable[Variable]):
         self._view = view
-        self._wanted = tuple(dict.fromkeys((*figures, *others)))
+        self.wanted = tuple(dict.fromkeys((*figures, *others)))
+
+    async def run_all(
+        self, cut: Observation, attempts: Sequence[Attempt], until_ns: int
+    ) -> list[Trial | FederationError]:
+        """Let each attempt take its course from a cut to an instant; what came of each, in order.
+
+        What nobody waits for any more is ended. Fails as `TryFutures` does; what the broker can't
+        try, be it because it is too old or because of what was in the run, is forked.
+        """
+        request = scenario_pb2.TryFuturesRequest(
+            name=self._view.run,
+            time_ns=cut.time_ns,
+            horizon_ns=until_ns,
+            figures=[".".join(variable) for variable in self.wanted],
+        )
+        for measure, number in attempts:
+            attempt = request.attempts.add(measure=measure)
+            if number is not None:
+                attempt.future.number = number
+        found: dict[int, Trial | FederationError] = {}
+        try:
+            with self._view.asking():
+                async for answer in self._view.scenarios.TryFutures(request):
+                    measure, _ = attempts[answer.attempt]
+                    found[answer.attempt] = (
+                        status.decode_error(answer.error)
+                        if answer.HasField("error")
+                        else self._tried(cut, measure, answer)
+                    )
+        except FederationError as error:
+            if error.reason is not Reason.UNSUPPORTED:
+                raise
+            forks = (self.run(cut, measure, number, until_ns) for measure, number in attempts)
+            return [
+                _known(forked) for forked in await asyncio.gather(*forks, return_exceptions=True)
+            ]
+        return [found[number] for number in range(len(attempts))]
+
+    def _tried(
+        self, cut: Observation, measure: str, answer: scenario_pb2.TryFuturesResponse
+    ) -> Trial:
+        outputs: dict[Variable, list[tuple[int, Vector]]] = {
+            variable: [(cut.time_ns, self._at_cut(variable, cut))] for variable in self.wanted
+        }
+        for told in answer.told:
+            value = codec.decode_vector(told.values, told.variable)
+            outputs[told.member, told.variable].append((told.time_ns, value))
+        actions = tuple((sent.time_ns, codec.decode_action(sent.action)) for sent in answer.sent)
+        return Trial(measure, cut.time_ns, outputs, actions)
 
     async def run(self, cut: Observation, measure: str, future: int | None, until_ns: int) -> Trial:
-        """Let a fork take its course until an instant; in a future of this number, or, with None,
-        as the run itself would go on, or has gone.
+        """The same for one attempt, in a fork that is a run of its own.
 
-        A fork that nobody waits for any more is ended. Fails as `ForkRun` does, and with what the
-        fork fails with.
+        Fails as `ForkRun` does, and with what the fork fails with.
         """
         view = self._view
         request = scenario_pb2.ForkRunRequest(
@@ -112,21 +162,21 @@ class Trials:
                     else TwinError(Reason.MEMBER_LOST, f"the fork {name} was ended")
                 )
             outputs = await asyncio.gather(
-                *(self._told(name, variable, cut) for variable in self._wanted)
+                *(self._told(name, variable, cut) for variable in self.wanted)
             )
             actions = await self._actions(name, cut.time_ns)
-        found = dict(zip(self._wanted, outputs, strict=True))
+        found = dict(zip(self.wanted, outputs, strict=True))
         return Trial(measure, cut.time_ns, found, actions)
 
     async def lived(self, cut: Observation, until_ns: int) -> Trial:
         """What has become of the run itself, from a cut up to an instant that is settled."""
         with self._view.asking():
             outputs = await asyncio.gather(
-                *(self._told(self._view.run, variable, cut) for variable in self._wanted)
+                *(self._told(self._view.run, variable, cut) for variable in self.wanted)
             )
         told = {
             variable: [point for point in points if point[0] <= until_ns]
-            for variable, points in zip(self._wanted, outputs, strict=True)
+            for variable, points in zip(self.wanted, outputs, strict=True)
         }
         return Trial(self._view.measure, cut.time_ns, told, ())
 
@@ -135,17 +185,10 @@ class Trials:
     ) -> list[tuple[int, Vector]]:
         """Each value of an output from the cut on, the one at the cut first."""
         member, output = variable
-        reading = cut.readings.get(variable)
-        if reading is None:
-            described = self._view.descriptions[member]
-            known = next(v for v in described.outputs() if v.name == output)
-            value = np.full(len(described.ids(known.kind)), known.initial)
-        else:
-            value = reading.values
         request = broker_pb2.QueryHistoryRequest(
             run=fork, member=member, variable=output, start_ns=cut.time_ns + 1
         )
-        points = [(cut.time_ns, value)]
+        points = [(cut.time_ns, self._at_cut(variable, cut))]
         try:
             answer = await self._view.broker.QueryHistory(request)
         except grpc.aio.AioRpcError as error:
@@ -156,6 +199,14 @@ class Trials:
             told = codec.decode_vector(message.value.values.values, output)
             points.append((message.time_ns, told))
         return points
+
+    def _at_cut(self, variable: Variable, cut: Observation) -> Vector:
+        reading = cut.readings.get(variable)
+        if reading is not None:
+            return reading.values
+        described = self._view.descriptions[variable[0]]
+        known = next(v for v in described.outputs() if v.name == variable[1])
+        return np.full(len(described.ids(known.kind)), known.initial)
 
     async def _actions(self, fork: str, cut_ns: int) -> tuple[tuple[int, Action], ...]:
         """What the planner had done after the cut."""
@@ -175,3 +226,9 @@ class Trials:
         await asyncio.gather(
             self._view.scenarios.CancelRun(request, timeout=CANCEL_S), return_exceptions=True
         )
+
+
+def _known(found: Trial | BaseException) -> Trial | FederationError:
+    if isinstance(found, Trial | FederationError):
+        return found
+    raise found

@@ -18,7 +18,7 @@ from federation.control.actuation import Seat
 from federation.control.situation import NEVER, Place, Reading, Situation, Standing
 from federation.core.bundle import Priority
 from federation.core.ledger import Quality, Record
-from federation.errors import FederationError, Reason, ScenarioError
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.spec import Scenario, parse
 from federation.twin import Description
 from federation.v1 import (
@@ -118,6 +118,8 @@ class LiveView:
         self._later: deque[Record] = deque()
         """What came after that, in order."""
         self._changed = asyncio.Event()
+        self._heard = asyncio.Event()
+        """Set when it is known how the run stands."""
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -149,6 +151,16 @@ class LiveView:
                     stack.push_async_callback(self._hands[name].close)
             following = asyncio.create_task(self._follow())
             stack.push_async_callback(_ended, following)
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    await self._heard.wait()
+            except TimeoutError:
+                raise TwinError(
+                    Reason.UNREACHABLE,
+                    f"the broker at {self._address} has not told of {self.run} within "
+                    f"{ANSWER_S:g} s",
+                    {"run": self.run},
+                ) from None
             self._stack = stack.pop_all()
         return self
 
@@ -173,6 +185,31 @@ class LiveView:
                 return None
             changed = self._changed
             await changed.wait()
+
+    async def at(self, time_ns: int) -> Observation:
+        """The run as it stood at an instant that is settled, from the broker's history."""
+        outputs = [(m, v.name) for m, d in self.descriptions.items() for v in d.outputs()]
+        told = await asyncio.gather(*(self._last(variable, time_ns) for variable in outputs))
+        found = {v: r for v, r in zip(outputs, told, strict=True) if r is not None}
+        return self._observed(time_ns, found)
+
+    async def _last(self, variable: Variable, time_ns: int) -> Reading | None:
+        member, output = variable
+        request = broker_pb2.QueryHistoryRequest(
+            run=self.run, member=member, variable=output, start_ns=0, end_ns=time_ns
+        )
+        try:
+            answer = await self.broker.QueryHistory(request, timeout=ANSWER_S)
+        except grpc.aio.AioRpcError as error:
+            failure = status.from_rpc(error, f"the broker at {self._address}")
+            if failure.reason is Reason.UNKNOWN_VARIABLE:
+                return None
+            raise failure from None
+        if not answer.entries:
+            return None
+        record = codec.decode_entry(answer.entries[-1])
+        assert isinstance(record, Record)
+        return _reading(record)
 
     def timed(self, observation: Observation) -> Observation:
         """An observation with what is known of the clocks by now."""
@@ -280,9 +317,11 @@ class LiveView:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
         self.has_ended = True
+        self._heard.set()
         self._announce()
 
     def _take(self, answer: broker_pb2.WatchResponse) -> None:
+        self._heard.set()
         if answer.snapshot:
             self._kept.clear()
             self._later.clear()

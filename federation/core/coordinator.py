@@ -144,6 +144,7 @@ class Coordinator:
     ) -> None:
         self.wiring = wiring
         self.horizon_ns = horizon_ns
+        self._pools = pools
         self._exchange = Exchange(wiring, pools)
         self.ledger = self._exchange.ledger
         self._policy = loop or LoopPolicy()
@@ -232,6 +233,28 @@ class Coordinator:
     def settle(self) -> tuple[Entry, ...]:
         """What is settled and was not committed yet; nothing earlier can come any more."""
         return self._settle(self.now_ns)
+
+    def fork(self, horizon_ns: int) -> Coordinator:
+        """Another one that stands where this one does, which has finished, and goes on from there
+        to a later horizon; `start` begins it. Its ledger has no digest."""
+        assert self._over
+        other = Coordinator(
+            self.wiring,
+            horizon_ns,
+            loop=self._policy,
+            pools=self._pools,
+            frame_steps=self._frame_steps,
+        )
+        other._exchange.adopt(self._exchange, hashes=False)
+        other.ledger = other._exchange.ledger
+        other._orders_taken = self._orders_taken
+        return other
+
+    def wake(self, member: str, next_ns: int | None) -> None:
+        """Before `start`: let a member that asks for its instants have asked for this one."""
+        found = self._members[member]
+        if not found.period_ns:
+            found.next_ns = NEVER if next_ns is None else next_ns
 
     def waits(self) -> tuple[Wait, ...]:
         """What each member that has not come to its end is doing, and who holds it back."""

@@ -154,6 +154,9 @@ class Desk:
         """What the model was last given at places that are held, or were a step ago."""
         self._ended: dict[Place, str] = {}
         """Why the last entry of a place has gone, until the model is told."""
+        self._amends: dict[Place, tuple[Priority, str]] = {}
+        """Where the model was given what then was not confirmed, and must be made up for: of which
+        priority that was, and why it was undone."""
         self._open: dict[str, None] = {}
         """The bundles whose end is not decided yet, in the order of their selection."""
         self._is_changed = False
@@ -383,6 +386,8 @@ class Desk:
                     if held_slot.bundle.expires_ns <= time_ns:
                         self._undo(held_slot, "expired before it came into force")
                         continue
+                    if self._is_amended(place, array):
+                        continue  # it begins after that
                     slot = array[priority] = replace(slot, since_ns=time_ns)
                     self._is_changed = True
                 self._expire(place, array, priority, slot)
@@ -446,6 +451,7 @@ class Desk:
             "answers": [[id, said, asdict(r)] for id, (said, r) in self._answers.items()],
             "told": [[*place, value] for place, value in sorted(self._told.items())],
             "ended": [[*place, why] for place, why in sorted(self._ended.items())],
+            "amends": [[*place, int(p), why] for place, (p, why) in sorted(self._amends.items())],
         }
         return json.dumps(plain, separators=(",", ":")).encode()
 
@@ -461,12 +467,13 @@ class Desk:
             stops = {each["id"]: Stop(**each) for each in plain["stops"]}
             told = {(a, e): value for a, e, value in plain["told"]}
             ended = {(a, e): why for a, e, why in plain["ended"]}
+            amends = {(a, e): (Priority(p), why) for a, e, p, why in plain.get("amends", ())}
             numbers = int(plain["now_ns"]), int(plain["epoch"])
         except (ValueError, KeyError, TypeError) as error:
             raise _refusal(Reason.INVALID_FRAME, f"this is no state of a desk: {error}") from error
         self.now_ns, self.epoch = numbers
         self._slots, self._answers, self.stops = slots, answers, stops
-        self._told, self._ended = told, ended
+        self._told, self._ended, self._amends = told, ended, amends
         self._bundles = {held.bundle.id: held for held in bundles}
         self._open = {held.bundle.id: None for held in bundles if held.is_open}
         self._is_changed = False
@@ -477,9 +484,18 @@ class Desk:
         """What the model is to be given: where what is in force has changed, or was acted on."""
         disturbed = {(action.actuator, action.entity) for action in actions}
         operated: list[Operated] = []
+        after: dict[Place, str] = {}
         for place in sorted({*self._slots, *self._told}):
             array = self._slots.get(place)
-            if array:
+            amends = self._amends.pop(place, None) if self._is_amended(place, array) else None
+            if amends is not None:
+                actuator, why = self._actuators[place[0]][0], amends[1]
+                value = self._told[place] = _sure(actuator.amends)
+                words = actuator.compensation or f"{value:g} {actuator.unit}"
+                text = f"{self._called(place)} is compensated, {words}: {why}"
+                operated.append(self._operated(len(operated), place, value, DESK, text))
+                after[place] = why
+            elif array:
                 priority = min(array)
                 slot = array[priority]
                 if self._told.get(place) == slot.value and place not in disturbed:
@@ -497,8 +513,15 @@ class Desk:
                     why = self._ended.get(place, "nobody holds it")
                     text = f"{self._called(place)} falls back to {value:g}: {why}"
                     operated.append(self._operated(len(operated), place, value, DESK, text))
-        self._ended.clear()
+        self._ended = after
+        self._amends.clear()  # what is left is where somebody of a higher priority has the say
         return tuple(operated)
+
+    def _is_amended(self, place: Place, array: Mapping[Priority, Slot] | None) -> bool:
+        """Whether the next step makes up for what the last ones were given at a place, unless
+        somebody of a higher priority has the say there."""
+        amends = self._amends.get(place)
+        return amends is not None and not (array and min(array) < amends[0])
 
     def _operated(self, number: int, place: Place, value: float, by: str, text: str) -> Operated:
         """The `number`-th setpoint of this instant; another desk of the member has other instants,
@@ -546,6 +569,10 @@ class Desk:
                 array[priority] = replace(slot, under=None)
             if slot.bundle != held.bundle.id:
                 continue
+            is_given = slot.since_ns is not None and self._told.get(place) == slot.value
+            is_open = held.phase is Phase.OPERATED and priority is min(array)
+            if is_given and is_open and self._actuators[place[0]][0].amends is not None:
+                self._amends[place] = (priority, why)
             if slot.under is not None and slot.under.until_ns > self.now_ns:
                 array[priority] = slot.under
             else:
@@ -721,3 +748,8 @@ def _held(plain: Mapping[str, object]) -> Held:
             "phase": Phase(str(plain["phase"])),
         }
     )
+
+
+def _sure(value: float | None) -> float:
+    assert value is not None
+    return value

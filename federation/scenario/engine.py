@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from federation.errors import PlanError, Reason, ScenarioError, TwinError
@@ -25,6 +26,9 @@ from federation.twin import Description
 
 RAY_TIMEOUT_S = 5.0
 """How long a cluster's address may take to answer."""
+
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+TOKEN_FILE = ".ray/auth_token"
 
 TASK_S = 0.5
 """About how long a task of several short runs should take; Ray starts some 1,300 a second."""
@@ -224,6 +228,9 @@ def _finding(outcome: Outcome, scenario: Scenario, kept: bool) -> Finding:
 
 
 def _ray() -> Any:
+    if any(name in os.environ for name in TOKENS) or Path.home().joinpath(TOKEN_FILE).exists():
+        # the head of a cluster asks for the token whenever it has one; who joins must be told to
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError:
@@ -253,6 +260,7 @@ def start_ray(workers: int, address: str | None) -> None:
         except (OSError, ValueError) as error:  # a ConnectionError is an OSError
             if address != "auto":
                 text = f"there is no Ray cluster at {address}: {error}".splitlines()[0]
+                text += f"; if it asks for a token, put that into ~/{TOKEN_FILE} or {TOKENS[0]}"
                 raise ScenarioError(Reason.UNREACHABLE, text, where) from None
     for attempts_left in (2, 1, 0):
         try:

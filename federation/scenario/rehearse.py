@@ -165,7 +165,7 @@ class RunCut:
         self._finish(schedule, sessions, note)
         return Glimpse(number, {n: tuple(points) for n, points in series.items()}, until_ns)
 
-    def blocks(
+    def believed_blocks(
         self, from_ns: int, periods_ns: tuple[int, ...], members: Sequence[str] = ()
     ) -> dict[str, LinearBlock]:
         known = medians(self.foresight.scenario, self.foresight.case)

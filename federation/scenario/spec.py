@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -26,7 +28,7 @@ from pydantic import (
 
 from federation.core.coupling import Combine, Coupling
 from federation.errors import Reason, ScenarioError
-from federation.twin import HOUR_NS, MINUTE_NS
+from federation.twin import HOUR_NS, MINUTE_NS, SECOND_NS
 
 LATIN_HYPERCUBE = "latin-hypercube"
 SOBOL = "sobol"
@@ -44,10 +46,31 @@ def _variable(text: object) -> object:
 Variable = Annotated[str, BeforeValidator(_variable)]
 
 
+MOST_NS = 2**62
+
+_UNITS_NS = {"h": HOUR_NS, "min": MINUTE_NS, "s": SECOND_NS}
+
+
+SLOWEST, FASTEST = 1e-6, 1e9
+"""Of the pace of a run, in seconds of it per second of wall time."""
+
+
 class Part(BaseModel):
     """Every part of a scenario refuses keys that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="after")
+    def _spans_fit(self) -> Self:
+        """The clock of a run has 64 bits of nanoseconds."""
+        for name, value in self:
+            unit_ns = _UNITS_NS.get(name.rpartition("_")[2])
+            is_span = unit_ns is not None and isinstance(value, float) and value > 0.0
+            if is_span and not 1.0 <= value * unit_ns <= MOST_NS:
+                raise ValueError(f"{name} lies between a nanosecond and 146 years; it is {value}")
+        return self
 
 
 class Service(Part):
@@ -117,7 +140,9 @@ class Pace(Part):
     give does not.
     """
 
-    factor: PositiveFloat = Field(description="seconds of the run per second of wall time")
+    factor: float = Field(
+        ge=SLOWEST, le=FASTEST, description="seconds of the run per second of wall time"
+    )
     when_late: Literal["wait", "skip", "degrade"] = "wait"
     late_after_s: PositiveFloat = Field(default=1.0, description="of wall time")
 
@@ -356,7 +381,7 @@ class Scenario(Part):
 
     def paced(self, factor: float) -> Scenario:
         """The same at another pace, and with 0 at none. Fails with SCENARIO_INVALID."""
-        if not 0 <= factor < float("inf"):
+        if factor and not SLOWEST <= factor <= FASTEST:
             raise ScenarioError(
                 Reason.SCENARIO_INVALID, f"{factor:g} is no pace: seconds of the run per second"
             )
@@ -433,6 +458,12 @@ def _resolved(couplings: Iterable[CouplingSpec], folder: Path) -> tuple[Coupling
 
 def _links(folder: Path, map_: Map) -> tuple[tuple[str, str, float], ...]:
     path = folder / map_.file
+    if "\0" in str(path) or not path.resolve().is_relative_to(folder.resolve()):
+        raise ScenarioError(
+            Reason.MISSING_FILE,
+            f"the map {map_.file!r} does not lie in the scenario's folder or below it",
+            {"file": map_.file},
+        )
     if not path.is_file():
         raise ScenarioError(
             Reason.MISSING_FILE,
@@ -457,6 +488,12 @@ def _links(folder: Path, map_: Map) -> tuple[tuple[str, str, float], ...]:
 
 _Part = TypeVar("_Part", bound=Part)
 
+MOST_CHARACTERS = 4_000_000
+"""Of a document; a scenario of 1,000 members has some 200,000."""
+
+MOST_NODES = 1_000_000
+"""Of a document whose aliases are written out."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -471,15 +508,31 @@ class Document:
 
     @cached_property
     def tree(self) -> yaml.Node:
-        try:
+        if len(self.text) > MOST_CHARACTERS:
+            raise self.error_at(self.invalid, 1, f"it has more than {MOST_CHARACTERS:,} characters")
+        with self._sound():
             tree = yaml.compose(self.text, Loader=yaml.SafeLoader)
+            if not isinstance(tree, yaml.MappingNode):
+                raise self.error_at(self.invalid, 1, f"{self.noun} is a mapping of keys")
+            if _size(tree, {}) > MOST_NODES:
+                raise self.error_at(
+                    self.invalid, 1, f"its aliases make it over {MOST_NODES:,} long"
+                )
+        return tree
+
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        """What YAML makes of odd text is an error that names the line, if there is one."""
+        try:
+            yield
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             line = mark.line + 1 if mark else 1
             raise self.error_at(self.invalid, line, f"{error.problem}") from None
-        if not isinstance(tree, yaml.MappingNode):
-            raise self.error_at(self.invalid, 1, f"{self.noun} is a mapping of keys")
-        return tree
+        except (yaml.YAMLError, ValueError, TypeError, ArithmeticError) as error:
+            raise self.error_at(self.invalid, 1, f"{error}") from None
+        except RecursionError:
+            raise self.error_at(self.invalid, 1, "it is nested too deeply") from None
 
     def line(self, path: tuple[int | str, ...]) -> int:
         """The line (from 1) of the deepest key on `path` that the document has."""
@@ -499,7 +552,10 @@ class Document:
 
     def read(self, model: type[_Part]) -> _Part:
         """What the document says. What is wrong with it is an error that names the line."""
-        data = yaml.safe_load(self.text) if self.tree else {}
+        data = {}
+        if self.tree:
+            with self._sound():
+                data = yaml.safe_load(self.text)
         try:
             return model.model_validate(data)
         except ValidationError as problem:
@@ -524,6 +580,21 @@ class Document:
         message = first["msg"].removeprefix("Value error, ")
         whole = self.noun.split()[-1]
         return self.error_at(self.invalid, line, f"{dotted or whole}: {message}")
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """The nodes of a document with its aliases written out; fails with ValueError on a loop."""
+    if id(node) not in known:
+        known[id(node)] = -1
+        inside: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            inside = chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            inside = node.value
+        known[id(node)] = 1 + sum(_size(each, known) for each in inside)
+    if known[id(node)] < 0:
+        raise ValueError("an alias is in what it stands for")
+    return known[id(node)]
 
 
 def _keys(path: tuple[int | str, ...], model: type[Part]) -> list[str]:

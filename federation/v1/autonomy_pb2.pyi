@@ -305,7 +305,7 @@ class SetLevelRequest(_message.Message):
     person: _builtins.str
     """Who asks, as the keyring has them."""
     request: _builtins.str
-    """The id of the request; one that was used before is refused."""
+    """The id of the request; the same again gets the same answer, and changes nothing."""
     signature: _builtins.bytes
     """Over `{"action":...,"level":...,"operator":...,"request":...,"rules_version":...,"twin":...}`."""
     def __init__(

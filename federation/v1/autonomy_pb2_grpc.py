@@ -95,7 +95,8 @@ class AutonomyServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetLevel(self, request, context):
-        """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED.
+        """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED, and
+        with REQUEST_DIFFERS when the id of the request was used for something else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,9 @@ class AutonomyStub:
     GetAutonomy: _grpc.UnaryUnaryMultiCallable[_autonomy_pb2.GetAutonomyRequest, _autonomy_pb2.GetAutonomyResponse]
     """Says how far the loop may go by itself, for each thing that it may do."""
     SetLevel: _grpc.UnaryUnaryMultiCallable[_autonomy_pb2.SetLevelRequest, _autonomy_pb2.SetLevelResponse]
-    """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED."""
+    """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED, and
+    with REQUEST_DIFFERS when the id of the request was used for something else.
+    """
 
 @_typing.type_check_only
 class AutonomyAsyncStub(AutonomyStub):
@@ -72,7 +74,9 @@ class AutonomyAsyncStub(AutonomyStub):
     GetAutonomy: _aio.UnaryUnaryMultiCallable[_autonomy_pb2.GetAutonomyRequest, _autonomy_pb2.GetAutonomyResponse]  # type: ignore[assignment]
     """Says how far the loop may go by itself, for each thing that it may do."""
     SetLevel: _aio.UnaryUnaryMultiCallable[_autonomy_pb2.SetLevelRequest, _autonomy_pb2.SetLevelResponse]  # type: ignore[assignment]
-    """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED."""
+    """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED, and
+    with REQUEST_DIFFERS when the id of the request was used for something else.
+    """
 
 class AutonomyServicer(metaclass=_abc_1.ABCMeta):
     """What people may do with a loop that decides over a live run: see what it proposes, confirm or
@@ -116,6 +120,8 @@ class AutonomyServicer(metaclass=_abc_1.ABCMeta):
         request: _autonomy_pb2.SetLevelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_autonomy_pb2.SetLevelResponse, _abc.Awaitable[_autonomy_pb2.SetLevelResponse]]:
-        """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED."""
+        """Sets a level: down at once, up only as far as the evidence goes. Fails with NOT_AUTHORISED, and
+        with REQUEST_DIFFERS when the id of the request was used for something else.
+        """
 
 def add_AutonomyServicer_to_server(servicer: AutonomyServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -565,6 +565,172 @@ class ForkRunResponse(_message.Message):
 Global___ForkRunResponse: _TypeAlias = ForkRunResponse  # noqa: Y015
 
 @_typing.final
+class TryFuturesRequest(_message.Message):
+    """Asks what might become of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Attempt(_message.Message):
+        """One thing that is tried."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MEASURE_FIELD_NUMBER: _builtins.int
+        FUTURE_FIELD_NUMBER: _builtins.int
+        measure: _builtins.str
+        """The measure under which crews are sent from the cut on; empty: as before."""
+        @_builtins.property
+        def future(self) -> Global___Future:
+            """Which of the futures after the cut it is; unset: the one that the run itself is in."""
+
+        def __init__(
+            self,
+            *,
+            measure: _builtins.str = ...,
+            future: Global___Future | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["future", b"future"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["future", b"future", "measure", b"measure"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    HORIZON_NS_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The run's name, `runs/{run}`."""
+    time_ns: _builtins.int
+    """The instant of the cut: what is of it or before is past."""
+    horizon_ns: _builtins.int
+    """When the attempts end."""
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TryFuturesRequest.Attempt]:
+        """What is tried."""
+
+    @_builtins.property
+    def figures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The outputs that are told of, by `member.variable`."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        time_ns: _builtins.int = ...,
+        horizon_ns: _builtins.int = ...,
+        attempts: _abc.Iterable[Global___TryFuturesRequest.Attempt] | None = ...,
+        figures: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "figures", b"figures", "horizon_ns", b"horizon_ns", "name", b"name", "time_ns", b"time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TryFuturesRequest: _TypeAlias = TryFuturesRequest  # noqa: Y015
+
+@_typing.final
+class TryFuturesResponse(_message.Message):
+    """What came of one attempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Told(_message.Message):
+        """A value of an output."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MEMBER_FIELD_NUMBER: _builtins.int
+        VARIABLE_FIELD_NUMBER: _builtins.int
+        TIME_NS_FIELD_NUMBER: _builtins.int
+        VALUES_FIELD_NUMBER: _builtins.int
+        member: _builtins.str
+        """The member."""
+        variable: _builtins.str
+        """The output's name."""
+        time_ns: _builtins.int
+        """When it was told."""
+        values: _builtins.bytes
+        """The value, whole: packed little-endian float64."""
+        def __init__(
+            self,
+            *,
+            member: _builtins.str = ...,
+            variable: _builtins.str = ...,
+            time_ns: _builtins.int = ...,
+            values: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "time_ns", b"time_ns", "values", b"values", "variable", b"variable"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Sent(_message.Message):
+        """Something that the planner did."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TIME_NS_FIELD_NUMBER: _builtins.int
+        ACTION_FIELD_NUMBER: _builtins.int
+        time_ns: _builtins.int
+        """When it did it; it takes effect later by what the scenario says."""
+        @_builtins.property
+        def action(self) -> _twin_pb2.Action:
+            """What."""
+
+        def __init__(
+            self,
+            *,
+            time_ns: _builtins.int = ...,
+            action: _twin_pb2.Action | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "time_ns", b"time_ns"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TOLD_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Which one: its place in the request, from 0."""
+    @_builtins.property
+    def error(self) -> _error_pb2.Error:
+        """Why it failed; unset unless it did."""
+
+    @_builtins.property
+    def told(self) -> _containers.RepeatedCompositeFieldContainer[Global___TryFuturesResponse.Told]:
+        """The values of the figures after the cut, each when it changed, in the order of the ledger."""
+
+    @_builtins.property
+    def sent(self) -> _containers.RepeatedCompositeFieldContainer[Global___TryFuturesResponse.Sent]:
+        """What the planner did after the cut and was not refused."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        error: _error_pb2.Error | None = ...,
+        told: _abc.Iterable[Global___TryFuturesResponse.Told] | None = ...,
+        sent: _abc.Iterable[Global___TryFuturesResponse.Sent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "sent", b"sent", "told", b"told"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TryFuturesResponse: _TypeAlias = TryFuturesResponse  # noqa: Y015
+
+@_typing.final
 class ReplayRunRequest(_message.Message):
     """Asks to go through a run again."""
 

@@ -60,6 +60,11 @@ class ScenariosStub:
                 request_serializer=federation_dot_v1_dot_scenario__pb2.ForkRunRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_scenario__pb2.ForkRunResponse.FromString,
                 _registered_method=True)
+        self.TryFutures = channel.unary_stream(
+                '/federation.v1.Scenarios/TryFutures',
+                request_serializer=federation_dot_v1_dot_scenario__pb2.TryFuturesRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_scenario__pb2.TryFuturesResponse.FromString,
+                _registered_method=True)
         self.ReplayRun = channel.unary_unary(
                 '/federation.v1.Scenarios/ReplayRun',
                 request_serializer=federation_dot_v1_dot_scenario__pb2.ReplayRunRequest.SerializeToString,
@@ -128,6 +133,20 @@ class ScenariosServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TryFutures(self, request, context):
+        """Tries what might become of a run after a cut, in many futures at once, and tells the figures
+        that are asked for. What is tried leaves nothing behind: it is no run, is not stored, and ends
+        when nobody reads the answers any more. Each attempt is answered once, in the order in which
+        they end; what one fails with stands in its answer.
+
+        Fails as ForkRun does, with UNKNOWN_VARIABLE for a figure that is no output, and with
+        UNSUPPORTED when members of the run came, went or were lost in its past, or when a measure
+        changes what its planner sees: what might become of that is a run of its own (ForkRun).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReplayRun(self, request, context):
         """Goes through a run again, with the recordings of members in the place of some or all of
         them, up to what is settled. It ends with the digest of the run, or fails with
@@ -175,6 +194,11 @@ def add_ScenariosServicer_to_server(servicer, server):
                     servicer.ForkRun,
                     request_deserializer=federation_dot_v1_dot_scenario__pb2.ForkRunRequest.FromString,
                     response_serializer=federation_dot_v1_dot_scenario__pb2.ForkRunResponse.SerializeToString,
+            ),
+            'TryFutures': grpc.unary_stream_rpc_method_handler(
+                    servicer.TryFutures,
+                    request_deserializer=federation_dot_v1_dot_scenario__pb2.TryFuturesRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_scenario__pb2.TryFuturesResponse.SerializeToString,
             ),
             'ReplayRun': grpc.unary_unary_rpc_method_handler(
                     servicer.ReplayRun,
@@ -323,6 +347,33 @@ class Scenarios:
             '/federation.v1.Scenarios/ForkRun',
             federation_dot_v1_dot_scenario__pb2.ForkRunRequest.SerializeToString,
             federation_dot_v1_dot_scenario__pb2.ForkRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TryFutures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/federation.v1.Scenarios/TryFutures',
+            federation_dot_v1_dot_scenario__pb2.TryFuturesRequest.SerializeToString,
+            federation_dot_v1_dot_scenario__pb2.TryFuturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

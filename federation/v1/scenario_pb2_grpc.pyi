@@ -63,6 +63,16 @@ class ScenariosStub:
     UNKNOWN_MEMBER and UNKNOWN_PARAMETER. The run fails with UNSUPPORTED when a twin can't have
     other futures.
     """
+    TryFutures: _grpc.UnaryStreamMultiCallable[_scenario_pb2.TryFuturesRequest, _scenario_pb2.TryFuturesResponse]
+    """Tries what might become of a run after a cut, in many futures at once, and tells the figures
+    that are asked for. What is tried leaves nothing behind: it is no run, is not stored, and ends
+    when nobody reads the answers any more. Each attempt is answered once, in the order in which
+    they end; what one fails with stands in its answer.
+
+    Fails as ForkRun does, with UNKNOWN_VARIABLE for a figure that is no output, and with
+    UNSUPPORTED when members of the run came, went or were lost in its past, or when a measure
+    changes what its planner sees: what might become of that is a run of its own (ForkRun).
+    """
     ReplayRun: _grpc.UnaryUnaryMultiCallable[_scenario_pb2.ReplayRunRequest, _scenario_pb2.ReplayRunResponse]
     """Goes through a run again, with the recordings of members in the place of some or all of
     them, up to what is settled. It ends with the digest of the run, or fails with
@@ -110,6 +120,16 @@ class ScenariosAsyncStub(ScenariosStub):
     has other parameters than the run's: these are part of the past. With `future` also with
     UNKNOWN_MEMBER and UNKNOWN_PARAMETER. The run fails with UNSUPPORTED when a twin can't have
     other futures.
+    """
+    TryFutures: _aio.UnaryStreamMultiCallable[_scenario_pb2.TryFuturesRequest, _scenario_pb2.TryFuturesResponse]  # type: ignore[assignment]
+    """Tries what might become of a run after a cut, in many futures at once, and tells the figures
+    that are asked for. What is tried leaves nothing behind: it is no run, is not stored, and ends
+    when nobody reads the answers any more. Each attempt is answered once, in the order in which
+    they end; what one fails with stands in its answer.
+
+    Fails as ForkRun does, with UNKNOWN_VARIABLE for a figure that is no output, and with
+    UNSUPPORTED when members of the run came, went or were lost in its past, or when a measure
+    changes what its planner sees: what might become of that is a run of its own (ForkRun).
     """
     ReplayRun: _aio.UnaryUnaryMultiCallable[_scenario_pb2.ReplayRunRequest, _scenario_pb2.ReplayRunResponse]  # type: ignore[assignment]
     """Goes through a run again, with the recordings of members in the place of some or all of
@@ -185,6 +205,22 @@ class ScenariosServicer(metaclass=_abc_1.ABCMeta):
         has other parameters than the run's: these are part of the past. With `future` also with
         UNKNOWN_MEMBER and UNKNOWN_PARAMETER. The run fails with UNSUPPORTED when a twin can't have
         other futures.
+        """
+
+    @_abc_1.abstractmethod
+    def TryFutures(
+        self,
+        request: _scenario_pb2.TryFuturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scenario_pb2.TryFuturesResponse], _abc.AsyncIterator[_scenario_pb2.TryFuturesResponse]]:
+        """Tries what might become of a run after a cut, in many futures at once, and tells the figures
+        that are asked for. What is tried leaves nothing behind: it is no run, is not stored, and ends
+        when nobody reads the answers any more. Each attempt is answered once, in the order in which
+        they end; what one fails with stands in its answer.
+
+        Fails as ForkRun does, with UNKNOWN_VARIABLE for a figure that is no output, and with
+        UNSUPPORTED when members of the run came, went or were lost in its past, or when a measure
+        changes what its planner sees: what might become of that is a run of its own (ForkRun).
         """
 
     @_abc_1.abstractmethod

@@ -377,6 +377,7 @@ class Actuator(_message.Message):
     LEASE_NS_FIELD_NUMBER: _builtins.int
     COMPENSATION_FIELD_NUMBER: _builtins.int
     DOC_FIELD_NUMBER: _builtins.int
+    AMENDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, unique within the twin."""
     kind: _builtins.str
@@ -397,6 +398,10 @@ class Actuator(_message.Message):
     """How its effect is undone, in words."""
     doc: _builtins.str
     """What it does."""
+    amends: _builtins.float
+    """The setpoint that makes up for one that was in force and then not confirmed: an entity is given
+    it for one step, and then what was set before, or the safe default. Unset: that is enough.
+    """
     def __init__(
         self,
         *,
@@ -410,15 +415,20 @@ class Actuator(_message.Message):
         lease_ns: _builtins.int = ...,
         compensation: _builtins.str = ...,
         doc: _builtins.str = ...,
+        amends: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_amends", b"_amends", "_high", b"_high", "_low", b"_low", "amends", b"amends", "high", b"high", "low", b"low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "compensation", b"compensation", "doc", b"doc", "high", b"high", "kind", b"kind", "lease_ns", b"lease_ns", "low", b"low", "name", b"name", "risk", b"risk", "safe_default", b"safe_default", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_amends", b"_amends", "_high", b"_high", "_low", b"_low", "amends", b"amends", "compensation", b"compensation", "doc", b"doc", "high", b"high", "kind", b"kind", "lease_ns", b"lease_ns", "low", b"low", "name", b"name", "risk", b"risk", "safe_default", b"safe_default", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__amends: _TypeAlias = _typing.Literal["amends"]  # noqa: Y015
+    _WhichOneofArgType__amends: _TypeAlias = _typing.Literal["_amends", b"_amends"]  # noqa: Y015
     _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
     _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
     _WhichOneofReturnType__low: _TypeAlias = _typing.Literal["low"]  # noqa: Y015
     _WhichOneofArgType__low: _TypeAlias = _typing.Literal["_low", b"_low"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__amends) -> _WhichOneofReturnType__amends | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__high) -> _WhichOneofReturnType__high | None: ...
     @_typing.overload

@@ -161,6 +161,7 @@ def encode_description(description: Description) -> twin_pb2.Description:
                 lease_ns=actuator.lease_ns,
                 compensation=actuator.compensation,
                 doc=actuator.doc,
+                amends=actuator.amends,
             )
             for actuator in description.actuators
         ],
@@ -217,6 +218,7 @@ def decode_description(message: twin_pb2.Description) -> Description:
                 actuator.lease_ns,
                 actuator.compensation,
                 actuator.doc,
+                actuator.amends if actuator.HasField("amends") else None,
             )
             for actuator in message.actuators
         ),

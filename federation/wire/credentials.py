@@ -158,8 +158,10 @@ class Keyring:
         try:
             document = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
             return cls(map(_known, document.get("identities") or ()))
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise _invalid(f"{file} is no keyring: {error!r}") from error
+        except RecursionError:
+            raise _invalid(f"{file} is nested too deeply") from None
 
     def proves(self, name: str, role: Role, message: bytes, signature: bytes) -> bool:
         """Whether an identity that has this role has attested this message."""

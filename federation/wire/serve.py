@@ -35,6 +35,10 @@ from federation.wire.acting import Acting, SeatedDesk, Standing, done_with, enco
 from federation.wire.credentials import Keyring
 from federation.wire.enrol import keep_name
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
+from federation.wire.malformed import Malformed, SoundRequests
+
+HANDSHAKE_MS = 10_000
+"""How long who connects may take to say hello; who says nothing holds a connection no longer."""
 
 INLINE_S = 1e-3
 """What a process of a twin's own may spend on a frame in its event loop."""
@@ -216,10 +220,15 @@ class _Stream:
                 self._service.detach(self.carried)
 
     async def _read(self) -> twin_pb2.SessionRequest | None:
-        """The next message; None when there is none, or none is wanted."""
+        """The next message; None when there is none, or none is wanted.
+
+        Fails with INVALID_FRAME when it is no message.
+        """
         self._is_reading = True
         try:
             request: object = await self._context.read()
+            if isinstance(request, Malformed):
+                raise request.refusal
             return request if isinstance(request, twin_pb2.SessionRequest) else None
         except asyncio.CancelledError:
             if not self._is_draining or self._task is None:
@@ -435,7 +444,8 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         stream = _Stream(self, context)
         self._streams.add(stream)
         try:
-            await stream.serve()
+            async with status.refusing(context):
+                await stream.serve()
         finally:
             self._streams.discard(stream)
 
@@ -737,15 +747,19 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         opened = hosted.opened
         session = ModelSession(self._factory(), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
-        state_of_desk = codec.restore_session(session, restore.state)
-        if restore.HasField("diverge"):
-            believed = codec.decode_values(restore.diverge.believed)
-            next_ns = session.diverge(
-                restore.diverge.time_ns, opened.seed, dict(opened.parameters), believed
-            )
-            restored.is_diverged = True
-            if next_ns is not None:
-                restored.next_ns = next_ns
+        try:
+            state_of_desk = codec.restore_session(session, restore.state)
+            if restore.HasField("diverge"):
+                believed = codec.decode_values(restore.diverge.believed)
+                next_ns = session.diverge(
+                    restore.diverge.time_ns, opened.seed, dict(opened.parameters), believed
+                )
+                restored.is_diverged = True
+                if next_ns is not None:
+                    restored.next_ns = next_ns
+        except BaseException:
+            session.twin.close()
+            raise
         restored.SetInParent()
         self._end(hosted, keeps_desk=True)
         hosted.session, hosted.failure = session, None
@@ -799,13 +813,15 @@ def _copy(done: asyncio.Future[_T], to: asyncio.Future[_T]) -> None:
 def new_server(max_message_bytes: int) -> grpc.aio.Server:
     """A server with the limits that all of ours have, and no services yet."""
     return grpc.aio.server(
+        interceptors=[SoundRequests()],
         options=[
             *channel_options(max_message_bytes),
             ("grpc.so_reuseport", 0),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             # a caller may ask for a sign of life while a long step is computed
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
-        ]
+        ],
     )
 
 

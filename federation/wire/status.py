@@ -54,6 +54,7 @@ _TABLE: Mapping[Reason, tuple[grpc.StatusCode, _Kind]] = {
     Reason.FOREIGN_PACKAGE: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.NO_TURN: (grpc.StatusCode.RESOURCE_EXHAUSTED, ScenarioError),
     Reason.TOO_MANY_SESSIONS: (grpc.StatusCode.RESOURCE_EXHAUSTED, TwinError),
+    Reason.TOO_MANY_CALLS: (grpc.StatusCode.RESOURCE_EXHAUSTED, ScenarioError),
     Reason.TOO_FEW_RUNS: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.QUERY_FAILED: (grpc.StatusCode.INVALID_ARGUMENT, ScenarioError),
     Reason.NOT_AUTHORISED: (grpc.StatusCode.PERMISSION_DENIED, ScenarioError),

@@ -31,7 +31,7 @@ class RoadKey(NamedTuple):
 
 @dataclass
 class State:
-    """All that a session carries from step to step; pickled as a snapshot.
+    """All that a session carries from step to step; written as a snapshot.
 
     Events are remembered by their place in `events`; code 0 is none. `..._event` is the
     outage that holds now, `..._note` what explains the present value: outage or repair.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 
 import numpy as np
 
+from federation.snapshot import Snapshots
 from federation.twin import (
     HOUR_NS,
     MINUTE_NS,
@@ -24,15 +24,15 @@ from federation.twin import (
     Variable,
     Vector,
 )
-from twins.city.desk import State
+from twins.city.desk import RoadKey, State
 from twins.city.flexibility import Prices, build_block
 from twins.city.layout import CityLayout, read_layout
 from twins.city.mains import Mains
 from twins.city.roads import CUT_MIN, Equilibrium
 from twins.city.streets import Streets
-from twins.city.water import Hydraulics
+from twins.city.water import Hydraulics, WaterState
 from twins.regions import assumptions, data_hash
-from twins.repair import MOST_CREWS, not_believed
+from twins.repair import MOST_CREWS, Repairs, not_believed
 
 PERIOD_NS = 15 * MINUTE_NS
 
@@ -170,6 +170,9 @@ def _outputs() -> tuple[Variable, ...]:
     )  # fmt: skip
 
 
+STATES = Snapshots(State, Repairs, RoadKey, WaterState)
+
+
 class CityTwin(Twin):
     """Traffic at user equilibrium and a pressure-driven water network, every 15 minutes.
 
@@ -228,11 +231,11 @@ class CityTwin(Twin):
         )
 
     def snapshot(self) -> bytes:
-        return pickle.dumps(self._state, protocol=5)
+        return STATES.pack(self._state)
 
     def restore(self, state: bytes) -> None:
         """Traffic is found again from what it depends on, which gives the same bits."""
-        self._state = pickle.loads(state)
+        self._state = STATES.unpack(state)
         assert self._state is not None
         self._traffic = None
         self._open_hydraulics(self._state.parameters)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.errors import Reason, TwinError
+from federation.snapshot import Snapshots
 from federation.twin import (
     HOUR_NS,
     MINUTE_NS,
@@ -67,7 +67,7 @@ def places(region: str) -> Places:
 
 @dataclass(slots=True)
 class Wave:
-    """All that changes in a run; plain data, so that a snapshot is a pickle of it."""
+    """All that changes in a run; plain data, so that a snapshot is all of it."""
 
     seed: int
     parameters: dict[str, float]
@@ -101,6 +101,9 @@ class Wave:
     onset: str = ""
     tripped: str = ""
     told: dict[str, bytes] = field(default_factory=dict)
+
+
+STATES = Snapshots(Wave)
 
 
 class HeatWave(Twin):
@@ -151,10 +154,10 @@ class HeatWave(Twin):
         self._now_ns = 0
 
     def snapshot(self) -> bytes:
-        return pickle.dumps((self._wave, self._now_ns), protocol=5)
+        return STATES.pack((self._wave, self._now_ns))
 
     def restore(self, state: bytes) -> None:
-        self.wave, self._now_ns = pickle.loads(state)
+        self.wave, self._now_ns = STATES.unpack(state)
 
     def diverge(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.errors import Reason, ScenarioError, TwinError
+from federation.snapshot import Snapshots
 from federation.twin import (
     HOUR_NS,
     NOTHING,
@@ -58,7 +58,7 @@ FIELD_STREAM, AFTERSHOCK_STREAM, SHOCK_STREAM = 11, 12, 14
 
 @dataclass(slots=True)
 class Run:
-    """All that changes in a run; plain data, so that a snapshot is a pickle of it.
+    """All that changes in a run; plain data, so that a snapshot is all of it.
 
     No generator of random numbers is kept: each shock draws from a stream that its own
     number names, in blocks of fixed size. So what one component draws depends on nothing
@@ -81,6 +81,9 @@ class Run:
     """The least and the greatest strength that shocks and states so far allow."""
     struck: int = 0
     shock_ids: list[str] = field(default_factory=list)
+
+
+STATES = Snapshots(Run, Damage)
 
 
 class DisasterTwin(Twin):
@@ -217,10 +220,10 @@ class DisasterTwin(Twin):
             run.struck += 1
 
     def snapshot(self) -> bytes:
-        return pickle.dumps(self._opened(), protocol=5)
+        return STATES.pack(self._opened())
 
     def restore(self, state: bytes) -> None:
-        self.run = pickle.loads(state)
+        self.run = STATES.unpack(state)
 
     def diverge(
         self,

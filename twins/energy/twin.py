@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.errors import Reason, TwinError
+from federation.snapshot import Snapshots
 from federation.twin import (
     HOUR_NS,
     MINUTE_NS,
@@ -176,7 +176,7 @@ def _control_room(region: str) -> ControlRoom:
 
 @dataclass
 class _State:
-    """Everything that a session knows; plain data, so that a pickle of it is a snapshot."""
+    """Everything that a session knows; plain data, so that a snapshot is all of it."""
 
     repairs: Repairs
     severity: Vector
@@ -207,6 +207,9 @@ class _State:
     unserved_mwh: float = 0.0
     below_until_ns: int = 0
     published: dict[str, Vector] = field(default_factory=dict)
+
+
+STATES = Snapshots(_State, Repairs, Orders, FeederDemand, Rationed, Operation, Supplied, Told)
 
 
 class EnergyTwin(Twin):
@@ -256,10 +259,10 @@ class EnergyTwin(Twin):
         )
 
     def snapshot(self) -> bytes:
-        return pickle.dumps((self._state, self._now_ns), protocol=5)
+        return STATES.pack((self._state, self._now_ns))
 
     def restore(self, state: bytes) -> None:
-        self._state, self._now_ns = pickle.loads(state)
+        self._state, self._now_ns = STATES.unpack(state)
 
     def diverge(
         self,

@@ -1,8 +1,8 @@
 """Keeps the pending events of the medical twin in order of time.
 
-Why not simpy: its processes are generators, and a generator cannot be pickled (`TypeError:
-cannot pickle 'generator' object`, simpy issue 17), so a session could be restored only by
-replaying all of it. A heap of plain tuples pickles exactly, and an event costs 0.15
+Why not simpy: its processes are generators, and nothing can write a generator down (simpy issue
+17), so a session could be restored only by replaying all of it. A heap of plain tuples is
+written exactly, and an event costs 0.15
 microseconds of queueing instead of simpy's 0.54. What simpy would vouch for, the queueing
 itself, is checked against Erlang's formulas in the tests.
 """

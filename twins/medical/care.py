@@ -16,19 +16,39 @@ from typing import Any
 
 from federation.twin import Vector
 from twins.medical.arrivals import Arrivals
-from twins.medical.calendar import Kind
+from twins.medical.beds import BedPool
+from twins.medical.calendar import Calendar, Kind
 from twins.medical.destinations import Destinations
 from twins.medical.dispatch import Dispatch
-from twins.medical.hospitals import open_hospitals
+from twins.medical.hospitals import Hospital, open_hospitals
 from twins.medical.layout import Layout
 from twins.medical.lifelines import Lifelines
-from twins.medical.patients import State
+from twins.medical.patients import Arrest, Patients, State
 from twins.medical.records import Journal, Records
 from twins.medical.relief import Relief
 from twins.medical.wards import Wards
 from twins.medical.ways import Ways
 
 TICK_MIN = 15.0
+
+PARTS = (
+    Records,
+    Calendar,
+    Kind,
+    Patients,
+    State,
+    Arrest,
+    Hospital,
+    BedPool,
+    Ways,
+    Destinations,
+    Dispatch,
+    Wards,
+    Lifelines,
+    Relief,
+    Arrivals,
+)
+"""The classes of all that is in a state of `Care`."""
 
 
 class Care:
@@ -81,11 +101,11 @@ class Care:
         return tuple(handlers[kind] for kind in Kind)
 
     def state(self) -> dict[str, Any]:
-        """The parts, to be pickled together; with layout and parameters they are the whole."""
+        """The parts, to be kept together; with layout and parameters they are the whole."""
         return {name: part for name, part in vars(self).items() if name != "_handlers"}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from an unpickled `state`, with the region and parameters of this engine."""
+        """Continue from such a `state`, with the region and parameters of this engine."""
         layout, parameters = self.records.layout, self.records.p
         vars(self).update(state)
         self.records.attach(layout, parameters)

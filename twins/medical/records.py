@@ -24,8 +24,8 @@ class Journal(Protocol):
 class Records:
     """The patients, what is booked for them, and the events that delayed or refused their care.
 
-    Region, parameters and journal come from outside: a pickle leaves them out, `attach` puts
-    them back. All else is plain data, so it pickles exactly.
+    Region, parameters and journal come from outside: a snapshot leaves them out, `attach` puts
+    them back. All else is plain data.
     """
 
     _FROM_OUTSIDE = ("layout", "p", "journal")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
 
 from federation.errors import Reason, TwinError
+from federation.snapshot import Snapshots
 from federation.twin import (
     MINUTE_NS,
     NOTHING,
@@ -23,7 +23,7 @@ from federation.twin import (
     Variable,
     Vector,
 )
-from twins.medical.care import TICK_MIN, Care
+from twins.medical.care import PARTS, TICK_MIN, Care
 from twins.medical.flexibility import hospital_block
 from twins.medical.futures import diverge
 from twins.medical.layout import region_layout, region_parameters
@@ -113,6 +113,9 @@ def _description(region: str) -> Description:
         ),
         data_hash=data_hash(region),
     )
+
+
+STATES = Snapshots(*PARTS)
 
 
 class MedicalTwin(Twin):
@@ -284,10 +287,10 @@ class MedicalTwin(Twin):
             self.usual_hospital,
             self.next_slow_min,
         )
-        return pickle.dumps((self._care.state(), own), protocol=pickle.HIGHEST_PROTOCOL)
+        return STATES.pack((self._care.state(), own))
 
     def restore(self, state: bytes) -> None:
-        changing, own = pickle.loads(state)
+        changing, own = STATES.unpack(state)
         (
             self.parameters,
             seed,
