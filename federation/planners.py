@@ -53,6 +53,7 @@ def planner(
             couplings,
             assessment,
             offset_ns,
+            repairs.renew,
         )
         rehearse_ns = round(repairs.rehearse_h * HOUR_NS)
         ahead = Foreseeing(rehearse_ns, repairs.futures, LATER_FUTURES)

@@ -17,7 +17,7 @@ from enum import StrEnum
 from functools import cached_property
 from math import isfinite
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -687,6 +687,16 @@ class OpenCut(Cut, Protocol):
         They are those of sessions that stand at the cut and know what has been published, with
         every uncertain parameter at its median.
         """
+        ...
+
+
+@runtime_checkable
+class Renewing(Protocol):
+    """A cut that can also say what members could do from then on."""
+
+    def blocks(self, number: int, periods_ns: tuple[int, ...]) -> Mapping[str, LinearBlock]:
+        """The members' `flexibility` in a future: what they have told so far is as it is in the
+        run, what they have not is as that future draws it."""
         ...
 
 

@@ -499,6 +499,9 @@ def test_the_notice_of_a_death_says_who_died_and_where() -> None:
         notice = death_notice(LAYOUT, patients, 0)
         assert notice == f"a patient with severity-3 injuries died: {end}"
     patients = one_patient(**rest, state=State.CALLING, ambulance=-1)
+    patients.sick[0] = True
+    assert death_notice(LAYOUT, patients, 0).startswith("a patient of the epidemic died")
+    patients.sick[0] = False
     patients.hopeless[0] = True
     assert death_notice(LAYOUT, patients, 0).startswith("a patient with unsurvivable severity-3")
     patients.batch[0] = -1
@@ -509,7 +512,7 @@ def test_the_notice_of_a_death_says_who_died_and_where() -> None:
 
 def one_patient(**values: int) -> Patients:
     patients = Patients()
-    for name, value in values.items():
+    for name, value in {"sick": False, **values}.items():
         getattr(patients, name).append(value)
     return patients
 

@@ -16,7 +16,7 @@ from federation.plan.belief import Assessment
 from federation.plan.crews import CrewPlanner, Family, Key, Order
 from federation.plan.joint import JointModel, joint_model
 from federation.plan.visits import Task
-from federation.twin import HOUR_NS, Cut, Glimpse, LinearBlock, Step, Vector
+from federation.twin import HOUR_NS, NOTHING, Cut, Glimpse, LinearBlock, Renewing, Step, Vector
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ NEAREST: Order = ()
 VARIANTS: Mapping[str, Mapping[str, float]] = {"hospitals first": {"medical": 30.0}}
 """Other weights of the members' costs in the joint model, tried at the first decision. Hospital
 beds count there with what they cost, which says little of the lives that hang on them."""
+
+RENEWED = "as things stand"
+"""The plan of a model that was built anew: hospitals that have no power count there as such."""
 
 LAST_H = 12.0
 """No thinking when so little of the run is left: nothing begun then ends in time."""
@@ -84,10 +87,13 @@ class CrewProposer(CrewPlanner, Proposer[Situation, Order]):
         couplings: Sequence[Coupling],
         assessment: Assessment | None,
         offset_ns: int,
+        renew: bool = False,
     ) -> None:
+        """`renew`: whether to plan also with what the members could do at the decision."""
         super().__init__(
             "level5", families, crews, period_ns, horizon_ns, couplings, assessment, offset_ns
         )
+        self._renew = renew
         self._sources = tuple(sources)
         self._models: dict[str, JointModel] = {}
         self._style = PLAIN
@@ -95,7 +101,8 @@ class CrewProposer(CrewPlanner, Proposer[Situation, Order]):
         self._corrected_h = self._believed_h = 0.0
 
     def _state(self) -> dict[str, object]:
-        return {n: value for n, value in super()._state().items() if n != "_sources"}
+        outside = ("_sources", "_renew")
+        return {n: value for n, value in super()._state().items() if n not in outside}
 
     @property
     def plans_made(self) -> int:
@@ -106,13 +113,7 @@ class CrewProposer(CrewPlanner, Proposer[Situation, Order]):
         assert self._model is not None
         self._models[PLAIN] = self._model
         for name, factors in VARIANTS.items():
-            scaled = {
-                member: replace(block, cost=block.cost * factors.get(member, 1.0))
-                for member, block in blocks.items()
-            }
-            self._models[name] = joint_model(
-                scaled, self._couplings, self._periods_ns, self._starts_ns, self.crews
-            )
+            self._models[name] = self._weighed_model(blocks, factors)
 
     def reasons(self, step: Step) -> Sequence[str]:
         found = [
@@ -168,6 +169,8 @@ class CrewProposer(CrewPlanner, Proposer[Situation, Order]):
     def proposals(self, situation: Situation, is_first: bool) -> Mapping[str, Order]:
         """At first one for each of the other weights, later a new one with those that won."""
         found: dict[str, Order | None] = {}
+        if self._renew and isinstance(situation.cut, Renewing):
+            found |= self._renewed(situation, situation.cut)
         if not is_first:
             found[f"new {self._style}"] = self._planned(situation, self._style)
         else:
@@ -176,10 +179,31 @@ class CrewProposer(CrewPlanner, Proposer[Situation, Order]):
                     found[style] = self._planned(situation, style)
         return {n: order for n, order in found.items() if order and order != self._order}
 
-    def _planned(self, situation: Situation, style: str) -> Order | None:
+    def _renewed(self, situation: Situation, cut: Renewing) -> dict[str, Order | None]:
+        """A plan of each weighing, of what the members could do now."""
+        blocks = cut.blocks(0, self._periods_ns)
+        return {
+            RENEWED if style == PLAIN else f"{style}, {RENEWED}": self._planned(
+                situation, style, self._weighed_model(blocks, factors)
+            )
+            for style, factors in {PLAIN: NOTHING, **VARIANTS}.items()
+        }
+
+    def _weighed_model(
+        self, blocks: Mapping[str, LinearBlock], factors: Mapping[str, float]
+    ) -> JointModel:
+        scaled = {
+            member: replace(block, cost=block.cost * factors.get(member, 1.0))
+            for member, block in blocks.items()
+        }
+        return joint_model(scaled, self._couplings, self._periods_ns, self._starts_ns, self.crews)
+
+    def _planned(
+        self, situation: Situation, style: str, model: JointModel | None = None
+    ) -> Order | None:
         """The order of a plan with some weights; None when the solver finds none."""
         try:
-            schedule = self._solved(situation.tasks, self._models[style])
+            schedule = self._solved(situation.tasks, model or self._models[style])
         except PlanError:
             return None
         keys = situation.keys

@@ -176,9 +176,7 @@ class RunCut:
             given = {p.name: p.default for p in session.description.parameters}
             given |= known.get(name, {})
             with blame(name):
-                twin = self.foresight.fresh(name)
-                twin.open(0, given)
-                twin.restore(self._state(name))
+                twin = self._restored(name, 0, given)
                 twin.diverge(from_ns, 0, given)
                 block = twin.flexibility(periods_ns)
                 twin.close()
@@ -186,10 +184,32 @@ class RunCut:
                 found[name] = block
         return found
 
-    def _state(self, name: str) -> bytes:
-        if name not in self._states:
-            self._states[name] = self.foresight.sessions[name].twin.snapshot()
-        return self._states[name]
+    def blocks(self, number: int, periods_ns: tuple[int, ...]) -> Mapping[str, LinearBlock]:
+        case, scenario = self.foresight.case, self.foresight.scenario
+        other = Future(number).case(scenario, case, self.time_ns)
+        found = {}
+        for name, session in self.foresight.sessions.items():
+            if name != PLANNER:
+                with blame(name):
+                    given = {p.name: p.default for p in session.description.parameters}
+                    given |= other.parameters.get(name, {})
+                    twin = self._restored(name, other.member_seed(name), given)
+                    twin.diverge(self.time_ns, other.member_seed(name), given)
+                    block = twin.flexibility(periods_ns)
+                    twin.close()
+                if block is not None:
+                    found[name] = block
+        return found
+
+    def _restored(self, name: str, seed: int, parameters: Mapping[str, float]) -> Twin:
+        """A fresh twin that stands where that of the run does."""
+        state = self._states.get(name)
+        if state is None:
+            state = self._states[name] = self.foresight.sessions[name].twin.snapshot()
+        twin = self.foresight.fresh(name)
+        twin.open(seed, parameters)
+        twin.restore(state)
+        return twin
 
     def _sessions(
         self,
@@ -205,10 +225,9 @@ class RunCut:
                 found[name] = session.fork(planner)
                 continue
             with blame(name):
-                found[name] = session.fork(self.foresight.fresh(name))
                 given = {p.name: p.default for p in session.description.parameters}
-                found[name].twin.open(seeds[name], {**given, **parameters.get(name, {})})
-                found[name].twin.restore(self._state(name))
+                given |= parameters.get(name, {})
+                found[name] = session.fork(self._restored(name, seeds[name], given))
         return found
 
     def _finish(

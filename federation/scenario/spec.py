@@ -206,6 +206,9 @@ class Repairs(Part):
     assessment: Assessment | None = None
     rehearse_h: PositiveFloat = Field(24.0, description="how far `level5` looks into futures")
     futures: PositiveInt = Field(2, description="in how many futures `level5` tries each plan")
+    renew: bool = Field(
+        False, description="whether `level5` also plans with what members could do by then"
+    )
     work: tuple[Work, ...]
 
 

@@ -26,6 +26,7 @@ from twins.medical.lifelines import Lifelines
 from twins.medical.patients import Arrest, Patients, State
 from twins.medical.records import Journal, Records
 from twins.medical.relief import Relief
+from twins.medical.sickness import Sickness
 from twins.medical.wards import Wards
 from twins.medical.ways import Ways
 
@@ -69,6 +70,7 @@ class Care:
         self.arrivals = Arrivals(
             self.records, self.destinations, self.dispatch, self.wards, self.hospitals
         )
+        self.sickness = Sickness(self.records, self.wards, self.hospitals)
         self.records.arisen = sum(h.inpatients for h in self.hospitals)
         self.records.calendar.at(0.0, Kind.DAY, 0)
         self.records.calendar.at(0.0, Kind.TICK, 0)

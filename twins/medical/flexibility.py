@@ -2,7 +2,7 @@ r"""Writes what hospitals lose without power and water as a linear block for the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,11 @@ from twins.medical.layout import Layout
 
 
 def hospital_block(
-    layout: Layout, p: Mapping[str, float], periods_ns: tuple[int, ...]
+    layout: Layout,
+    p: Mapping[str, float],
+    periods_ns: tuple[int, ...],
+    fuel_h: Sequence[float] = (),
+    water_h: Sequence[float] = (),
 ) -> LinearBlock:
     r"""Bed-hours lost over a horizon, priced.
 
@@ -24,7 +28,8 @@ def hospital_block(
 
         \min \sum_{ht} c B_h d_t \left[(1 - \phi) u_{ht} + (1 - \psi) v_{ht}\right]
 
-    F is `fuel_h`, R `water_reserve_h`, B staffed beds, c `bed_hour_value_usd`, and phi and
+    F is what each hospital has in `fuel_h`, R in `water_h` (without them the parameters `fuel_h`
+    and `water_reserve_h`), B staffed beds, c `bed_hour_value_usd`, and phi and
     psi the shares of beds usable without power and water. A bed that lacks both counts
     twice, where the simulation takes the worse of the two: the block overstates that case.
     """
@@ -74,8 +79,8 @@ def hospital_block(
         row_high=np.concatenate(
             [
                 np.full(2 * size, np.inf),
-                np.full(hospitals, p["fuel_h"]),
-                np.full(hospitals, p["water_reserve_h"]),
+                np.array(fuel_h or [p["fuel_h"]] * hospitals, dtype=np.float64),
+                np.array(water_h or [p["water_reserve_h"]] * hospitals, dtype=np.float64),
             ]
         ),
         row_index=row_index,

@@ -28,11 +28,15 @@ from twins.medical.patients import (
     draw_casualties,
 )
 from twins.medical.records import Records
+from twins.medical.sickness import draw_sick
 
 POOL = 2048
 """Fates per severity from which those that fit a patient are taken."""
 
 FATE_STREAM = 0x4D04
+
+SICK = 10
+"""Added to the severity of those whom an epidemic made ill, to name their fates."""
 
 ALIVE = range(State.HIDDEN, State.IN_WARD + 1)
 
@@ -43,6 +47,8 @@ def diverge(records: Records, seed: int, parameters: Mapping[str, float]) -> Non
     records.attach(records.layout, parameters)
     draws = np.random.default_rng([seed, FATE_STREAM])
     fates = {severity: _pool(draws, severity, records) for severity in (2, CRITICAL)}
+    if any(records.patients.sick):
+        fates |= {severity + SICK: _sick(draws, severity, records) for severity in (2, CRITICAL)}
     limits = _limits(records, fates, draws)
     found = _found(records, fates, draws)
     _book(records, limits, found)
@@ -52,6 +58,10 @@ def diverge(records: Records, seed: int, parameters: Mapping[str, float]) -> Non
 def _pool(draws: np.random.Generator, severity: int, records: Records) -> People:
     seed = int(draws.integers(1 << 62))
     return draw_casualties(seed, severity, [(0, POOL)], [0], records.p)
+
+
+def _sick(draws: np.random.Generator, severity: int, records: Records) -> People:
+    return draw_sick(int(draws.integers(1 << 62)), severity, [(0, POOL)], [0], records.p)
 
 
 def _hurt_min(records: Records, patient: int) -> float:
@@ -75,7 +85,7 @@ def _limits(
     hopeless = {s: np.array(people.hopeless) for s, people in fates.items()}
     found: dict[int, float] = {}
     for patient, state in enumerate(patients.state):
-        severity = patients.severity[patient]
+        severity = patients.severity[patient] + SICK * patients.sick[patient]
         is_ordinary = patients.batch[patient] < 0
         if (
             state not in ALIVE
@@ -103,7 +113,7 @@ def _found(
     delay: dict[int, Vector] = {s: np.array(people.found_min) for s, people in fates.items()}
     found: dict[int, float] = {}
     for patient, state in enumerate(patients.state):
-        if state == State.HIDDEN:
+        if state == State.HIDDEN and not patients.sick[patient]:
             severity = patients.severity[patient]
             began_min = _hurt_min(records, patient)
             place = _pick(delay[severity] > records.now - began_min, draws)

@@ -210,12 +210,22 @@ class Hospital:
     def settle_fuel(self, now_min: float) -> None:
         self.fuel_h, self.fuel_as_of_min = self.fuel_at(now_min), now_min
 
-    def settle_reserve(self, now_min: float, p: Mapping[str, float]) -> None:
-        """Bring the water reserve up to date: used hour by hour when short, else refilled."""
+    def power_left_at(self, now_min: float) -> float:
+        """Hours that a hospital can do without the grid, as far as anybody has seen: none for one
+        that is without power."""
+        is_dark = not self.on_grid and not self.generator_on
+        return 0.0 if is_dark else self.fuel_at(now_min)
+
+    def water_left_at(self, now_min: float, p: Mapping[str, float]) -> float:
+        """Hours of water in reserve, which is used hour by hour when short, else refilled."""
         span_h = (now_min - self.reserve_as_of_min) / 60.0
         short = self.water_share < p["water_threshold"]
-        self.reserve_h += -span_h if short else span_h
-        self.reserve_h = min(max(0.0, self.reserve_h), p["water_reserve_h"])
+        left_h = self.reserve_h + (-span_h if short else span_h)
+        return min(max(0.0, left_h), p["water_reserve_h"])
+
+    def settle_reserve(self, now_min: float, p: Mapping[str, float]) -> None:
+        """Bring the water reserve up to date."""
+        self.reserve_h = self.water_left_at(now_min, p)
         self.reserve_as_of_min = now_min
 
     def occupancy_ratio(self) -> float:
@@ -239,6 +249,28 @@ class Hospital:
             return STANDBY_SHARE
         fixed = p["fixed_water_share"]
         return fixed + (1.0 - fixed) * self.occupancy_ratio()
+
+    def put_off_electives(self, p: Mapping[str, float]) -> int:
+        """Let inpatients be as few as they are when electives have long been put off; how many
+        fewer.
+
+        By Little's law beds hold arrivals per hour times hours of stay.
+        """
+        ward = round(p["elective_share"] * self.ward_in_per_h * p["ward_stay_h"])
+        icu = round(p["elective_share"] * self.icu_in_per_h * p["icu_stay_h"])
+        ward, icu = min(ward, self.ward_inpatients), min(icu, self.icu_inpatients)
+        self.lay(-ward, is_icu=False)
+        self.lay(-icu, is_icu=True)
+        return ward + icu
+
+    def lay(self, persons: int, is_icu: bool) -> None:
+        """Have so many more inpatients (or fewer) of whom only the number counts."""
+        if is_icu:
+            self.icu_inpatients += persons
+            self.icu.occupied += persons
+        else:
+            self.ward_inpatients += persons
+            self.ward.occupied += persons
 
     def _carry(self, flow: str, amount: float, at_most: int) -> int:
         self.carry[flow] += amount

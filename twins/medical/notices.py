@@ -17,6 +17,8 @@ def _person(patients: Patients, patient: int) -> str:
         return "an inpatient"
     if patients.batch[patient] < 0:
         return "an emergency patient"
+    if patients.sick[patient]:
+        return "a patient of the epidemic"
     survivable = "unsurvivable " if patients.hopeless[patient] else ""
     return f"a patient with {survivable}severity-{patients.severity[patient]} injuries"
 

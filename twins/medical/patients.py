@@ -97,7 +97,9 @@ class Patients:
         self.tolerance_draw: list[float] = []
         self.state: list[int] = []
         self.batch: list[int] = []
-        """Which batch of casualties a patient belongs to; -1 for ordinary patients."""
+        """Which batch of casualties or sick a patient belongs to; -1 for ordinary patients."""
+        self.sick: list[bool] = []
+        """Whether an epidemic made the patient ill."""
         self.called_min: list[float] = []
         self.hospital: list[int] = []
         self.ambulance: list[int] = []
@@ -139,7 +141,7 @@ class Patients:
         self.treated_min.extend([inf] * size)
         for missing in (self.hospital, self.ambulance):
             missing.extend([-1] * size)
-        for no in (self.reached, self.treated, self.stepped_down, self.transfer):
+        for no in (self.sick, self.reached, self.treated, self.stepped_down, self.transfer):
             no.extend([False] * size)
         self.visit.extend([0] * size)
         return first

@@ -30,6 +30,8 @@ from twins.medical.layout import region_layout, region_parameters
 from twins.regions import data_hash, hospital_routes, scene_routes
 
 SEVERITIES = (1, 2, 3, 4)
+SICK = {"sick_ward": 2, "sick_icu": 3}
+"""The inputs that tell of an epidemic's patients, and how severely ill these are."""
 LOAD_STEP = 0.01
 """Relative change from which a hospital tells its new load and water need."""
 
@@ -67,6 +69,10 @@ def _description(region: str) -> Description:
             )
             for s, doc in zip(SEVERITIES, severity_docs, strict=True)
         ),
+        _input("sick_ward", "zone", "persons", 0.0, 1e6, "cumulative: ill, need a ward bed"),
+        _input("sick_icu", "zone", "persons", 0.0, 1e6, "cumulative: ill, need intensive care"),
+        _input("present_ward", SYSTEM, "persons", 0.0, 1e6, "sick on wards when the run begins"),
+        _input("present_icu", SYSTEM, "persons", 0.0, 1e6, "sick in intensive care then"),
         _input("hospital_damage_state", "hospital", "1", 0.0, 4.0, "Hazus damage state"),
         _input("hospital_power", "hospital", "1", 1.0, 1.0, "share of the wanted grid power"),
         _input("hospital_water", "hospital", "1", 1.0, 1.0, "share of the needed water"),
@@ -88,7 +94,8 @@ def _description(region: str) -> Description:
             "untreated_after_6h",
             SYSTEM,
             "persons",
-            "casualties of severity 2 and 3 without definitive care 6 h after injury",
+            "casualties of severity 2 and 3, and an epidemic's patients, without definitive care "
+            "6 h after injury or onset",
         ),
         _output("treated", SYSTEM, "persons", "patients whose definitive care has begun"),
         _output(
@@ -149,6 +156,7 @@ class MedicalTwin(Twin):
         self.waiting_shown = np.full(len(self.layout.zones), -1.0)
         hospitals, zones = len(self.layout.hospitals), len(self.layout.zones)
         self.known = {f"injured_severity{s}": np.zeros(zones) for s in SEVERITIES}
+        self.known |= {name: np.zeros(zones) for name in SICK}
         self.known["hospital_damage_state"] = np.zeros(hospitals)
         self.known["hospital_power"] = np.ones(hospitals)
         self.known["hospital_water"] = np.ones(hospitals)
@@ -195,15 +203,23 @@ class MedicalTwin(Twin):
                 for index in np.flatnonzero(values != self.known[name]).tolist():
                     tell(index, float(values[index]))
                 self.known[name] = values
+        if "present_ward" in changed or "present_icu" in changed:
+            care.sickness.fill(float(step["present_ward"][0]), float(step["present_icu"][0]))
         for severity in SEVERITIES:
-            name = f"injured_severity{severity}"
-            if name in changed:
-                values = np.maximum(np.floor(step[name] + 0.5), self.known[name])
-                new = values - self.known[name]
-                zones = np.flatnonzero(new).tolist()
-                self.known[name] = values
-                if zones:
-                    care.arrivals.injure(severity, [(zone, int(new[zone])) for zone in zones])
+            if people := self._newly(step, f"injured_severity{severity}"):
+                care.arrivals.injure(severity, people)
+        for name, severity in SICK.items():
+            if people := self._newly(step, name):
+                care.sickness.come(severity, people)
+
+    def _newly(self, step: Step, name: str) -> list[tuple[int, int]]:
+        """By how much whole persons of a cumulative input have grown, as (zone, how many)."""
+        if name not in step.changed:
+            return []
+        values = np.maximum(np.floor(step[name] + 0.5), self.known[name])
+        new = values - self.known[name]
+        self.known[name] = values
+        return [(zone, int(new[zone])) for zone in np.flatnonzero(new).tolist()]
 
     def _publish_hospitals(self, care: Care, step: Step) -> bool:
         """Publish what changed at hospitals; whether their power or beds did."""
@@ -325,5 +341,15 @@ class MedicalTwin(Twin):
         diverge(self._care.records, seed, self.parameters)
 
     def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock:
+        """What hospitals have in tanks is believed before a run begins, and known in its course."""
         parameters = self.parameters or {p.name: p.default for p in self.describe().parameters}
-        return hospital_block(self.layout, parameters, periods_ns)
+        if self.care is None or self.care.records.now <= 0.0:
+            return hospital_block(self.layout, parameters, periods_ns)
+        now_min, hospitals = self.care.records.now, self.care.hospitals
+        return hospital_block(
+            self.layout,
+            parameters,
+            periods_ns,
+            [h.power_left_at(now_min) for h in hospitals],
+            [h.water_left_at(now_min, parameters) for h in hospitals],
+        )

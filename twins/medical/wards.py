@@ -171,6 +171,17 @@ class Wards:
             hospital.early_per_h = hospital.early_left / p["early_discharge_h"]
         records.calendar.at(records.now + 60.0 * p["surge_open_h"], Kind.SURGE)
 
+    def prepare(self, causes: tuple[str, ...]) -> None:
+        """Let the disaster plan have been in force for long: surge beds are open, who could be
+        sent home early has gone."""
+        records = self.records
+        records.plan = True
+        records.last_casualties = causes
+        self.plan_event = records.emit(
+            "disaster_plan", "system", "all hospitals have their disaster plans in force", causes
+        )
+        self.surge(0, 0)
+
     def surge(self, _: int, __: int) -> None:
         """Open the surge beds of the disaster plan."""
         for index, hospital in enumerate(self.hospitals):

@@ -240,6 +240,13 @@ def build_power(
                 }
             )
     write_csv(target / "power_components.csv", components)
+    write_csv(
+        target / "overhead_lines.csv",
+        [
+            {"component_id": line["name"], "length_km": round(float(line["length_km"]), 3)}
+            for _, line in net.line.iterrows()
+        ],
+    )
     pp.to_json(net, str(target / "power.json"))
 
 
