@@ -29,6 +29,8 @@ def heat_block(
     .. math::
         x_{lt} \ge k^c_t x_{l,t-1} + (1 - k^c_t) \frac{\tau_c}{\tau_w} G_t d_{lt} \\
         x_{lt} \ge k^w_t x_{l,t-1} + (1 - k^w_t) G_t - (1 - d_{lt}) M_{lt} \\
+        x_{lt} \ge k^h_t x_{l,t-1} + \frac{1 - k^h_t}{\rho} \left(d_{lt} G_t / \tau_w
+        + \Delta X^h_t (d_{lt} - 1/2)\right) \\
         z_{lt} \ge (OR - 1) \frac{T_c + x_{lt} - T_{safe}}{T_{full} - T_{safe}},
         \quad z_{lt} \ge 0 \\
         \min VSL \sum_{l,t} h_t D_t c N_l z_{lt}
@@ -58,6 +60,11 @@ def heat_block(
     hottest_c = _in_the_dark(warm, in_dark_c, excess_c)
     before_c = np.concatenate([excess_c[:, None], hottest_c[:, :-1]], axis=1)
     relief_c = (warm - cool) * before_c + in_dark_c
+    rate, apart = 0.5 / homes.warm_h + 0.5 / homes.cool_h, 1.0 / homes.cool_h - 1.0 / homes.warm_h
+    half = np.exp(-rate * hours)
+    half_c = 0.5 * goal_c / homes.warm_h / rate
+    half_slope_c = (1.0 - half) / rate * (goal_c / homes.warm_h + apart * half_c)
+    half_shift_c = (1.0 - half) / rate * apart * half_c * 0.5
     rows = np.arange(size).reshape(points, periods)
     row_index, column_index, coefficient = [], [], []
     low: list[Vector] = []
@@ -66,6 +73,7 @@ def heat_block(
         (
             ("in_turns", cool, np.tile(in_turns_c, (points, 1)), in_turns_c),
             ("in_the_dark", warm, relief_c, in_dark_c),
+            ("half_dark", half, np.tile(half_slope_c, (points, 1)), half_slope_c - half_shift_c),
         )
     ):
         # with d = 1 - p: x + slope p >= keep x_before + dark
@@ -77,7 +85,7 @@ def heat_block(
         least[:, 0] += keep[0] * excess_c
         low.append(least.ravel())
         names += [f"{name}[{e},{t}]" for e in load_points for t in range(periods)]
-    row_index += [(2 * size + rows).ravel()] * 2
+    row_index += [(3 * size + rows).ravel()] * 2
     column_index += [harm.ravel(), excess.ravel()]
     slope = (p["no_cooling_odds"] - 1.0) / (homes.full_c - homes.safe_c)
     coefficient += [np.ones(size), np.full(size, -slope)]
@@ -96,7 +104,7 @@ def heat_block(
         integer=np.zeros(3 * size, dtype=np.bool_),
         rows=tuple(names),
         row_low=np.concatenate(low),
-        row_high=np.full(3 * size, np.inf),
+        row_high=np.full(4 * size, np.inf),
         row_index=np.concatenate(row_index).astype(np.int64),
         column_index=np.concatenate(column_index).astype(np.int64),
         coefficient=np.concatenate(coefficient),
