@@ -48,6 +48,7 @@ PARTS = (
     Lifelines,
     Relief,
     Arrivals,
+    Sickness,
 )
 """The classes of all that is in a state of `Care`."""
 
