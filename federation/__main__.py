@@ -12,11 +12,20 @@ from pathlib import Path
 
 from federation import telemetry
 from federation.acting import add_acting
+from federation.certs import add_certs
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.exporting import add_policy
 from federation.loop import run
 from federation.planners import planner
 from federation.studies import add_run, add_studies, execute, sensitivity, study_options
-from federation.terminal import broker_option, positive, run_argument, say
+from federation.terminal import (
+    broker_option,
+    footing_of,
+    footing_options,
+    positive,
+    run_argument,
+    say,
+)
 
 DEMO = "regions/shelby/earthquake.yaml"
 
@@ -95,6 +104,7 @@ def command_serve(options: argparse.Namespace) -> int:
                 max_sessions=options.max_sessions,
                 keyring=Keyring() if options.keyring is None else Keyring.load(options.keyring),
                 state_file=options.state,
+                health_port=options.health_port,
             ),
         )
     )
@@ -115,7 +125,11 @@ def command_broker(options: argparse.Namespace) -> int:
                 planner=planner,
                 keep_runs=options.keep_runs,
                 roster=_roster_of(options),
+                health_port=options.health_port,
                 max_message_bytes=options.max_message_mib << 20,
+                city=options.city,
+                export=options.export,
+                city_scenario=options.scenario,
             )
         )
     )
@@ -299,6 +313,18 @@ def parser() -> argparse.ArgumentParser:
     broker.add_argument(
         "--roster", metavar="FILE", help="where it notes its twins (STORE.roster.json)"
     )
+    broker.add_argument(
+        "--city", default="", metavar="NAME", help="the city that it speaks for, to its peers"
+    )
+    broker.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="serve the city to its peers as this policy has it (nothing is served)",
+    )
+    broker.add_argument(
+        "--scenario", type=Path, metavar="FILE", help="the scenario of the city that is served"
+    )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
 
@@ -338,6 +364,8 @@ def parser() -> argparse.ArgumentParser:
     replay.set_defaults(do=command_replay)
 
     add_acting(commands)
+    add_policy(commands)
+    add_certs(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
@@ -350,6 +378,7 @@ def parser() -> argparse.ArgumentParser:
     history.add_argument("--entity", type=int, metavar="I", help="only this index, with --points")
     broker_option(history)
     history.set_defaults(do=command_history)
+    footing_options(main)
     return main
 
 
@@ -402,6 +431,13 @@ def _server_options(command: argparse.ArgumentParser, port: int = 0) -> None:
     command.add_argument(
         "--max-message-mib", type=positive, default=64, metavar="N", help="largest message (64)"
     )
+    command.add_argument(
+        "--health-port",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tell health in the clear here, for probes that show no certificate (nowhere)",
+    )
 
 
 def check_packages() -> None:
@@ -422,7 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         check_packages()
-        code: int = options.do(options)
+        with footing_of(options):
+            code: int = options.do(options)
         return code
     except FederationError as error:
         print(f"multitwin: {error}", file=sys.stderr)

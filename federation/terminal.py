@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 QUIET_S = 1.0
 """Without a terminal, no more than a line in this time, but for failures and the last."""
@@ -48,6 +50,46 @@ def broker_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--broker", default="127.0.0.1:7700", metavar="ADDRESS", help="(127.0.0.1:7700)"
     )
+
+
+_TALKING = {"broker", "control", "port", "members"}
+"""Commands with one of these options talk to other processes."""
+
+
+def footing_options(command: argparse.ArgumentParser) -> None:
+    """Let each command that talks to others be told under which identity it does."""
+    dests = set()
+    for action in list(command._actions):
+        if isinstance(action, argparse._SubParsersAction):
+            for name in action.choices:
+                footing_options(action.choices[name])
+        dests.add(action.dest)
+    if not dests & _TALKING:
+        return
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="who it is, see: multitwin certs (MULTITWIN_TLS, or nobody on this machine)",
+    )
+    which.add_argument(
+        "--insecure-no-tls",
+        action="store_true",
+        help="speak plain text to other machines: everybody in between may read and change it",
+    )
+
+
+def footing_of(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """The footing that a command was given, for as long as the context lasts."""
+    folder = getattr(options, "tls", None)
+    is_exposed = getattr(options, "insecure_no_tls", False)
+    if folder is None and not is_exposed:
+        return nullcontext()
+    from federation.wire.footing import Footing, standing
+    from federation.wire.trust import Trust
+
+    return standing(Footing(None if folder is None else Trust.of(folder), is_exposed))
 
 
 def positive(text: str) -> int:

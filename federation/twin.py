@@ -264,7 +264,8 @@ class StepResult(NamedTuple):
 
     `causes[variable][index]` is the event that explains the present value of an entry.
     `next_ns` is the next instant wanted by an event-driven twin, or None for none. `desk` is set
-    by the service of a twin whose desk had to do with the step.
+    by the service of a twin whose desk had to do with the step. `held` says why the values are not
+    those of this instant but the last that were known; it is empty when they are.
     """
 
     time_ns: int
@@ -275,6 +276,7 @@ class StepResult(NamedTuple):
     actions: tuple[Action, ...] = ()
     next_ns: int | None = None
     desk: DeskStep | None = None
+    held: str = ""
 
 
 def failed(member: str, error: BaseException) -> TwinError:
@@ -391,6 +393,7 @@ class Step:
         "_causes",
         "_changed",
         "_events",
+        "_held",
         "_next_ns",
         "_outputs",
         "_session",
@@ -412,6 +415,7 @@ class Step:
         self._events: list[Event] = []
         self._acts: list[Action] = []
         self._next_ns: int | None = None
+        self._held = ""
 
     @property
     def changed(self) -> frozenset[str]:
@@ -484,12 +488,18 @@ class Step:
         self._session.has_more = True
         self._next_ns = time_ns if self._next_ns is None else min(self._next_ns, time_ns)
 
+    def hold(self, why: str) -> None:
+        """Say that the outputs are not those of this instant but the last that are known."""
+        self._session.has_more = True
+        self._held = why
+
     def _begin(self) -> None:
         """Forget the story of the step before."""
         self._causes = {}
         self._events = []
         self._acts = []
         self._next_ns = None
+        self._held = ""
 
 
 class Twin(ABC):
@@ -760,6 +770,7 @@ class Session:
         other.told_by = dict(self.told_by)
         other.serial, other.last_ns = self.serial, self.last_ns
         other._before = self._before
+        other._step._held, other.has_more = self._step._held, bool(self._step._held)
         return other
 
     def open(self, seed: int, parameters: Mapping[str, float], start_ns: int = 0) -> None:
@@ -847,8 +858,9 @@ class Session:
         """
         step = self._step
         if self.has_more:
+            # that what was held is good again is news, too
+            self.has_more = bool(step._held)
             step._begin()
-            self.has_more = False
         step.time_ns = time_ns
         step.micro = micro
         step.last_ns = self.last_ns
@@ -886,4 +898,5 @@ class Session:
             tuple(step._events),
             tuple(step._acts),
             step._next_ns,
+            held=step._held,
         )

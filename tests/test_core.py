@@ -233,6 +233,26 @@ def test_any_message_order_gives_the_ledger_of_the_sequential_reference(
     assert found == digest
 
 
+def test_a_member_that_a_loop_wakes_joins_its_first_pass() -> None:
+    """The third is not due; in the first pass the first wakes it, before the first is redone."""
+    asks_no_more = TimePolicy(can_redo=True)
+    woken = TimePolicy(offset_ns=1, wakes_on_input=True, can_redo=True)
+    habits = {
+        "t0": Habit(asks_no_more, ("u0", "u1"), 1, False, 0.4, jumps=(0,), event_every=1),
+        "t1": Habit(asks_no_more, ("u0",), 1, False, 0.4, jumps=(0,), event_every=1),
+        "t2": Habit(woken, ("u0",), 1, False, 0.4, jumps=(0,), event_every=1),
+    }
+    ties = (("t0", "t1", "u0"), ("t1", "t0", "u0"), ("t0", "t2", "u0"), ("t2", "t0", "u1"))
+    couplings = [Coupling(source, "x", target, input_) for source, target, input_ in ties]
+    wiring = wire(described(habits), couplings)
+    expected = Reference(wiring, open_sessions(habits), HORIZON_NS)
+    expected.run()
+    coordinator = Coordinator(wiring, HORIZON_NS)
+    _, entries = drive(coordinator, open_sessions(habits), shuffled(1))
+    assert [_line(e) for e in entries] == [_line(e) for e in expected.entries]
+    assert [e.owner for e in entries[:3]] == ["t0", "t1", "t2"]
+
+
 @dataclass
 class Story:
     """What became of a world in which some come and go: who joined, left and ordered what, when,

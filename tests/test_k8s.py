@@ -59,6 +59,7 @@ def test_every_pod_meets_the_restricted_standard(resources: list[dict[str, Any]]
         assert {next(iter(set(v) - {"name"})) for v in pod["volumes"]} <= {
             "emptyDir",
             "persistentVolumeClaim",
+            "secret",
         }
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
@@ -73,7 +74,7 @@ def test_the_broker_and_the_four_twins_are_probed_by_grpc_health(
     assert set(deployments) == {"broker", "disaster", "energy", "city", "medical"}
     for deployment in deployments.values():
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
-        port = container["ports"][0]["containerPort"]
+        (port,) = (p["containerPort"] for p in container["ports"] if p["name"] == "health")
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             assert container[probe]["grpc"]["port"] == port
 

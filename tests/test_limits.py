@@ -84,7 +84,7 @@ def test_who_connects_and_says_nothing_is_put_out_and_holds_nobody_up(
 
     async def story() -> tuple[float, float]:
         server = new_server(1 << 20)
-        address, _ = await start_server(server, (), "127.0.0.1", 0)
+        address, _ = await start_server(server, ("federation.v1.Broker",), "127.0.0.1", 0)
         host, _, port = address.rpartition(":")
         began_s = time.monotonic()
         silent = []

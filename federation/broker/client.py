@@ -14,6 +14,7 @@ import numpy as np
 
 from federation.broker.why import words
 from federation.core.waits import instant
+from federation.errors import Reason
 from federation.twin import HOUR_NS
 from federation.v1 import (
     broker_pb2,
@@ -23,8 +24,9 @@ from federation.v1 import (
     scenario_pb2,
     scenario_pb2_grpc,
 )
-from federation.wire import codec, status
+from federation.wire import codec, footing, greeting, secure, status
 from federation.wire.link import channel_options
+from federation.wire.party import Part
 
 ANSWER_S = 30.0
 """How long a broker may take to answer a question."""
@@ -35,11 +37,15 @@ MAX_MESSAGE_BYTES = 256 << 20
 @asynccontextmanager
 async def asking(broker: str) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a broker; what it refuses is raised as a `FederationError`."""
-    async with grpc.aio.insecure_channel(broker, channel_options(MAX_MESSAGE_BYTES)) as channel:
+    expects = footing.expected(Part.BROKER)
+    async with secure.channel(broker, expects, channel_options(MAX_MESSAGE_BYTES)) as channel:
         try:
             yield channel
         except grpc.aio.AioRpcError as error:
-            raise status.from_rpc(error, f"the broker at {broker}") from None
+            failure = status.from_rpc(error, f"the broker at {broker}")
+            if failure.reason is Reason.UNREACHABLE:
+                failure = await greeting.plain_refusal(broker) or failure
+            raise failure from None
 
 
 async def print_why(broker: str, run: str) -> None:
@@ -139,6 +145,9 @@ def _instant_ns(time_h: float | None) -> int | None:
 
 def _operator() -> str:
     """Who asks, for the record."""
+    trust = footing.present().trust
+    if trust is not None:
+        return trust.party.name
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -7,8 +7,8 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from federation.broker.server import BrokerOptions, BrokerServer
 from federation.errors import PlanError, Reason, TwinError
 from federation.scenario.run import Case, Outcome, PlannerFactory
 from federation.scenario.spec import Scenario, Service
+from federation.wire import footing
 from federation.wire.link import Link
 
 START_TIMEOUT_S = 180.0
@@ -106,7 +107,11 @@ async def fleet(
     options = BrokerOptions(
         store=store, scenario_folder=scenario.folder, planner=factory, continues=False
     )
-    async with BrokerServer(options) as broker:
+    # what is started here stays on this machine; only members elsewhere need certificates
+    here = replace(footing.present(), spares_local=True)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(footing.standing(here))
+        broker = await stack.enter_async_context(BrokerServer(options))
         processes: dict[str, asyncio.subprocess.Process] = {}
         files = {name: logs / f"{name}.log" for name in own}
 
@@ -120,6 +125,7 @@ async def fleet(
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    env=footing.child_environment(),
                 )
 
         async def keep_up(name: str) -> None:

@@ -324,7 +324,8 @@ class RunHome:
                 Reason.UNKNOWN_MEMBER, f"there is no link to {service}", {"member": service}
             )
         options = replace(link.options, connect_timeout_s=CONNECT_AGAIN_S)
-        return await Link.connect(link.address, service, options)
+        expects, errand = link.line.expects, link.errand
+        return await Link.connect(link.address, service, options, expects, errand)
 
     async def _open_planner(self) -> PlannerSession:
         """The planner is shown, before it starts, what the members can do."""

@@ -118,7 +118,7 @@ class LiveRun:
                     gone=self._let_go,
                     lookout=self.lookout,
                     # what has been, and what only might be, is not acted on
-                    run=self.name if self._is_lived else "",
+                    run=self.name if self.is_lived else "",
                     ahead=self._ahead(),
                 )
             if origin is not None and origin.is_replay:
@@ -142,7 +142,13 @@ class LiveRun:
             await asyncio.gather(*(link.close() for link in links))
 
     @property
-    def _is_lived(self) -> bool:
+    def descriptions(self) -> Mapping[str, Description]:
+        """What each member is, those that joined later among them."""
+        return dict(self._descriptions)
+
+    @property
+    def is_lived(self) -> bool:
+        """Whether it is what is, and not what was or might be."""
         origin = None if self.memory is None else self.memory.origin
         return origin is None or not (origin.is_replay or origin.future is not None)
 

@@ -130,7 +130,9 @@ def write_desks(frame: Frame) -> list[Note]:
 
 def write_replaced(member: str, change: Succession) -> Note:
     body = {"member": member, "text": change.text, "is_same": change.is_same}
-    place = None if change.place is None else asdict(change.place)
+    at = change.place
+    # on which errand it is asked stands in the document
+    place = None if at is None else {"name": at.name, "address": at.address}
     return Note("replaced", change.time_ns, json.dumps({**body, "place": place}).encode())
 
 

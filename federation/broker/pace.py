@@ -202,6 +202,7 @@ class LateSeat:
                 tuple(events),
                 tuple(actions),
                 desk=desk,
+                held=late[-1].held if late else "",
             )
         )
 

@@ -93,6 +93,10 @@ class Registry:
         self._by_name[member.name] = self._by_id[lease.id] = lease
         return lease
 
+    def find(self, lease_id: str) -> Lease | None:
+        """A lease that was not left; it may be over."""
+        return self._by_id.get(lease_id)
+
     def renew(self, lease_id: str, now_ns: int) -> Lease:
         """Prolong a lease to its full time from now. Fails with LEASE_UNKNOWN."""
         self.expire(now_ns)

@@ -26,7 +26,9 @@ from federation.core.ledger import Quality
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.spec import OnFailure
 from federation.twin import NO_DESK, DeskStep, StepInput, StepResult, Vector, check_outputs
-from federation.wire import codec
+from federation.wire import codec, footing
+from federation.wire.link import NO_ERRAND, Errand
+from federation.wire.party import Part, Party
 
 REPLAY_STEPS = 64
 """How many steps a frame carries when they are done again."""
@@ -81,10 +83,20 @@ class Degradation:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a service is: under a name that it has registered, or at an address."""
+    """Where a service is: under a name that it has registered, or at an address. On `errand` it is
+    asked; only cities take notice of that. At the address of a `city` its broker answers."""
 
     name: str
     address: str | None = None
+    errand: Errand = NO_ERRAND
+    city: str = ""
+
+    @property
+    def expects(self) -> Party | None:
+        """Who has to answer at the address, over TLS."""
+        if self.city:
+            return footing.expected(Part.BROKER, city=self.city)
+        return footing.expected(Part.TWIN, self.name)
 
 
 @dataclass(frozen=True, slots=True)

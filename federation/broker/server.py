@@ -21,6 +21,7 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -49,6 +50,7 @@ from federation.broker.memory import (
     write_origin,
     write_replaced,
 )
+from federation.broker.record import RunRecord
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
 from federation.broker.seats import Place, Succession
 from federation.broker.service import BrokerService
@@ -58,6 +60,11 @@ from federation.broker.why import read_results
 from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.peer.city import City
+from federation.peer.gate import Gate, GateOptions
+from federation.peer.policy import now
+from federation.peer.quarters import ServiceQuarters, errand_of
+from federation.peer.standing import PolicyFile
 from federation.scenario.future import Future
 from federation.scenario.run import Case, Outcome, PlannerFactory
 from federation.scenario.spec import (
@@ -66,6 +73,7 @@ from federation.scenario.spec import (
     CouplingSpec,
     Member,
     Scenario,
+    load,
     parse,
     parse_addition,
 )
@@ -76,13 +84,17 @@ from federation.v1 import (
     broker_pb2_grpc,
     control_pb2,
     control_pb2_grpc,
+    peer_pb2,
     plan_pb2,
     plan_pb2_grpc,
     scenario_pb2,
     scenario_pb2_grpc,
 )
-from federation.wire import codec, status
-from federation.wire.link import MEBIBYTE, Link, LinkOptions
+from federation.wire import codec, footing, status
+from federation.wire.gate import check_owns
+from federation.wire.link import MEBIBYTE, NO_ERRAND, SERVICE, Errand, Link, LinkOptions
+from federation.wire.party import Party
+from federation.wire.probes import probed
 from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
@@ -96,6 +108,9 @@ SERVICES = tuple(
         (control_pb2, "Control"),
     )
 )
+
+PEER_SERVICES = (SERVICE, peer_pb2.DESCRIPTOR.services_by_name["Peers"].full_name)
+"""What a broker serves besides when it has an export policy."""
 
 PAGE_SIZE = 100
 MOST_BUCKETS = 10_000
@@ -134,6 +149,16 @@ class BrokerOptions:
     grace_s: float = 2.0
     link: LinkOptions = field(default_factory=LinkOptions)
     roster: Path | None = None
+    city: str = ""
+    """The name of the city that it speaks for, to its peers; empty when it has none."""
+    export: Path | None = None
+    """The policy by which it serves the city to its peers; without one it serves nothing."""
+    city_scenario: Path | None = None
+    """The scenario that what-ifs of peers run, and whose live run they may look at."""
+    clock: Callable[[], datetime] = now
+    """What the wall clock shows, by which the policy is judged."""
+    health_port: int = 0
+    """Where health is told in the clear as well, at the same host; 0: nowhere."""
     parallel_futures: int = 8
     """How many futures of runs are tried at a time, for all who ask."""
 
@@ -163,6 +188,8 @@ class BrokerServer:
         self._stack = AsyncExitStack()
         self._turn = asyncio.Semaphore(self.options.parallel_runs)
         self._arrived = asyncio.Event()
+        self.gate: Gate | None = None
+        """The door of the city to its peers, if it has one."""
         file = self.options.roster
         self._roster = None if file is None else Roster(file)
 
@@ -225,12 +252,79 @@ class BrokerServer:
         scenario_pb2_grpc.add_ScenariosServicer_to_server(_Scenarios(self), server)
         plan_pb2_grpc.add_PlansServicer_to_server(_Plans(self), server)
         control_pb2_grpc.add_ControlServicer_to_server(_Control(self), server)
-        self.address, healthy = await start_server(server, SERVICES, options.host, options.port)
+        services = SERVICES
+        if options.export is not None:
+            self.gate = gate = await asyncio.to_thread(
+                self._open_gate, options.export, asyncio.get_running_loop()
+            )
+            services += PEER_SERVICES
+            gate.register(server)
+            stack.push_async_callback(gate.stop)
+        self.address, healthy = await start_server(server, services, options.host, options.port)
         stack.push_async_callback(server.stop, options.grace_s)
+        if self.gate is not None:
+            stack.callback(self.gate.drain)
+        await stack.enter_async_context(probed(healthy, options.host, options.health_port))
         stack.push_async_callback(healthy.enter_graceful_shutdown)
         stack.push_async_callback(self._end_runs)
         looking = asyncio.create_task(self._look_after_leases(service))
         stack.push_async_callback(_ended, looking)
+
+    # -- the city, for its peers ---------------------------------------------------------
+
+    def _open_gate(self, policy: Path, loop: asyncio.AbstractEventLoop) -> Gate:
+        """The door of the city; fails as its policy and its scenario do."""
+        options = self.options
+        if not options.city or options.city_scenario is None:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                "a broker that exports a city is told which: give its name and its scenario",
+            )
+        scenario = load(options.city_scenario)
+        epoch, find = self.epoch, self._find_for_city
+        quarters = ServiceQuarters(options.city, scenario, find, epoch, loop)
+        is_proven = footing.serving_trust() is not None
+        takes_claims = not is_proven and footing.is_local(f"{options.host}:{options.port}")
+        how = (
+            "peers are who their certificates say they are"
+            if is_proven
+            else "without certificates, peers on this machine are who they say they are"
+            if takes_claims
+            else "there are no certificates here, and others than this machine can call: nobody "
+            "is believed, and nobody gets anything"
+        )
+        _say(f"{options.city} is served to its peers as {policy} has it; {how}")
+        return Gate(
+            City(options.city, scenario, quarters, options.planner),
+            PolicyFile(policy, _say, options.clock),
+            RunRecord(options.city, scenario.name, self.store, self._live),
+            GateOptions(options.max_message_bytes, takes_claims),
+        )
+
+    async def _find_for_city(self, name: str, member: Member, errand: Errand) -> Link | None:
+        """A member of the city where it is registered or has its address; else None."""
+        place = Place(name, member.address, errand, _city_of(name, member))
+        if place.address is not None:
+            address, expects = place.address, place.expects
+        elif (lease := self._lease(name)) is not None:
+            address, expects = lease.member.address, footing.registered(name)
+        else:
+            return None
+        return await Link.connect(address, name, self._link_options(), expects, errand)
+
+    @property
+    def _path(self) -> tuple[str, ...]:
+        """The way of what this broker asks for by itself."""
+        return (self.options.city,) if self.options.city else ()
+
+    def _link_options(self) -> LinkOptions:
+        """How it comes to members, and as whom: among them may be other cities."""
+        city = self.options.city
+        return replace(
+            self.options.link,
+            max_message_bytes=self.options.max_message_bytes,
+            identity=f"spiffe://{city}/peer/broker" if city else "",
+        )
 
     async def _end_runs(self) -> None:
         await asyncio.gather(
@@ -353,9 +447,9 @@ class BrokerServer:
         if not 0 <= case.seed < 1 << 63:
             raise ScenarioError(Reason.SCENARIO_INVALID, f"{case.seed} is no seed: 0..2^63 - 1")
         leases: dict[str, Lease] = {}
-        places = _places(scenario.members)
+        places = _places(scenario.members, self._path)
         here = {name: places[name] for name in scenario.members}
-        links = await self._connect(self._addresses(here, leases))
+        links = await self._connect(here, leases)
         try:
             prepared = await prepare(scenario, case, factory, links)
             experiment = prepared.experiment
@@ -462,7 +556,11 @@ class BrokerServer:
             members |= addition.members
         over = _over(memory, run.settled_ns)
         needed = {name: member for name, member in members.items() if name not in over}
-        places = {**_places(members), **memory.places}
+        places = _places(members, self._path)
+        for name, place in memory.places.items():
+            places[name] = replace(
+                place, errand=places[name].errand if name in places else NO_ERRAND
+            )
         here = {name: places[name] for name in needed}
         patience_s = max((m.on_failure.back_within_s for m in needed.values()), default=0.0)
         loop = asyncio.get_running_loop()
@@ -507,7 +605,7 @@ class BrokerServer:
     ) -> tuple[dict[str, Link], Prepared, tuple[Asked, ...]]:
         """Links to the members that are needed, their wiring, and what people have asked for."""
         assert memory.case is not None
-        links = await self._connect(self._addresses(here, leases))
+        links = await self._connect(here, leases)
         reached = tuple(links.values())
         try:
             asked: list[Asked] = []
@@ -557,21 +655,17 @@ class BrokerServer:
 
     def _finder(self, places: Mapping[str, Place], leases: dict[str, Lease]) -> Find:
         """Finds a member, or a substitute, where it is registered at the time."""
-        options = replace(
-            self.options.link,
-            max_message_bytes=self.options.max_message_bytes,
-            connect_timeout_s=CONNECT_AGAIN_S,
-        )
+        options = replace(self._link_options(), connect_timeout_s=CONNECT_AGAIN_S)
 
         async def find(name: str) -> Link:
             place = places[name]
-            address = place.address
+            address, expects = place.address, place.expects
             if address is None:
                 lease = self._leased(place.name)
                 if name in leases:
                     leases[name] = lease
-                address = lease.member.address
-            return await Link.connect(address, name, options)
+                address, expects = lease.member.address, footing.registered(place.name)
+            return await Link.connect(address, name, options, expects, place.errand)
 
         return find
 
@@ -584,9 +678,9 @@ class BrokerServer:
         addition = await asyncio.to_thread(parse_addition, document, "addition", folder)
         _check_files(addition.couplings, folder)
         leases: dict[str, Lease] = {}
-        places = _places(addition.members)
+        places = _places(addition.members, self._path)
         here = {name: places[name] for name in addition.members}
-        links = await self._connect(self._addresses(here, leases))
+        links = await self._connect(here, leases)
         async with _unless_refused(links):
             return await live.join(addition, links, leases, places, time_ns, operator)
 
@@ -600,7 +694,10 @@ class BrokerServer:
         """Let another service go on for a member; fails as `Control.ReplaceMember` does."""
         live = await self._lively(run)
         leases: dict[str, Lease] = {}
-        links = await self._connect(self._addresses({member: place}, leases))
+        before = live.places.get(member)
+        if before is not None:
+            place = replace(place, errand=before.errand)
+        links = await self._connect({member: place}, leases)
         async with _unless_refused(links):
             return await live.replace(
                 member, links[member], leases.get(member), place, time_ns, operator
@@ -701,10 +798,8 @@ class BrokerServer:
 
     async def _reach_all(self, scenario: Scenario) -> dict[str, Link]:
         """Links to all members of a scenario where they are now."""
-        places = _places(scenario.members)
-        return await self._connect(
-            self._addresses({name: places[name] for name in scenario.members}, {})
-        )
+        places = _places(scenario.members, self._path)
+        return await self._connect({name: places[name] for name in scenario.members}, {})
 
     async def replay(
         self, name: str, live_members: Sequence[str], recorded_members: Sequence[str] = ()
@@ -792,11 +887,26 @@ class BrokerServer:
         except FederationError as error:
             _say(f"old runs could not be dropped: {error}")
 
-    async def _connect(self, addresses: Mapping[str, str]) -> dict[str, Link]:
-        """A link to every member, all at once; of several failures the first in order."""
-        options = replace(self.options.link, max_message_bytes=self.options.max_message_bytes)
+    async def _connect(
+        self, places: Mapping[str, Place], leases: dict[str, Lease]
+    ) -> dict[str, Link]:
+        """A link to every member, all at once; of several failures the first in order.
+
+        Notes the leases of those that are found by their names. Over TLS a member has to be whom
+        its lease names, the broker of the city that it is or, at an address of its own, itself.
+        """
+        options = self._link_options()
+        addresses = self._addresses(places, leases)
+
+        def expects(name: str) -> Party | None:
+            lease = leases.get(name)
+            return places[name].expects if lease is None else footing.registered(lease.member.name)
+
         results = await asyncio.gather(
-            *(Link.connect(address, name, options) for name, address in addresses.items()),
+            *(
+                Link.connect(address, name, options, expects(name), places[name].errand)
+                for name, address in addresses.items()
+            ),
             return_exceptions=True,
         )
         links = [found for found in results if isinstance(found, Link)]
@@ -1023,11 +1133,11 @@ async def _ended(task: asyncio.Task[None]) -> None:
         await task
 
 
-def _places(members: Mapping[str, Member]) -> dict[str, Place]:
+def _places(members: Mapping[str, Member], path: tuple[str, ...]) -> dict[str, Place]:
     """Where members and those that stand in for them are, as a document says."""
     places: dict[str, Place] = {}
     for name, member in members.items():
-        places[name] = Place(name, member.address)
+        places[name] = Place(name, member.address, errand_of(member, path), _city_of(name, member))
         if (substitute := member.on_failure.substitute) is not None:
             places[substitute_of(name)] = Place(substitute_of(name), substitute.address)
     return places
@@ -1071,6 +1181,11 @@ def _beginning(store: Store, run: str) -> Memory:
     """What the journal of a run says before anything has happened in it."""
     notes = takewhile(lambda item: isinstance(item, Note), (item for _, item in store.journal(run)))
     return remember(run, notes)
+
+
+def _city_of(name: str, member: Member) -> str:
+    """The city that a member is; empty for a twin."""
+    return "" if member.peer is None else member.peer.city or name
 
 
 def _figure(memory: Memory, name: str) -> tuple[str, str]:
@@ -1646,6 +1761,7 @@ def _future(message: scenario_pb2.Future) -> Future:
 def _named(operator: str) -> None:
     if not operator.strip():
         raise ScenarioError(Reason.SCENARIO_INVALID, "say who asks: the operator is empty")
+    check_owns(operator)
 
 
 async def serve_broker(options: BrokerOptions | None = None) -> None:

@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from federation.broker.registry import Lease, Member, Registry
 from federation.v1 import broker_pb2, broker_pb2_grpc
+from federation.wire.gate import check_owns
 from federation.wire.status import refusing
 
 
@@ -38,6 +39,7 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
         context: grpc.aio.ServicerContext[broker_pb2.RegisterRequest, broker_pb2.RegisterResponse],
     ) -> broker_pb2.RegisterResponse:
         async with refusing(context):
+            check_owns(request.name)
             self.expire()
             member = Member(
                 request.name,
@@ -57,6 +59,7 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
     ) -> broker_pb2.RenewResponse:
         async with refusing(context):
             self.expire()
+            self._check_owns(request.lease)
             lease = self.registry.renew(request.lease, self._now_ns())
             return broker_pb2.RenewResponse(lease=self._lease(lease))
 
@@ -65,10 +68,13 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
         request: broker_pb2.LeaveRequest,
         context: grpc.aio.ServicerContext[broker_pb2.LeaveRequest, broker_pb2.LeaveResponse],
     ) -> broker_pb2.LeaveResponse:
-        gone = self.registry.leave(request.lease)
-        if gone is not None:
-            self._on_gone((gone,))
-        return broker_pb2.LeaveResponse()
+        async with refusing(context):
+            self._check_owns(request.lease)
+            gone = self.registry.leave(request.lease)
+            if gone is not None:
+                self._on_gone((gone,))
+            return broker_pb2.LeaveResponse()
+        raise AssertionError("abort raises")
 
     async def ListMembers(  # noqa: N802
         self,
@@ -94,6 +100,11 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
                 for lease in self.registry.members(now_ns)
             ]
         )
+
+    def _check_owns(self, lease_id: str) -> None:
+        lease = self.registry.find(lease_id)
+        if lease is not None:
+            check_owns(lease.member.name)
 
     def _lease(self, lease: Lease) -> broker_pb2.Lease:
         return broker_pb2.Lease(id=lease.id, epoch=lease.epoch, ttl=_duration(self.registry.ttl_ns))

@@ -18,9 +18,10 @@ from federation.control.live import LiveLoop
 from federation.control.proposal import Answer, proposal_of
 from federation.errors import Reason, ScenarioError
 from federation.v1 import autonomy_pb2, autonomy_pb2_grpc
-from federation.wire import status
+from federation.wire import footing, secure, status
 from federation.wire.credentials import Identity, Role
 from federation.wire.link import MEBIBYTE, channel_options
+from federation.wire.party import Part
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
 
@@ -171,7 +172,8 @@ async def control(live: LiveLoop, host: str, port: int) -> None:
 @asynccontextmanager
 async def asking(address: str) -> AsyncIterator[autonomy_pb2_grpc.AutonomyAsyncStub]:
     """Asks a loop; what it refuses is raised as a `FederationError`."""
-    async with grpc.aio.insecure_channel(address, channel_options(64 * MEBIBYTE)) as channel:
+    expects = footing.expected(Part.GUARD)
+    async with secure.channel(address, expects, channel_options(64 * MEBIBYTE)) as channel:
         try:
             yield autonomy_pb2_grpc.AutonomyStub(channel)
         except grpc.aio.AioRpcError as error:

@@ -11,8 +11,10 @@ import grpc
 
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.v1 import broker_pb2, broker_pb2_grpc
+from federation.wire import footing, secure
 from federation.wire.credentials import Identity
 from federation.wire.orders import Hand
+from federation.wire.party import Part
 from federation.wire.roster import Post, read_roster
 
 ANSWER_S = 0.8
@@ -116,7 +118,9 @@ async def _at_all(
     ask: Callable[[Hand], Awaitable[tuple[str, ...]]],
 ) -> tuple[Verdict, ...]:
     async def one(post: Post) -> Verdict:
-        async with Hand(post.address, identity, ANSWER_S) as hand:
+        # a twin that was named by its address alone may have any name
+        name = "" if post.name == post.address else post.name
+        async with Hand(post.address, identity, ANSWER_S, name) as hand:
             try:
                 return Verdict(post, await ask(hand))
             except FederationError as error:
@@ -126,7 +130,8 @@ async def _at_all(
 
 
 async def _registered(broker: str) -> list[Post]:
-    async with grpc.aio.insecure_channel(broker, [("grpc.enable_http_proxy", 0)]) as channel:
+    expects = footing.expected(Part.BROKER)
+    async with secure.channel(broker, expects, [("grpc.enable_http_proxy", 0)]) as channel:
         stub: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
         answer = await stub.ListMembers(broker_pb2.ListMembersRequest(), timeout=ANSWER_S)
     return [Post(m.name, m.address, m.domain) for m in answer.members]

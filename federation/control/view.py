@@ -29,10 +29,11 @@ from federation.v1 import (
     scenario_pb2,
     scenario_pb2_grpc,
 )
-from federation.wire import codec, status
+from federation.wire import codec, footing, secure, status
 from federation.wire.credentials import Identity
 from federation.wire.link import MEBIBYTE, Link, channel_options
 from federation.wire.orders import Hand
+from federation.wire.party import Part
 
 ANSWER_S = 10.0
 """How long the broker may take to answer a question."""
@@ -99,8 +100,10 @@ class LiveView:
         self.settled_ns = -1
         self.has_ended = False
         self._identity = identity
-        self.channel = grpc.aio.insecure_channel(
-            broker, [*channel_options(256 * MEBIBYTE), ("grpc.enable_http_proxy", 0)]
+        self.channel = secure.channel(
+            broker,
+            footing.expected(Part.BROKER),
+            [*channel_options(256 * MEBIBYTE), ("grpc.enable_http_proxy", 0)],
         )
         self.broker: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(self.channel)
         self.scenarios: scenario_pb2_grpc.ScenariosAsyncStub = scenario_pb2_grpc.ScenariosStub(

@@ -76,8 +76,12 @@ class _Loop:
     """The iteration of one loop unit at one instant."""
 
     time_ns: int
+    due: frozenset[str]
+    """Who steps at this instant whatever the others do."""
+    queue: deque[Member]
+    """Who is to be looked at in this pass; in the first one all, for a member may be woken by one
+    before it."""
     micro: int = 0
-    queue: deque[Member] = field(default_factory=deque)
     stepped: dict[str, StepResult] = field(default_factory=dict)
     given: dict[str, int] = field(default_factory=dict)
     """Per member the number of its micro-steps so far."""
@@ -445,8 +449,8 @@ class Coordinator:
         if time_ns >= bound_ns or unit.loop is not None:
             return ()
         if unit.is_loop:
-            due = deque(m for m in unit.members if _next_step(m) == time_ns)
-            unit.loop = _Loop(time_ns, queue=due)
+            due = frozenset(m.name for m in unit.members if _next_step(m) == time_ns)
+            unit.loop = _Loop(time_ns, due, deque(unit.members))
             return self._next_in_loop(unit, unit.loop, effects)
         member = unit.members[0]
         if member.granted:
@@ -647,6 +651,9 @@ class Coordinator:
         while True:
             while loop.queue:
                 member = loop.queue.popleft()
+                is_due = loop.micro > 0 or member.name in loop.due
+                if not is_due and not self._is_unsettled(member, loop):
+                    continue
                 micro = loop.given.get(member.name, 0)
                 step = member.collect(loop.time_ns, micro, self._policy.relaxation)
                 is_own = member.next_ns == loop.time_ns and micro == 0

@@ -139,12 +139,15 @@ class Member:
     quality: Quality = Quality.GOOD
     degraded_ns: int = NEVER
     """From when on its values are of this quality."""
+    says_held: bool = False
+    """It said with its last step that its values are of an earlier instant."""
 
     def adopt(self, other: Member) -> None:
         """Take over where `other`, of the same wiring, stands; share nothing that moves."""
         self.next_ns, self.since_ns, self.until_ns = other.next_ns, other.since_ns, other.until_ns
         self.reached_ns, self.granted, self.awaits = other.reached_ns, other.granted, other.awaits
         self.quality, self.degraded_ns = other.quality, other.degraded_ns
+        self.says_held = other.says_held
         self.orders = deque(other.orders)
         self.untold = {name: dict(causes) for name, causes in other.untold.items()}
         self.known_events = {event: dict(how) for event, how in other.known_events.items()}
@@ -395,6 +398,8 @@ class Exchange:
 
     def absorb(self, member: Member, result: StepResult) -> None:
         """Check a final result, record it, and hand it on to every member that it feeds."""
+        if bool(result.held) is not member.says_held:
+            self._hear_of_age(member, result)
         if result.desk is not None:
             self.operate(member, result.time_ns, result.desk)
         if result.events or result.actions:
@@ -466,6 +471,20 @@ class Exchange:
         member = self.members[change.member]
         member.quality, member.degraded_ns = change.quality, change.time_ns
         self._changes[change.member] = change
+
+    def _hear_of_age(self, member: Member, result: StepResult) -> None:
+        """Note that a member's values are held, or good again, as it says itself.
+
+        Where others have said of what quality they are, that counts.
+        """
+        member.says_held = bool(result.held)
+        expected = Quality.GOOD if result.held else Quality.HELD
+        if member.quality is expected:
+            quality = Quality.HELD if result.held else Quality.GOOD
+            why = TwinError(
+                Reason.MEMBER_LATE, result.held or "in time again", {"member": member.name}
+            )
+            self.degrade(Degraded(member.name, result.time_ns, quality, why))
 
     def replace(self, change: Replaced) -> None:
         """Note that another service goes on under a member's name."""

@@ -122,10 +122,26 @@ class OnFailure(Part):
         return round(self.save_every_min * MINUTE_NS)
 
 
+class Peering(Part):
+    """How a member that is another city is asked: what for, and for which kind of session.
+
+    A `what-if` is a run of that city's scenario for this run alone; a `live` session looks at the
+    run of the city that goes on. When the request would come back to a city that it has come from,
+    that city refuses it, and the run can't begin; or this one may `leave-out` the member: what it
+    feeds keeps its first value.
+    """
+
+    purpose: str = ""
+    city: str = Field("", description="whose broker has to answer; the member's name if unset")
+    session: Literal["what-if", "live"] = "what-if"
+    on_loop: Literal["refuse", "leave-out"] = "refuse"
+
+
 class Member(Service):
     """A twin with a place in the run, and what happens when it is lost."""
 
     on_failure: OnFailure = OnFailure()
+    peer: Peering | None = Field(None, description="set for another city")
 
 
 class Pace(Part):

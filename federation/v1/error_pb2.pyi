@@ -25,6 +25,11 @@ class Error(_message.Message):
     A unary call that fails carries the same three facts as a `google.rpc.ErrorInfo` (domain
     "multitwin") in its rich status. Inside a stream an error must not end the stream, and this
     message spares a twin's author every dependency but protobuf itself.
+
+    Where processes show certificates, every RPC besides fails with NOT_AUTHENTICATED (status
+    UNAUTHENTICATED) for who can't show who they are, with the `cause` in the metadata, such as
+    `EXPIRED` or `REVOKED`; and with NOT_AUTHORISED (PERMISSION_DENIED) for who plays no part that may
+    call it, with `identity`, `rpc` and who is `allowed`. A stream ends so when that changes.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -23,17 +23,84 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class Errand(_message.Message):
+    """On what errand a broker comes to a twin. Twins that are models of their own ignore it; to a twin
+    that is another city's broker it says what the reader wants to have things for, and by what way
+    the request came.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Mode:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Errand._Mode.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        MODE_UNSPECIFIED: Errand._Mode.ValueType  # 0
+        """Not said; taken for MODE_WHAT_IF."""
+        MODE_WHAT_IF: Errand._Mode.ValueType  # 1
+        """A run of the city's scenario for this session alone."""
+        MODE_LIVE: Errand._Mode.ValueType  # 2
+        """The run of the city that goes on, at which the session looks."""
+
+    class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
+        """What a session of a city is."""
+
+    MODE_UNSPECIFIED: Errand.Mode.ValueType  # 0
+    """Not said; taken for MODE_WHAT_IF."""
+    MODE_WHAT_IF: Errand.Mode.ValueType  # 1
+    """A run of the city's scenario for this session alone."""
+    MODE_LIVE: Errand.Mode.ValueType  # 2
+    """The run of the city that goes on, at which the session looks."""
+
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    purpose: _builtins.str
+    """What for, a word that the city's export policy knows (`mutual-aid`); may be empty."""
+    mode: Global___Errand.Mode.ValueType
+    """Which kind of session is meant."""
+    @_builtins.property
+    def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of the brokers that the request came through, the first one first. A broker that
+        finds its own name here refuses with PATH_LOOP.
+        """
+
+    def __init__(
+        self,
+        *,
+        purpose: _builtins.str = ...,
+        path: _abc.Iterable[_builtins.str] | None = ...,
+        mode: Global___Errand.Mode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "path", b"path", "purpose", b"purpose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Errand: _TypeAlias = Errand  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     """Asks a twin what it is."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ERRAND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def errand(self) -> Global___Errand:
+        """On what errand."""
+
     def __init__(
         self,
+        *,
+        errand: Global___Errand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["errand", b"errand"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errand", b"errand"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -493,7 +560,8 @@ class SessionRequest(_message.Message):
         """Begins a session at instant 0. Always frame 1. An existing session can be opened anew only
         under a higher epoch, and then forgets everything.
 
-        Fails with UNKNOWN_PARAMETER, NOT_FINITE, TWIN_FAILED, TOO_MANY_SESSIONS.
+        Fails with UNKNOWN_PARAMETER, NOT_FINITE, TWIN_FAILED, TOO_MANY_SESSIONS. A city refuses with
+        NOT_EXPORTED, PATH_LOOP and PEER_LIMIT.
         """
 
         DESCRIPTOR: _descriptor.Descriptor
@@ -523,6 +591,7 @@ class SessionRequest(_message.Message):
         PARAMETERS_FIELD_NUMBER: _builtins.int
         START_NS_FIELD_NUMBER: _builtins.int
         RUN_FIELD_NUMBER: _builtins.int
+        ERRAND_FIELD_NUMBER: _builtins.int
         member: _builtins.str
         """The name that the federation has for this member; the twin's event ids begin with it."""
         seed: _builtins.int
@@ -541,6 +610,10 @@ class SessionRequest(_message.Message):
         def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
             """Values of declared parameters; those left out take their defaults."""
 
+        @_builtins.property
+        def errand(self) -> Global___Errand:
+            """On what errand."""
+
         def __init__(
             self,
             *,
@@ -549,10 +622,11 @@ class SessionRequest(_message.Message):
             parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
             start_ns: _builtins.int = ...,
             run: _builtins.str = ...,
+            errand: Global___Errand | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["errand", b"errand"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "parameters", b"parameters", "run", b"run", "seed", b"seed", "start_ns", b"start_ns"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["errand", b"errand", "member", b"member", "parameters", b"parameters", "run", b"run", "seed", b"seed", "start_ns", b"start_ns"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -561,7 +635,7 @@ class SessionRequest(_message.Message):
         """Does one or several steps.
 
         Fails with UNKNOWN_VARIABLE, WRONG_SHAPE, NOT_FINITE, TWIN_FAILED and others that the twin
-        chooses; the answer then holds the results of the steps before the one that failed. After a
+        chooses (a city: NOT_EXPORTED when a right has ended, PEER_LIMIT); the answer then holds the results of the steps before the one that failed. After a
         failure the session only answers Restore and Close.
         """
 
@@ -986,6 +1060,7 @@ class StepResult(_message.Message):
     ACTIONS_FIELD_NUMBER: _builtins.int
     NEXT_NS_FIELD_NUMBER: _builtins.int
     DESK_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     time_ns: _builtins.int
     """The instant of the step, as asked."""
     micro: _builtins.int
@@ -993,6 +1068,10 @@ class StepResult(_message.Message):
     next_ns: _builtins.int
     """The next instant that an event-driven twin wants to step at, later than `time_ns`; unset
     for none.
+    """
+    held: _builtins.str
+    """Why the values are not those of `time_ns` but the last that were known; empty when they are.
+    Whoever coordinates the run marks the values of this twin as held until it is empty again.
     """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___VariableValues]:
@@ -1027,10 +1106,11 @@ class StepResult(_message.Message):
         actions: _abc.Iterable[Global___Action] | None = ...,
         next_ns: _builtins.int | None = ...,
         desk: Global___DeskStep | None = ...,
+        held: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "desk", b"desk", "next_ns", b"next_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "actions", b"actions", "causes", b"causes", "desk", b"desk", "events", b"events", "micro", b"micro", "next_ns", b"next_ns", "outputs", b"outputs", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "actions", b"actions", "causes", b"causes", "desk", b"desk", "events", b"events", "held", b"held", "micro", b"micro", "next_ns", b"next_ns", "outputs", b"outputs", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__next_ns: _TypeAlias = _typing.Literal["next_ns"]  # noqa: Y015
     _WhichOneofArgType__next_ns: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns"]  # noqa: Y015

@@ -24,8 +24,9 @@ from federation.core.desk import NEVER, Desk, Receipt, Stop
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.twin import NO_DESK, Description, DeskStep, Session, StepInput, StepResult, Vector
 from federation.v1 import twin_pb2, twin_pb2_grpc
-from federation.wire import codec, status
+from federation.wire import codec, footing, secure, status
 from federation.wire.credentials import Keyring, permit
+from federation.wire.party import Part
 
 DECIDE_WITHIN_S = 2.0
 """How long a bundle in doubt stays in force while its arbiter can't be asked; wall time."""
@@ -376,7 +377,8 @@ class Acting:
 async def _asked(address: str, selected: bytes) -> bool:
     """What the arbiter says, asked again while it is not there."""
     request = twin_pb2.DecideRequest(selected=twin_pb2.Signed.FromString(selected))
-    async with grpc.aio.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    arbiter = footing.expected(Part.TWIN)
+    async with secure.channel(address, arbiter, [("grpc.enable_http_proxy", 0)]) as channel:
         stub: twin_pb2_grpc.TwinAsyncStub = twin_pb2_grpc.TwinStub(channel)
         while True:
             try:

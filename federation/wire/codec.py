@@ -335,6 +335,8 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
         message.next_ns = result.next_ns
     if result.desk is not None:
         _write_desk(message.desk, result.desk)
+    if result.held:
+        message.held = result.held
 
 
 def encode_results(results: Iterable[StepResult]) -> bytes:
@@ -365,6 +367,7 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
         tuple(map(decode_action, message.actions)),
         message.next_ns if message.HasField("next_ns") else None,
         _decode_desk(message.desk) if message.HasField("desk") else None,
+        message.held,
     )
 
 

@@ -35,12 +35,20 @@ ANY = "*"
 
 
 class Role(StrEnum):
-    """What an identity may do."""
+    """What an identity may do by its signature.
+
+    `Part` in `federation.wire.party` has the same words for what a process may call.
+    """
 
     GUARD = "guard"
     OPERATOR = "operator"
     OPTIMISER = "optimiser"
     OBSERVER = "observer"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Role | None:
+        """A keyring may call an optimiser what a certificate calls it."""
+        return cls.OPTIMISER if value == "planner" else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import grpc
 from federation.errors import FederationError, Reason
 from federation.twin import Description
 from federation.v1 import broker_pb2, broker_pb2_grpc
-from federation.wire import status
+from federation.wire import footing, greeting, secure, status
+from federation.wire.party import Part
 
 RETRY_S = 1.0
 """The pause before a broker that did not answer is asked again."""
@@ -42,13 +43,14 @@ async def keep_name(
         domain=description.domain,
         incarnation=uuid.uuid4().hex,
     )
-    async with grpc.aio.insecure_channel(
+    async with secure.channel(
         broker,
-        options=[("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 1000)],
+        footing.expected(Part.BROKER),
+        [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 1000)],
     ) as channel:
         stub: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
         lease: broker_pb2.Lease | None = None
-        waited = away = False
+        waited = away = is_known = False
         try:
             while True:
                 try:
@@ -62,6 +64,7 @@ async def keep_name(
                             broker_pb2.RenewRequest(lease=lease.id), timeout=CALL_TIMEOUT_S
                         )
                     waited = away = False
+                    is_known = True
                 except grpc.aio.AioRpcError as failure:
                     error = status.from_rpc(failure, f"the broker at {broker}")
                     match error.reason:
@@ -71,7 +74,12 @@ async def keep_name(
                             waited = True
                             say(f"{error.message}; waiting for its lease to end")
                             await asyncio.sleep(_remaining_s(error) + 0.1)
-                        case Reason.UNREACHABLE:
+                        case Reason.UNREACHABLE | Reason.NOT_AUTHENTICATED if (
+                            is_known or error.reason is Reason.UNREACHABLE
+                        ):  # a certificate that has expired may be replaced any moment
+                            refusal = await greeting.plain_refusal(broker)
+                            if refusal is not None:
+                                raise refusal from None
                             if not away:
                                 say(f"{error.message}; trying again")
                             away = True

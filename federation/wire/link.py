@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import grpc
 from opentelemetry import trace
@@ -35,7 +35,8 @@ from federation.twin import (
     check_outputs,
 )
 from federation.v1 import twin_pb2, twin_pb2_grpc
-from federation.wire import codec, status
+from federation.wire import caller, codec, footing, greeting, secure, status
+from federation.wire.party import Part, Party
 
 MEBIBYTE = 1 << 20
 
@@ -71,6 +72,30 @@ class LinkOptions:
     resume_timeout_s: float = 1.0
     keepalive_s: float = 20.0
     max_message_bytes: int = 64 * MEBIBYTE
+    identity: str = ""
+    """As whom the link comes, where the other side takes a word for it (`wire.caller`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """On what errand a link comes: what for, through which brokers, and for which kind of session
+    of a city. Twins that are models of their own take no notice."""
+
+    purpose: str = ""
+    path: tuple[str, ...] = ()
+    is_live: bool = False
+
+    def encode(self) -> twin_pb2.Errand:
+        mode = twin_pb2.Errand.MODE_LIVE if self.is_live else twin_pb2.Errand.MODE_WHAT_IF
+        return twin_pb2.Errand(purpose=self.purpose, path=self.path, mode=mode)
+
+    @classmethod
+    def decode(cls, message: twin_pb2.Errand) -> Errand:
+        is_live = message.mode == twin_pb2.Errand.MODE_LIVE
+        return cls(message.purpose, tuple(message.path), is_live)
+
+
+NO_ERRAND = Errand()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +132,17 @@ class _Owed:
 class _Line:
     """A connection to one process, shared by all links to it: a channel and a stream in use."""
 
-    def __init__(self, address: str, options: LinkOptions) -> None:
+    def __init__(self, address: str, options: LinkOptions, expects: Party | None) -> None:
         self.address = address
+        self.expects = expects
         self.options = options
         self.users = 0
         self.takes_batches = False
-        self.channel = grpc.aio.insecure_channel(
+        self.metadata = caller.claim(options.identity)
+        self.channel = secure.channel(
             address,
-            options=[
+            expects,
+            [
                 *channel_options(options.max_message_bytes),
                 ("grpc.keepalive_time_ms", int(options.keepalive_s * 1e3)),
                 ("grpc.keepalive_timeout_ms", int(options.keepalive_s * 1e3)),
@@ -173,7 +201,7 @@ class _Line:
         give_up = pause = 0.0
         while True:
             self._unsent = [frame.data for owed in self._owed.values() for frame in _chain(owed)]
-            call = self._open()
+            call = self._open(metadata=self.metadata)
             writer = self._loop.create_task(self._write(call))
             heard = False
             try:
@@ -282,12 +310,14 @@ def _chain(owed: _Owed) -> Iterator[_Owed]:
 
 def _is_broken(failure: grpc.aio.AioRpcError | None) -> bool:
     """Whether the stream went and the twin may still be there; None is a stream that ended."""
-    # gRPC reports a write to a stream that has just died as INTERNAL
-    return failure is None or failure.code() in status.SILENCE | {grpc.StatusCode.INTERNAL}
+    # gRPC reports a write to a stream that has just died as INTERNAL; and a stream ends when the
+    # certificate expires that it was opened with, though another one may be there by now
+    again = status.SILENCE | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAUTHENTICATED}
+    return failure is None or failure.code() in again
 
 
 _lines: weakref.WeakKeyDictionary[
-    asyncio.AbstractEventLoop, dict[tuple[str, LinkOptions], _Line]
+    asyncio.AbstractEventLoop, dict[tuple[str, LinkOptions, Party | None], _Line]
 ] = weakref.WeakKeyDictionary()
 """The lines in use, by event loop; members of one host process share one."""
 
@@ -299,7 +329,8 @@ class Link:
     is a `FederationError`: UNREACHABLE before the twin has answered once, MEMBER_LOST after.
     """
 
-    def __init__(self, line: _Line, name: str) -> None:
+    def __init__(self, line: _Line, name: str, errand: Errand = NO_ERRAND) -> None:
+        self.errand = errand
         self.address = line.address
         self.name = name
         self.options = line.options
@@ -316,25 +347,38 @@ class Link:
         self._is_closed = False
 
     @classmethod
-    async def connect(cls, address: str, name: str, options: LinkOptions | None = None) -> Link:
+    async def connect(
+        cls,
+        address: str,
+        name: str,
+        options: LinkOptions | None = None,
+        expects: Party | Literal["by name"] | None = "by name",
+        errand: Errand = NO_ERRAND,
+    ) -> Link:
         """Connect to `address` (`host:port`) and read its description.
 
-        `name` is for messages. Fails with UNREACHABLE, or UNSUPPORTED when what listens there
-        is no twin.
+        `name` is for messages and, unless `expects` says more, whose certificate it takes over
+        TLS. Fails with UNREACHABLE, with NOT_AUTHENTICATED when it is somebody else, or with
+        UNSUPPORTED when what listens there is no twin.
         """
         options = options or LinkOptions()
+        if expects == "by name":
+            expects = footing.expected(Part.TWIN, name)
         lines = _lines.setdefault(asyncio.get_running_loop(), {})
-        line = lines.get((address, options))
+        line = lines.get((address, options, expects))
         if line is None:
-            line = lines[address, options] = _Line(address, options)
+            line = lines[address, options, expects] = _Line(address, options, expects)
         line.users += 1
-        link = cls(line, name)
+        link = cls(line, name, errand)
         try:
             async with asyncio.timeout(options.connect_timeout_s):
                 await line.channel.channel_ready()
                 await link.describe()
         except TimeoutError:
             await link.close()
+            refusal = await greeting.plain_refusal(address)
+            if refusal is not None:
+                raise refusal from None
             raise ScenarioError(
                 Reason.UNREACHABLE,
                 f"nothing answers as {name} at {address} "
@@ -362,7 +406,9 @@ class Link:
         if self._description is None:
             async with self._calling():
                 answer = await self._stub.Describe(
-                    twin_pb2.DescribeRequest(), timeout=self.options.answer_timeout_s
+                    twin_pb2.DescribeRequest(errand=self._errand()),
+                    timeout=self.options.answer_timeout_s,
+                    metadata=self.line.metadata,
                 )
             description = codec.decode_description(answer.description)
             self.line.takes_batches = answer.takes_batches
@@ -384,7 +430,9 @@ class Link:
         try:
             async with self._calling():
                 answer = await self._stub.ReadClock(
-                    twin_pb2.ReadClockRequest(), timeout=self.options.connect_timeout_s
+                    twin_pb2.ReadClockRequest(),
+                    timeout=self.options.connect_timeout_s,
+                    metadata=self.line.metadata,
                 )
         except TwinError as error:
             if error.reason is Reason.UNSUPPORTED:
@@ -429,12 +477,16 @@ class Link:
                 answer = await self._stub.Flexibility(
                     twin_pb2.FlexibilityRequest(session=session, periods_ns=periods_ns),
                     timeout=self.options.answer_timeout_s,
+                    metadata=self.line.metadata,
                 )
         except TwinError as error:
             if error.reason is Reason.UNSUPPORTED:
                 return None
             raise
         return codec.decode_block(answer.block) if answer.HasField("block") else None
+
+    def _errand(self) -> twin_pb2.Errand | None:
+        return None if self.errand == NO_ERRAND else self.errand.encode()
 
     async def close(self) -> None:
         """Give the connection up. Sessions that were not closed linger at the twin for a while."""
@@ -445,7 +497,7 @@ class Link:
         line.drop(self, "the link was closed")
         line.users -= 1
         if line.users == 0:
-            del _lines[asyncio.get_running_loop()][line.address, line.options]
+            del _lines[asyncio.get_running_loop()][line.address, line.options, line.expects]
             await line.close()
 
     def lost(self, why: str) -> TwinError:
@@ -590,6 +642,8 @@ class LinkSession:
         opened = twin_pb2.SessionRequest.Open(
             member=self.member, seed=seed, parameters=parameters, start_ns=start_ns, run=run
         )
+        if self.link.errand != NO_ERRAND:
+            opened.errand.CopyFrom(self.link.errand.encode())
         await self._ask(twin_pb2.SessionRequest(open=opened), "opened")
 
     async def _ask(

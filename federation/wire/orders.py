@@ -13,10 +13,11 @@ import grpc
 from federation.core.bundle import Bundle
 from federation.core.desk import Receipt
 from federation.v1 import twin_pb2, twin_pb2_grpc
-from federation.wire import codec, status
+from federation.wire import codec, footing, secure, status
 from federation.wire.acting import decode_receipt
 from federation.wire.credentials import Identity
 from federation.wire.link import MEBIBYTE, channel_options
+from federation.wire.party import Part
 
 ANSWER_S = 5.0
 """How long a desk may take to answer; it never waits for a step."""
@@ -26,15 +27,19 @@ class Hand:
     """Orders of one identity to one process. Fails with UNREACHABLE, and as the contract says.
 
     Where no `request` is given, its id is made of the bundle, the member and what is asked, so
-    that whoever takes over from a caller that died asks the same again.
+    that whoever takes over from a caller that died asks the same again. Over TLS the process has
+    to be that of the twin with this name, or of any twin when there is none.
     """
 
-    def __init__(self, address: str, identity: Identity, answer_s: float = ANSWER_S) -> None:
+    def __init__(
+        self, address: str, identity: Identity, answer_s: float = ANSWER_S, twin: str = ""
+    ) -> None:
         self.address = address
         self.identity = identity
         self._answer_s = answer_s
-        self._channel = grpc.aio.insecure_channel(
+        self._channel = secure.channel(
             address,
+            footing.expected(Part.TWIN, twin),
             [
                 *channel_options(64 * MEBIBYTE),
                 ("grpc.enable_http_proxy", 0),

@@ -30,12 +30,16 @@ from federation.telemetry import is_tracing, tracer
 from federation.twin import Description, Twin, blame
 from federation.twin import Session as ModelSession
 from federation.v1 import twin_pb2, twin_pb2_grpc
-from federation.wire import codec, status
+from federation.wire import codec, footing, secure, status
+from federation.wire.access import SERVED_BY
 from federation.wire.acting import Acting, SeatedDesk, Standing, done_with, encode_receipt
 from federation.wire.credentials import Keyring
 from federation.wire.enrol import keep_name
+from federation.wire.gate import Gate
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
 from federation.wire.malformed import Malformed, SoundRequests
+from federation.wire.party import Part
+from federation.wire.probes import probed
 
 HANDSHAKE_MS = 10_000
 """How long who connects may take to say hello; who says nothing holds a connection no longer."""
@@ -92,6 +96,8 @@ class ServeOptions:
     """Open at a time, more are refused with TOO_MANY_SESSIONS; 0: no limit."""
     keyring: Keyring = field(default_factory=Keyring)
     state_file: Path | None = None
+    health_port: int = 0
+    """Where health is told in the clear as well, at the same host; 0: nowhere."""
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +117,8 @@ class _Hosted:
     """Where it is acted on; only for a session that was opened for a run."""
     opened: twin_pb2.SessionRequest.Open | None = None
     failure: FederationError | None = None
+    steps: int = 0
+    """How many steps it was asked for, where somebody counts them."""
     streams: int = 0
     detached_s: float = math.inf
 
@@ -691,6 +699,10 @@ class TwinService(twin_pb2_grpc.TwinServicer):
             answer = _refused(request, failure)
         return answer, failure
 
+    def _build(self, opened: twin_pb2.SessionRequest.Open) -> Twin:
+        """The object of a session that is opened so."""
+        return self._factory()
+
     def _open(self, hosted: _Hosted, opened: twin_pb2.SessionRequest.Open) -> None:
         self._end(hosted)
         for parameter, value in opened.parameters.items():
@@ -700,7 +712,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                     f"parameter {parameter} is {value}",
                     {"parameter": parameter},
                 )
-        session = ModelSession(self._factory(), opened.member)
+        session = ModelSession(self._build(opened), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
         hosted.session, hosted.opened, hosted.failure = session, opened, None
         if opened.run:
@@ -745,7 +757,7 @@ class TwinService(twin_pb2_grpc.TwinServicer):
         """A fresh object takes the state, so that nothing of the old one shines through."""
         assert hosted.opened is not None
         opened = hosted.opened
-        session = ModelSession(self._factory(), opened.member)
+        session = ModelSession(self._build(opened), opened.member)
         session.open(opened.seed, dict(opened.parameters), opened.start_ns)
         try:
             state_of_desk = codec.restore_session(session, restore.state)
@@ -811,9 +823,14 @@ def _copy(done: asyncio.Future[_T], to: asyncio.Future[_T]) -> None:
 
 
 def new_server(max_message_bytes: int) -> grpc.aio.Server:
-    """A server with the limits that all of ours have, and no services yet."""
+    """A server with the limits that all of ours have, and no services yet.
+
+    Under an identity it has a gate, which knows who may call what.
+    """
+    trust = footing.serving_trust()
     return grpc.aio.server(
-        interceptors=[SoundRequests()],
+        # who calls is looked at before what they say
+        interceptors=[*([] if trust is None else [Gate(trust)]), SoundRequests()],
         options=[
             *channel_options(max_message_bytes),
             ("grpc.so_reuseport", 0),
@@ -831,14 +848,15 @@ async def start_server(
     """Add health and reflection for its `services`, listen, and say that it serves.
 
     Returns the address with the port that was chosen, and the health service for its end.
-    Fails with PORT_IN_USE.
+    Fails with PORT_IN_USE, and as `secure.add_port` does.
     """
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection(
         (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
-    chosen = _bind(server, host, port)
+    serves = frozenset[Part].intersection(*(SERVED_BY[service] for service in services))
+    chosen = _bind(server, host, port, serves)
     await server.start()
     for served in ("", *services):
         await healthy.set(served, health_pb2.HealthCheckResponse.SERVING)
@@ -851,9 +869,11 @@ async def serving(
 ) -> AsyncIterator[tuple[str, Description]]:
     """Serve a twin for as long as the context lasts; gives its address and description.
 
-    Fails with PORT_IN_USE, or with what the twin's constructor raises.
+    Fails with PORT_IN_USE, with CERTIFICATE_INVALID under the identity of somebody else, or with
+    what the twin's constructor raises.
     """
     options = options or ServeOptions()
+    secure.check_serves_as(name)
 
     def build() -> TwinService:
         with _blame(name):
@@ -865,7 +885,8 @@ async def serving(
     try:
         address, healthy = await start_server(server, (SERVICE,), options.host, options.port)
         try:
-            yield address, service.description
+            async with probed(healthy, options.host, options.health_port):
+                yield address, service.description
         finally:
             await healthy.enter_graceful_shutdown()
             service.drain()
@@ -874,10 +895,10 @@ async def serving(
         await asyncio.to_thread(service.stop)
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int, serves: frozenset[Part]) -> int:
     address = f"{host}:{port}"
     try:
-        return server.add_insecure_port(address)
+        return secure.add_port(server, host, port, serves)
     except RuntimeError as error:
         try:
             with socket.create_server((host, port)):

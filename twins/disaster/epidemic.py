@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from federation.errors import Reason, TwinError
+from federation.snapshot import Snapshots
 from federation.twin import (
     HOUR_NS,
     MINUTE_NS,
@@ -37,7 +37,7 @@ ILLNESS_STREAM = (51, 52)
 
 @dataclass(slots=True)
 class Outbreak:
-    """All that changes in a run; plain data, so that a snapshot is a pickle of it."""
+    """All that changes in a run; plain data, so that a snapshot is all of it."""
 
     seed: int
     parameters: dict[str, float]
@@ -48,6 +48,9 @@ class Outbreak:
     told: list[Vector]
     hour: float = 0.0
     began: str = ""
+
+
+STATES = Snapshots(Outbreak, Cases)
 
 
 class Epidemic(Twin):
@@ -116,10 +119,10 @@ class Epidemic(Twin):
         step.publish("onset_per_day", np.interp(day, whole.day, whole.onset_per_day) * people)
 
     def snapshot(self) -> bytes:
-        return pickle.dumps(self._opened(), protocol=5)
+        return STATES.pack(self._opened())
 
     def restore(self, state: bytes) -> None:
-        self.outbreak = pickle.loads(state)
+        self.outbreak = STATES.unpack(state)
 
     def diverge(
         self,

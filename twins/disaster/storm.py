@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.errors import Reason, TwinError
+from federation.snapshot import Snapshots
 from federation.twin import (
     HOUR_NS,
     NOTHING,
@@ -35,7 +35,7 @@ LATER_STREAM, GUST_STREAM = 41, 42
 
 @dataclass(slots=True)
 class Passage:
-    """All that changes in a run; plain data, so that a snapshot is a pickle of it."""
+    """All that changes in a run; plain data, so that a snapshot is all of it."""
 
     seed: int
     parameters: dict[str, float]
@@ -46,6 +46,9 @@ class Passage:
     """The highest gust at each component so far."""
     passed: int = 0
     storm_ids: list[str] = field(default_factory=list)
+
+
+STATES = Snapshots(Passage, Damage)
 
 
 class Windstorm(Twin):
@@ -124,10 +127,10 @@ class Windstorm(Twin):
             passage.passed += 1
 
     def snapshot(self) -> bytes:
-        return pickle.dumps(self._opened(), protocol=5)
+        return STATES.pack(self._opened())
 
     def restore(self, state: bytes) -> None:
-        self.passage = pickle.loads(state)
+        self.passage = STATES.unpack(state)
 
     def diverge(
         self,

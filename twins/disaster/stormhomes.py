@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.errors import Reason, TwinError
+from federation.snapshot import Snapshots
 from federation.twin import (
     MINUTE_NS,
     NOTHING,
@@ -99,7 +99,7 @@ def dependents(region: str) -> Dependents:
 
 @dataclass(slots=True)
 class Household:
-    """All that changes in a run; plain data, so that a snapshot is a pickle of it."""
+    """All that changes in a run; plain data, so that a snapshot is all of it."""
 
     seed: int
     parameters: dict[str, float]
@@ -109,6 +109,9 @@ class Household:
     """Persons of each zone who are expected to have come, by severity."""
     cases: list[Cases]
     told: list[Vector]
+
+
+STATES = Snapshots(Household, Cases)
 
 
 class Homes(Twin):
@@ -170,10 +173,10 @@ class Homes(Twin):
         )
 
     def snapshot(self) -> bytes:
-        return pickle.dumps(self._opened(), protocol=5)
+        return STATES.pack(self._opened())
 
     def restore(self, state: bytes) -> None:
-        self.household = pickle.loads(state)
+        self.household = STATES.unpack(state)
 
     def diverge(
         self,
