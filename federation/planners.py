@@ -40,13 +40,11 @@ def planner(
     horizon_ns = round(repairs.horizon_h * HOUR_NS)
     couplings = scenario.couplings_resolved()
     if policy == "level5":
-        from federation.control.foresight import Foreseeing, ForesightPlanner, Sources
+        from federation.control.foresight import Foreseeing, ForesightPlanner
+        from federation.control.foresight_crews import LATER_FUTURES, CrewProposer, Sources
 
-        if not scenario.weighted:
-            raise ScenarioError(
-                Reason.SCENARIO_INVALID, "level5 needs `weighted`: what it is to make small"
-            )
-        return ForesightPlanner(
+        _check_weighted(scenario)
+        proposer = CrewProposer(
             families,
             [Sources(work.remaining, work.busy, work.travel) for work in repairs.work],
             repairs.crews,
@@ -55,8 +53,11 @@ def planner(
             couplings,
             assessment,
             offset_ns,
-            Foreseeing(round(repairs.rehearse_h * HOUR_NS), repairs.futures, repairs.renew),
+            repairs.renew,
         )
+        rehearse_ns = round(repairs.rehearse_h * HOUR_NS)
+        ahead = Foreseeing(rehearse_ns, repairs.futures, LATER_FUTURES)
+        return ForesightPlanner(proposer, period_ns, ahead)
     return CrewPlanner(
         policy,
         families,
@@ -69,6 +70,13 @@ def planner(
     )
 
 
+def _check_weighted(scenario: Scenario) -> None:
+    if not scenario.weighted:
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID, "level5 needs `weighted`: what it is to make small"
+        )
+
+
 def _dispatch_planner(
     scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
 ) -> Planner:
@@ -77,7 +85,7 @@ def _dispatch_planner(
 
     dispatch = scenario.dispatch
     assert dispatch is not None
-    if policy not in ("none", "rule", "once"):
+    if policy not in ("none", "rule", "once", "level5"):
         raise ScenarioError(Reason.SCENARIO_INVALID, f"no actuator is set by {policy!r}")
     controls = []
     for name in dispatch.actuators:
@@ -97,7 +105,7 @@ def _dispatch_planner(
         )
     place = {name: index for index, name in enumerate(dispatch.actuators)}
     rules, sources, entities = [], {}, {}
-    for rule in dispatch.rules if policy == "rule" else ():
+    for rule in dispatch.rules if policy in ("rule", "level5") else ():
         if rule.actuator not in place:
             raise ScenarioError(
                 Reason.SCENARIO_INVALID, f"a rule sets {rule.actuator}, which is not dispatched"
@@ -128,15 +136,40 @@ def _dispatch_planner(
                 _pair(rule.store) if rule.store else None,
             )
         )
+    period_ns = round(dispatch.decide_every_min * MINUTE_NS)
+    delay_ns = round(dispatch.delay_min * MINUTE_NS)
+    horizon_ns = round(dispatch.horizon_h * HOUR_NS)
+    couplings, members = scenario.couplings_resolved(), dispatch.members or None
+    if policy == "level5":
+        from federation.control.foresight import Foreseeing, ForesightPlanner
+        from federation.control.foresight_dispatch import DispatchProposer
+
+        _check_weighted(scenario)
+        ahead_ns = round(dispatch.rehearse_h * HOUR_NS)
+        proposer = DispatchProposer(
+            controls,
+            rules,
+            period_ns,
+            delay_ns,
+            horizon_ns,
+            couplings,
+            members,
+            sources,
+            entities,
+            dispatch.news,
+            ahead_ns,
+        )
+        ahead = Foreseeing(ahead_ns, dispatch.futures, dispatch.later_futures)
+        return ForesightPlanner(proposer, period_ns, ahead)
     return DispatchPlanner(
         policy,
         controls,
         rules,
-        round(dispatch.decide_every_min * MINUTE_NS),
-        round(dispatch.delay_min * MINUTE_NS),
-        round(dispatch.horizon_h * HOUR_NS),
-        scenario.couplings_resolved(),
-        dispatch.members or None,
+        period_ns,
+        delay_ns,
+        horizon_ns,
+        couplings,
+        members,
         sources,
         entities,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -682,6 +682,20 @@ class Cut(Protocol):
 
         Futures of one number meet the same luck and the same parameters, whoever plans.
         `believed` are outputs by member that are estimated (`Twin.diverge`).
+        """
+        ...
+
+
+class OpenCut(Cut, Protocol):
+    """A cut of a run whose members can also be asked what they could do from then on."""
+
+    def believed_blocks(
+        self, from_ns: int, periods_ns: tuple[int, ...], members: Sequence[str] = ()
+    ) -> Mapping[str, LinearBlock]:
+        """The blocks of members (of all, by default) for periods from `from_ns` on, by name.
+
+        They are those of sessions that stand at the cut and know what has been published, with
+        every uncertain parameter at its median.
         """
         ...
 

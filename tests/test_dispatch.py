@@ -10,8 +10,9 @@ import pytest
 from federation.core.bundle import Setpoint
 from federation.errors import PlanError, Reason, ScenarioError
 from federation.plan.dispatch import (
-    CANDIDATES,
+    NOTHING_SET,
     Control,
+    Course,
     DispatchModel,
     DispatchPlan,
     DispatchPlanner,
@@ -92,14 +93,6 @@ def test_a_plan_says_what_to_ask_for_at_each_instant_and_nothing_that_is_safe() 
         assert plan.setpoints(outside) == ()
 
 
-def test_the_more_cautious_a_plan_the_more_goes_without() -> None:
-    plans = model(70.0, 80.0).candidates(0)
-    assert list(plans) == list(CANDIDATES)
-    served = {name: float((WANTED_MW * p.values[0]).sum()) for name, p in plans.items()}
-    assert served["cautious"] < served["expected"] < served["bold"]
-    assert served["cautious"] == pytest.approx(150.0 * CANDIDATES["cautious"])
-
-
 def test_an_actuator_that_no_block_knows_has_no_plan() -> None:
     unknown = DispatchModel({"grid": grid((70.0, 70.0))}, (), HOURS, (SERVE, HELP))
     with pytest.raises(PlanError) as error:
@@ -169,14 +162,15 @@ def test_when_nothing_lacks_any_more_all_is_set_free_once() -> None:
 
 def test_a_planner_follows_a_plan_that_it_was_given_ahead_of_its_periods() -> None:
     plan = DispatchPlan(0, HOURS, (SERVE,), (np.array([[1.0, 0.3], [1.0, 1.0]]),), 0.0, 0.0)
-    planner = DispatchPlanner.following(plan, HOUR_NS, 5 * MINUTE_NS)
+    base = DispatchPlanner("none", (SERVE,), (), HOUR_NS, 5 * MINUTE_NS, 2 * HOUR_NS)
+    base.open(0, {})
+    planner = base.follower(Course("plan", plan))
     assert planner.describe().time.offset_ns == 55 * MINUTE_NS
     session = Session(planner, "planner")
-    session.open(0, {})
     # asked for at 55 minutes, so that it is in force when the second hour begins
     (action,) = session.advance(StepInput(55 * MINUTE_NS)).actions
     assert (action.entity, action.value) == ("a", 0.3)
-    again = DispatchPlanner.following(plan, HOUR_NS, 5 * MINUTE_NS)
+    again = base.follower(NOTHING_SET)
     again.restore(planner.snapshot())
     (freed,) = session.advance(StepInput(115 * MINUTE_NS)).actions
     assert (freed.entity, freed.value) == ("a", 1.0)

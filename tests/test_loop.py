@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation.control.foresight import NEAREST, ForesightPlanner
+from federation.control.foresight import ForesightPlanner
+from federation.control.foresight_crews import NEAREST, Situation
 from federation.control.loop import IN_FORCE, STAGES, Comparison, Decision, Loop, Rating
 from federation.core.bundle import Bundle
 from federation.errors import FederationError, Reason
 from federation.plan.belief import Assessment, Belief
+from federation.plan.crews import Order
 from federation.planners import planner as build_planner
 from federation.scenario.run import Case, Outcome, run_local
 from federation.scenario.spec import Policy, Scenario, load
@@ -269,7 +271,7 @@ def short() -> Scenario:
     return scenario.model_copy(update={"horizon_h": 5.0, "repairs": repairs})
 
 
-def looped(seed: int, **more: object) -> tuple[Outcome, ForesightPlanner]:
+def looped(seed: int, **more: object) -> tuple[Outcome, ForesightPlanner[Situation, Order]]:
     made: list[Planner] = []
 
     def factory(
@@ -286,12 +288,12 @@ def looped(seed: int, **more: object) -> tuple[Outcome, ForesightPlanner]:
 
 
 @pytest.fixture(scope="module")
-def run() -> tuple[Outcome, ForesightPlanner]:
+def run() -> tuple[Outcome, ForesightPlanner[Situation, Order]]:
     return looped(31)
 
 
 def test_a_run_of_level_5_records_each_decision_and_tells_it_as_an_event(
-    run: tuple[Outcome, ForesightPlanner],
+    run: tuple[Outcome, ForesightPlanner[Situation, Order]],
 ) -> None:
     outcome, planner = run
     decisions = planner.loop.decisions
@@ -311,7 +313,7 @@ def test_a_run_of_level_5_records_each_decision_and_tells_it_as_an_event(
 
 
 def test_the_same_run_comes_to_the_same_decisions_bit_for_bit(
-    run: tuple[Outcome, ForesightPlanner],
+    run: tuple[Outcome, ForesightPlanner[Situation, Order]],
 ) -> None:
     outcome, planner = run
     again, other = looped(31)
@@ -328,7 +330,7 @@ def test_what_the_guard_refuses_is_not_followed() -> None:
 
     _, planner = looped(31, _screen=screen)
     assert all(d.chosen == IN_FORCE for d in planner.loop.decisions)
-    assert planner._order == NEAREST
+    assert planner.own.followed == NEAREST
     assert seen
     for bundle in seen:
         assert 0 < len(bundle.setpoints) <= 12
@@ -337,7 +339,7 @@ def test_what_the_guard_refuses_is_not_followed() -> None:
 
 
 def test_level_5_says_that_it_needs_forks_where_there_are_none(
-    run: tuple[Outcome, ForesightPlanner],
+    run: tuple[Outcome, ForesightPlanner[Situation, Order]],
 ) -> None:
     _, planner = run
     fresh = Session(planner, "planner")

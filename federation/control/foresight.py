@@ -1,146 +1,165 @@
-"""The crew planner of level 5: it tries its plans in futures of the run before it follows one."""
+"""The planner of level 5: it tries plans in futures of the run before it follows one."""
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from federation.control.loop import IN_FORCE, Comparison, Decision, Loop, Rating
 from federation.core.bundle import Bundle, Priority, Setpoint
-from federation.core.coupling import Coupling
-from federation.errors import PlanError, Reason, ScenarioError
-from federation.plan.belief import Assessment
-from federation.plan.crews import CrewPlanner, Family, Key, Order
-from federation.plan.joint import JointModel, joint_model
-from federation.plan.visits import Task
-from federation.twin import HOUR_NS, NOTHING, SYSTEM, Cut, LinearBlock, Renewing, Step, Vector
+from federation.errors import Reason, ScenarioError
+from federation.twin import (
+    NOTHING,
+    SYSTEM,
+    Cut,
+    Description,
+    Glimpse,
+    LinearBlock,
+    Planner,
+    Step,
+    Vector,
+)
 
 Screen = Callable[[Bundle], Sequence[str]]
 """Says why a bundle may not take effect; nothing when it may."""
 
 
-@dataclass(frozen=True)
-class Sources:
-    """The outputs that tell of one family: work left, crews engaged, travel from the depot."""
+class Known(Protocol):
+    """What is known at a cut, for whoever makes plans of it."""
 
-    remaining: str
-    busy: str
-    travel: str
+    @property
+    def cut(self) -> Cut: ...
 
 
-@dataclass
-class Situation:
-    """What is known at a cut."""
-
-    cut: Cut
-    remaining: list[Vector]
-    busy: list[Vector]
-    travel: list[Vector]
-    keys: list[Key]
-    tasks: list[Task]
-    weighted: float
+Situation = TypeVar("Situation", bound=Known)
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
 class Foreseeing:
-    """How far and how often `level5` looks ahead."""
+    """How far plans are followed into futures; how many at the first decision, and later."""
 
     rehearse_ns: int
     futures: int
-    renew: bool = False
-    """Whether to plan also with what the members could do at the time of the decision."""
+    later_futures: int
 
 
-PLAIN = "joint plan"
+class Proposer(Planner, ABC, Generic[Situation, Plan]):
+    """A planner that follows a plan of its own and can propose others.
 
-NEAREST: Order = ()
-"""The order of no plan: all crews go to the nearest."""
+    It has no say in what is followed: that is what the futures of the run decide.
+    """
 
-VARIANTS: Mapping[str, Mapping[str, float]] = {"hospitals first": {"medical": 30.0}}
-"""Other weights of the members' costs in the joint model, tried at the first decision. Hospital
-beds count there with what they cost, which says little of the lives that hang on them."""
+    @property
+    @abstractmethod
+    def plans_made(self) -> int:
+        """How often a model was solved so far."""
 
-RENEWED = "as things stand"
-"""The plan of a model that was built anew: hospitals that have no power count there as such."""
+    @abstractmethod
+    def observe(self, cut: Cut) -> Situation:
+        """What is known at a cut."""
 
-LAST_H = 12.0
-"""No thinking when so little of the run is left: nothing begun then ends in time."""
+    @abstractmethod
+    def occasion(self, situation: Situation, drift: Comparison | None) -> str:
+        """Why it is worthwhile to think now, in a few words; "" when it is not."""
 
-TAIL_SHARE, TAIL_RATE = 1.0 / 3.0, 0.5
-"""Beyond the time that futures are followed, what they cost is taken to grow at half the rate of
-the last third of that time. Without it a plan that begins with hospitals looked better than it
-was: what it leaves without power and water for longer came after the end."""
+    @abstractmethod
+    def first(self, situation: Situation) -> Sequence[Plan]:
+        """What to follow at first, the best first; the last may always be done."""
 
-LATER_FUTURES = 1
-"""Later decisions try a new plan in one future: it rests on more than the old one knew."""
+    @property
+    @abstractmethod
+    def followed(self) -> Plan:
+        """The plan in force."""
 
-CORRECTED_SHARE = 0.3
-"""Estimates that inspections have corrected since the last decision, over all work that was
-believed in then, from which on it is worthwhile to think again."""
+    @abstractmethod
+    def proposals(self, situation: Situation, is_first: bool) -> Mapping[str, Plan]:
+        """Plans other than the one in force, by name."""
 
-OFF_SHARE = 0.25
-"""How far off a prediction must have been, in parts of itself, to be a reason to think again."""
+    @abstractmethod
+    def follower(self, plan: Plan) -> Planner:
+        """One that stands where this one does and follows a plan, whatever comes."""
 
-QUIET_H = 12.0
-"""Corrections alone are no reason to think again before this time has passed."""
+    @abstractmethod
+    def tail(self, cut: Cut, glimpse: Glimpse, until_ns: int) -> float:
+        """What is to be reckoned with after a future was no longer followed."""
+
+    @abstractmethod
+    def setpoints(self, situation: Situation, plan: Plan) -> Sequence[Setpoint]:
+        """What a plan sets at the next step."""
+
+    @abstractmethod
+    def limits(self, situation: Situation, bundle: Bundle) -> Sequence[str]:
+        """The limits of actuators and pools that a bundle would break."""
+
+    @abstractmethod
+    def follow(self, plan: Plan, name: str) -> None:
+        """Follow a plan from now on."""
+
+    @abstractmethod
+    def decided(self, situation: Situation) -> None:
+        """Note what a decision was made of, so that the next one knows what is new."""
+
+    def believed(self, cut: Cut, number: int) -> Mapping[str, Mapping[str, Vector]]:
+        """Estimates that may be the truth in a future, by member and output."""
+        return NOTHING
+
+    def binding(self, situation: Situation) -> Sequence[str]:
+        """The limits that the plan in force runs into, as far as they are known."""
+        return ()
+
+    def reasons(self, step: Step) -> Sequence[str]:
+        """The events that a decision at this step goes back to."""
+        return ()
 
 
-class ForesightPlanner(CrewPlanner):
-    """Sends crews as `plan` does, but by a plan that has been tried in futures of the run."""
+class ForesightPlanner(Planner, Generic[Situation, Plan]):
+    """Turns the loop of level 5 over a proposer: its plans are tried in futures of the run."""
 
     def __init__(
         self,
-        families: Sequence[Family],
-        sources: Sequence[Sources],
-        crews: float,
+        own: Proposer[Situation, Plan],
         period_ns: int,
-        horizon_ns: int,
-        couplings: Sequence[Coupling],
-        assessment: Assessment | None,
-        offset_ns: int,
         ahead: Foreseeing,
         screen: Screen | None = None,
     ) -> None:
-        super().__init__(
-            "level5", families, crews, period_ns, horizon_ns, couplings, assessment, offset_ns
-        )
-        self._sources = tuple(sources)
+        self.own = own
+        self._period_ns = period_ns
         self._ahead = ahead
         self._screen = screen
-        self._models: dict[str, JointModel] = {}
-        self._style = PLAIN
-        """The model whose plan won when it was tried first."""
         self._has_deliberated = False
         self._told = 0
-        self._corrected_h = self._believed_h = 0.0
+
+    def describe(self) -> Description:
+        return self.own.describe()
 
     def open(self, seed: int, parameters: Mapping[str, float]) -> None:
-        super().open(seed, parameters)
-        self.loop: Loop[Situation, Order] = Loop(self, seed, time.perf_counter)
+        self.own.open(seed, parameters)
+        self.loop: Loop[Situation, Plan] = Loop(self, seed, time.perf_counter)
 
-    def _state(self) -> dict[str, object]:
-        outside = ("_sources", "_ahead", "_screen", "loop")
-        kept = {n: value for n, value in super()._state().items() if n not in outside}
-        return {**kept, "_memory": self.loop.memory()}
+    def snapshot(self) -> bytes:
+        state = (self.own.snapshot(), self.loop.memory(), self._has_deliberated, self._told)
+        return pickle.dumps(state, protocol=5)
 
     def restore(self, state: bytes) -> None:
-        super().restore(state)
+        own, memory, self._has_deliberated, self._told = pickle.loads(state)
+        self.own.restore(own)
         self.loop = Loop(self, 0, time.perf_counter)
-        self.loop.recall(vars(self).pop("_memory"))
+        self.loop.recall(memory)
+
+    def periods_ns(self) -> tuple[int, ...]:
+        return self.own.periods_ns()
+
+    def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
+        self.own.prepare(blocks)
 
     def foresees(self) -> bool:
         return True
-
-    def prepare(self, blocks: Mapping[str, LinearBlock]) -> None:
-        super().prepare(blocks)
-        assert self._model is not None
-        self._models[PLAIN] = self._model
-        for name, factors in VARIANTS.items():
-            self._models[name] = self._weighed_model(blocks, factors)
 
     def deliberate(self, cut: Cut) -> None:
         self._has_deliberated = True
@@ -155,239 +174,104 @@ class ForesightPlanner(CrewPlanner):
             )
         for decision in self.loop.decisions[self._told :]:
             self._told += 1
-            step.publish("plans_made", self._plans)
-            step.emit("decision_made", SYSTEM, decision.sentence(), self._reasons(step))
-        super().advance(step)
-
-    def _reasons(self, step: Step) -> list[str]:
-        found = [
-            event
-            for i in range(len(self.families))
-            for c in np.flatnonzero(step[f"remaining_{i}"] > 0)
-            for event in step.cause(f"remaining_{i}", int(c))
-        ]
-        return list(dict.fromkeys(found))
+            step.publish("plans_made", self.own.plans_made)
+            step.emit("decision_made", SYSTEM, decision.sentence(), self.own.reasons(step))
+        self.own.advance(step)
 
     # -- the stages --------------------------------------------------------------------------
 
     def observe(self, cut: Cut) -> Situation:
-        def of(name: str) -> Vector:
-            member, _, output = name.partition(".")
-            return cut.seen(member, output)
-
-        remaining = [of(source.remaining) for source in self._sources]
-        busy = [of(source.busy) for source in self._sources]
-        travel = [of(source.travel) for source in self._sources]
-        self._belief.look(cut.time_ns, remaining)
-        keys, tasks = self._tasks(self._belief.hours, busy, travel)
-        weighted = sum(weight * float(of(name)[0]) for name, weight in cut.weights.items())
-        return Situation(cut, remaining, busy, travel, keys, tasks, weighted)
+        return self.own.observe(cut)
 
     def observed(self, situation: Situation) -> float:
-        return situation.weighted
+        cut = situation.cut
+        total = 0.0
+        for name, weight in cut.weights.items():
+            member, _, output = name.partition(".")
+            total += weight * float(cut.seen(member, output)[0])
+        return total
 
     def occasion(self, situation: Situation, drift: Comparison | None) -> str:
-        if not situation.tasks:
-            return ""
-        now_ns = situation.cut.time_ns
-        if self._planned_ns is None:
-            return "first damage"
-        if situation.cut.horizon_ns - now_ns < LAST_H * HOUR_NS:
-            return ""
-        if drift is not None and abs(drift.observed - drift.predicted) > max(
-            2.0 * drift.deviation, OFF_SHARE * abs(drift.predicted)
-        ):
-            return f"the last prediction was off by {drift.drift:+.0%}"
-        if self._is_stale(now_ns, situation.remaining, situation.keys, situation.tasks):
-            return "the plan is old or damage has come that it does not know"
-        corrected_h = self._belief.corrected_h - self._corrected_h
-        if (
-            now_ns - self._planned_ns >= QUIET_H * HOUR_NS
-            and corrected_h > CORRECTED_SHARE * self._believed_h
-        ):
-            return f"inspections have corrected {corrected_h:,.0f} crew-hours"
-        return ""
+        return self.own.occasion(situation, drift)
 
     def until_ns(self, situation: Situation) -> int:
         return min(situation.cut.time_ns + self._ahead.rehearse_ns, situation.cut.horizon_ns)
 
     def forecast(self, situation: Situation) -> Rating:
-        """At first the plan of the joint model is in force, or, where there is none or the guard
-        refuses it, that crews go to the nearest."""
-        if self._planned_ns is None:
-            self._order = self._planned(situation, self._style) or NEAREST
-            if self.guard(situation, self._order):
-                self._order = NEAREST
-        return self._tried(situation, Rating(IN_FORCE, (), {}), self._order)
+        """At first the first plan that the guard lets pass is put in force."""
+        if self._is_first():
+            *plans, safe = self.own.first(situation)
+            allowed = (plan for plan in plans if not self.guard(situation, plan))
+            self.own.follow(next(allowed, safe), IN_FORCE)
+        return self._tried(situation, Rating(IN_FORCE, (), {}), self.own.followed)
 
-    def plan(self, situation: Situation) -> Mapping[str, Order]:
-        """At first one for each of the other weights, later a new one with those that won."""
-        found: dict[str, Order | None] = {}
-        if self._ahead.renew and isinstance(situation.cut, Renewing):
-            found |= self._renewed(situation, situation.cut)
-        if self._planned_ns is not None:
-            found[f"new {self._style}"] = self._planned(situation, self._style)
-        else:
-            for style in self._models:
-                if style != self._style:
-                    found[style] = self._planned(situation, style)
-        return {n: order for n, order in found.items() if order and order != self._order}
-
-    def _renewed(self, situation: Situation, cut: Renewing) -> dict[str, Order | None]:
-        """A plan of each weighing, of what the members could do now."""
-        blocks = cut.blocks(0, self._periods_ns)
-        return {
-            RENEWED if style == PLAIN else f"{style}, {RENEWED}": self._planned(
-                situation, style, self._weighed_model(blocks, factors)
-            )
-            for style, factors in {PLAIN: NOTHING, **VARIANTS}.items()
-        }
-
-    def _weighed_model(
-        self, blocks: Mapping[str, LinearBlock], factors: Mapping[str, float]
-    ) -> JointModel:
-        scaled = {
-            member: replace(block, cost=block.cost * factors.get(member, 1.0))
-            for member, block in blocks.items()
-        }
-        return joint_model(scaled, self._couplings, self._periods_ns, self._starts_ns, self.crews)
-
-    def _planned(
-        self, situation: Situation, style: str, model: JointModel | None = None
-    ) -> Order | None:
-        """The order of a plan with some weights; None when the solver finds none."""
-        try:
-            schedule = self._solved(situation.tasks, model or self._models[style])
-        except PlanError:
-            return None
-        keys = situation.keys
-        return tuple((keys[v.task], round(v.crews)) for v in schedule.visits if v.sent)
+    def plan(self, situation: Situation) -> Mapping[str, Plan]:
+        return self.own.proposals(situation, self._is_first())
 
     def verify(
-        self, situation: Situation, plans: Mapping[str, Order], in_force: Rating
+        self, situation: Situation, plans: Mapping[str, Plan], in_force: Rating
     ) -> Sequence[Rating]:
         """Future by future: who is worse than the plan in force so far is tried in no other."""
         ratings = {name: Rating(name, (), {}) for name in plans}
         alive = list(plans)
-        futures = self._ahead.futures if self._planned_ns is None else LATER_FUTURES
+        futures = self._ahead.futures if self._is_first() else self._ahead.later_futures
         for number in range(futures):
             if alive and number:
-                in_force = self._tried(situation, in_force, self._order)
+                in_force = self._tried(situation, in_force, self.own.followed)
             for name in tuple(alive):
                 ratings[name] = self._tried(situation, ratings[name], plans[name])
                 if ratings[name].less(in_force)[0] <= 0.0:
                     alive.remove(name)
         return [in_force, *ratings.values()]
 
-    def _tried(self, situation: Situation, rating: Rating, order: Order) -> Rating:
+    def guard(self, situation: Situation, plan: Plan) -> Sequence[str]:
+        bundle = self.bundle(situation, plan)
+        if self._screen is None:
+            return self.own.limits(situation, bundle)
+        return self._screen(bundle)
+
+    def act(self, situation: Situation, name: str, plan: Plan | None) -> str:
+        if plan is not None:
+            self.own.follow(plan, name)
+        self.own.decided(situation)
+        return hashlib.sha256(repr(self.own.followed).encode()).hexdigest()
+
+    def binding(self, situation: Situation, name: str) -> Sequence[str]:
+        return self.own.binding(situation)
+
+    def record(self, decision: Decision) -> None:
+        return None
+
+    # ----------------------------------------------------------------------------------------
+
+    def _is_first(self) -> bool:
+        return not self.loop.decisions
+
+    def _tried(self, situation: Situation, rating: Rating, plan: Plan) -> Rating:
         """A rating with one more future."""
         cut, until_ns, number = situation.cut, self.until_ns(situation), len(rating.weighted)
-        glimpse = cut.future(number, self.follower(order), until_ns, self._believed(cut, number))
+        believed = self.own.believed(cut, number)
+        glimpse = cut.future(number, self.own.follower(plan), until_ns, believed)
         growth = {n: glimpse.growth(n, until_ns) for n in cut.weights}
         weighted = sum(weight * growth[n] for n, weight in cut.weights.items())
         means = {
             figure: (rating.figures.get(figure, 0.0) * number + value) / (number + 1)
             for figure, value in growth.items()
         }
-        last_ns = round(TAIL_SHARE * (until_ns - cut.time_ns))
-        before = sum(w * glimpse.growth(n, until_ns - last_ns) for n, w in cut.weights.items())
-        tail_ns = situation.cut.horizon_ns - until_ns
-        tail = TAIL_RATE * (weighted - before) * tail_ns / max(last_ns, 1)
+        tail = self.own.tail(cut, glimpse, until_ns)
         return Rating(rating.name, (*rating.weighted, weighted), means, (*rating.tails, tail))
 
-    def _believed(self, cut: Cut, number: int) -> dict[str, dict[str, Vector]]:
-        """Work that may be the true one in a future, by member and output."""
-        if self._assessment is None:
-            return {}
-        hours = self._belief.imagined(cut.time_ns + number)
-        found: dict[str, dict[str, Vector]] = {}
-        for source, values in zip(self._sources, hours, strict=True):
-            member, _, output = source.remaining.partition(".")
-            found.setdefault(member, {})[output] = values
-        return found
-
-    def guard(self, situation: Situation, plan: Order) -> Sequence[str]:
-        bundle = self.bundle(situation, plan)
-        return self._own_limits(situation, bundle) if self._screen is None else self._screen(bundle)
-
-    def bundle(self, situation: Situation, plan: Order) -> Bundle:
-        """What a plan sets at the next step: the crews that are free, sent in its order."""
+    def bundle(self, situation: Situation, plan: Plan) -> Bundle:
+        """What a plan sets at the next step, as a guard wants to see it."""
         cut = situation.cut
-        free = self._free(situation)
-        setpoints = []
-        for (i, c), crews in self._next(situation, plan):
-            there = round(situation.busy[i][c])
-            more = min(crews - there, free)
-            if more > 0:
-                free -= more
-                family = self.families[i]
-                component = family.components[c]
-                setpoints.append(
-                    Setpoint(family.member, family.actuator, component, float(there + more))
-                )
         digest = hashlib.sha256(f"{cut.digest}/{plan}".encode()).hexdigest()
         return Bundle(
-            f"crews-{cut.time_ns}-{digest[:12]}",
+            f"level5-{cut.time_ns}-{digest[:12]}",
             "",
-            tuple(setpoints),
+            tuple(self.own.setpoints(situation, plan)),
             Priority.AUTONOMOUS,
             cut.time_ns,
             cut.time_ns + self._period_ns,
             "planner",
             digest,
         )
-
-    def _free(self, situation: Situation) -> int:
-        return round(self.crews - float(sum(b.sum() for b in situation.busy)))
-
-    def _next(self, situation: Situation, plan: Order) -> list[tuple[Key, int]]:
-        """The components that crews go to, in turn: the plan's, then the nearest."""
-        planned = [(key, n) for key, n in plan if situation.remaining[key[0]][key[1]] > 0]
-        named = {key for key, _ in planned}
-        others = [
-            (situation.travel[i][c], (i, c))
-            for i, c in situation.keys
-            if (i, c) not in named and situation.busy[i][c] == 0
-        ]
-        return planned + [(key, 1) for _, key in sorted(others)]
-
-    def _own_limits(self, situation: Situation, bundle: Bundle) -> list[str]:
-        """Whether setpoints are in the ranges of their actuators, and crews in their pool."""
-        found = []
-        used = float(sum(b.sum() for b in situation.busy))
-        for setpoint in bundle.setpoints:
-            i = next(
-                i
-                for i, f in enumerate(self.families)
-                if (f.member, f.actuator) == (setpoint.member, setpoint.actuator)
-            )
-            family = self.families[i]
-            there = situation.busy[i][family.components.index(setpoint.entity)]
-            used += setpoint.value - float(there)
-            if not 0.0 <= setpoint.value <= family.most_crews:
-                found.append(
-                    f"{setpoint.value:g} crews at {setpoint.entity}, where at most "
-                    f"{family.most_crews:g} can work"
-                )
-        if used > self.crews:
-            found.append(f"{used:g} crews, of which there are {self.crews:g}")
-        return found
-
-    def act(self, situation: Situation, name: str, plan: Order | None) -> str:
-        if plan is not None:
-            self._order = plan
-            self._style = name if name in self._models else self._style
-        self._planned_ns = situation.cut.time_ns
-        self._corrected_h = self._belief.corrected_h
-        self._believed_h = sum(task.work_h for task in situation.tasks)
-        self._known = self._weighed = [r > 0 for r in situation.remaining]
-        return hashlib.sha256(repr(self._order).encode()).hexdigest()
-
-    def binding(self, situation: Situation, name: str) -> Sequence[str]:
-        sent = sum(s.value for s in self.bundle(situation, self._order).setpoints)
-        if sent < self._free(situation):
-            return ()
-        return (f"all {self.crews:g} crews are engaged",)
-
-    def record(self, decision: Decision) -> None:
-        return None

@@ -8,8 +8,9 @@ expect when their blocks are asked for: what they have observed by then, and for
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,11 +36,7 @@ from federation.twin import (
     Vector,
 )
 
-DispatchPolicy = Literal["none", "rule", "once", "follow"]
-
-CANDIDATES = {"expected": 1.0, "cautious": 0.96, "bold": 1.03}
-"""Plans to choose from, by what they take what is given (such as a supply limit) to be, over
-what its owner expects. A shortage costs more than as much to spare, so caution goes further."""
+DispatchPolicy = Literal["none", "rule", "once", "level5"]
 
 SAME = 1e-6
 """Setpoints that are nearer than this to the safe default are the safe default."""
@@ -77,14 +74,14 @@ class Rule:
     store: tuple[str, str] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DispatchPlan:
     """Setpoints for each control over the periods from `start_ns` on.
 
     `values[i]` are those of the i-th control, entities x periods. Costs are in US dollars over
     the horizon by the model: of the plan, and of leaving every actuator at its safe default
-    (infinite if the model allows no such thing). `prices[i]` is what a unit more of the i-th
-    given quantity would save, entities x periods.
+    (infinite if the model allows no such thing, NaN if nobody asked). `prices` are what a unit more
+    of each given quantity, by member and port, would save, entities x periods.
     """
 
     start_ns: int
@@ -128,15 +125,19 @@ class DispatchModel:
     controls: tuple[Control, ...]
 
     def solve(
-        self, start_ns: int, given: float = 1.0, members: Sequence[str] | None = None
+        self,
+        start_ns: int,
+        members: Sequence[str] | None = None,
+        weighs_idle: bool = True,
     ) -> DispatchPlan:
-        """Plan from `start_ns` on, with what is given multiplied by `given`.
+        """Plan from `start_ns` on.
 
-        Raises NO_PLAN when a control has no port or the solver ends with nothing,
-        PLAN_INFEASIBLE when nothing keeps all rows.
+        What leaving all at the safe defaults costs is a problem of its own, which is not solved
+        unless it `weighs_idle`. Raises NO_PLAN when a control has no port or the solver ends with
+        nothing, PLAN_INFEASIBLE when nothing keeps all rows.
         """
         chosen = [name for name in sorted(self.blocks) if members is None or name in members]
-        blocks = {name: _given(self.blocks[name], given) for name in chosen}
+        blocks = {name: self.blocks[name] for name in chosen}
         problem = join(blocks, self.couplings)
         first = dict(
             zip(
@@ -161,24 +162,21 @@ class DispatchModel:
             for port in blocks[name].ports
             if port.role == "given" and not problem.integer.any()
         }
-        low, high = problem.low.copy(), problem.high.copy()
-        for control, place in zip(self.controls, places, strict=True):
-            low[place] = high[place] = control.safe
+        idle_cost_usd = float("nan")
+        if weighs_idle:
+            low, high = problem.low.copy(), problem.high.copy()
+            for control, place in zip(self.controls, places, strict=True):
+                low[place] = high[place] = control.safe
+            idle_cost_usd = _or_infinite(replace(problem, low=low, high=high))
         return DispatchPlan(
             start_ns,
             self.periods_ns,
             self.controls,
             values,
             cost_usd,
-            _or_infinite(replace(problem, low=low, high=high)),
+            idle_cost_usd,
             prices,
         )
-
-    def candidates(
-        self, start_ns: int, members: Sequence[str] | None = None
-    ) -> dict[str, DispatchPlan]:
-        """Plans for other expectations of what is given (`CANDIDATES`), the likeliest first."""
-        return {name: self.solve(start_ns, factor, members) for name, factor in CANDIDATES.items()}
 
     def _port(self, blocks: Mapping[str, LinearBlock], control: Control) -> Port:
         ports = blocks[control.member].ports if control.member in blocks else ()
@@ -195,18 +193,6 @@ class DispatchModel:
         )
 
 
-def _given(block: LinearBlock, factor: float) -> LinearBlock:
-    """The block with the data that it takes as given multiplied."""
-    if factor == 1.0:
-        return block
-    low, high = block.low.copy(), block.high.copy()
-    for port in block.ports:
-        if port.role == "given":
-            low[port.columns] *= factor
-            high[port.columns] *= factor
-    return replace(block, low=low, high=high)
-
-
 def _or_infinite(problem: Joined) -> float:
     engine = engine_of(problem)
     make_whole(engine, np.flatnonzero(problem.integer))
@@ -216,25 +202,47 @@ def _or_infinite(problem: Joined) -> float:
         return float("inf")
 
 
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What is followed: a plan, or, without one, the rules, or nothing at all."""
+
+    name: Literal["none", "rule", "plan"]
+    plan: DispatchPlan | None = None
+
+    def __repr__(self) -> str:
+        """Short, and the same for the same setpoints."""
+        if self.plan is None:
+            return self.name
+        parts = (self.plan.start_ns, self.plan.periods_ns, *(v.tobytes() for v in self.plan.values))
+        return f"plan {hashlib.sha256(repr(parts).encode()).hexdigest()}"
+
+
+NOTHING_SET = Course("none")
+BY_RULE = Course("rule")
+
+
 @dataclass
 class _Memory:
     """What a planner remembers between decisions; plain data."""
 
+    course: Course = NOTHING_SET
     turn: dict[int, int] = field(default_factory=dict)
     """Per rule the entity whose turn is next."""
     set_to: tuple[Vector, ...] = ()
     """What each control was last set to."""
-    plan: DispatchPlan | None = None
     plans: int = 0
+
+
+Reading = Callable[[tuple[str, str]], Vector]
+"""What an output (member, variable) is seen to be."""
 
 
 class DispatchPlanner(Planner):
     """Sets actuators at a fixed period, so that what it decides takes effect at whole periods.
 
     `none` does nothing. `rule` does what its rules say. `once` makes a plan from the blocks that
-    it was shown before the start and follows it to the end; `follow` follows a plan that it was
-    given. What differs from the safe default is asked for again at every decision, before its
-    lease ends.
+    it was shown before the start and follows it to the end. What differs from the safe default is
+    asked for again at every decision, before its lease ends.
     """
 
     def __init__(
@@ -263,12 +271,20 @@ class DispatchPlanner(Planner):
         self._model: DispatchModel | None = None
         self._memory = _Memory()
 
-    @classmethod
-    def following(cls, plan: DispatchPlan, period_ns: int, delay_ns: int) -> DispatchPlanner:
-        """A planner that follows a plan made elsewhere: to rehearse it, or to carry it out."""
-        planner = cls("follow", plan.controls, (), period_ns, delay_ns, 0)
-        planner._memory.plan = plan
-        return planner
+    def follower(self, course: Course) -> DispatchPlanner:
+        """One that stands where this one does and follows a course, whatever comes."""
+        other = DispatchPlanner(
+            "none",
+            self.controls,
+            self.rules,
+            self._period_ns,
+            self._delay_ns,
+            self._horizon_ns,
+            sources=self._sources,
+            entities=self._entities,
+        )
+        other._memory = replace(self._memory, course=course, turn=dict(self._memory.turn))
+        return other
 
     def inputs(self) -> dict[tuple[str, str], str]:
         """Which outputs (member, variable) it must see, and as which input."""
@@ -307,8 +323,8 @@ class DispatchPlanner(Planner):
         )
 
     def open(self, seed: int, parameters: Mapping[str, float]) -> None:
-        plan = self._memory.plan if self.policy == "follow" else None
-        self._memory = _Memory(plan=plan, set_to=self._safe())
+        course = BY_RULE if self.policy == "rule" else NOTHING_SET
+        self._memory = _Memory(course, set_to=self._safe())
 
     def snapshot(self) -> bytes:
         return pickle.dumps(self._memory, protocol=5)
@@ -327,16 +343,26 @@ class DispatchPlanner(Planner):
 
     def advance(self, step: Step) -> None:
         memory = self._memory
-        if self.policy == "none":
-            return
-        if self.policy == "once" and memory.plan is None:
+        if self.policy == "once" and memory.course.plan is None:
             self._plan(step)
-        if self.policy == "rule":
-            wanted = self._by_rule(step)
-        else:
-            assert memory.plan is not None
-            wanted = memory.plan.at(step.time_ns + self._delay_ns)
-        self._ask(step, wanted)
+        names = self.inputs()
+        wanted, turn = self._wanted(memory.course, step.time_ns, lambda source: step[names[source]])
+        memory.turn.update(turn)
+        was_safe = all(
+            (v == c.safe).all() for c, v in zip(self.controls, memory.set_to, strict=True)
+        )
+        if memory.course.name != "none" or not was_safe:
+            self._ask(step, wanted)
+
+    def _wanted(
+        self, course: Course, time_ns: int, read: Reading
+    ) -> tuple[tuple[Vector, ...], dict[int, int]]:
+        """What a course sets at a decision, and whose turn it is after that, rule by rule."""
+        if course.plan is not None:
+            return course.plan.at(time_ns + self._delay_ns), {}
+        if course.name == "rule":
+            return self._by_rule(read)
+        return self._safe(), {}
 
     def _safe(self) -> tuple[Vector, ...]:
         return tuple(np.full(len(c.entities), c.safe) for c in self.controls)
@@ -344,31 +370,31 @@ class DispatchPlanner(Planner):
     def _plan(self, step: Step) -> None:
         if self._model is None:
             raise PlanError(Reason.NO_PLAN, "the planner was not shown any flexibility")
-        memory = self._memory
-        plan = memory.plan = self._model.solve(0, members=self._members)
-        memory.plans += 1
+        plan = self._model.solve(0, members=self._members)
+        self._memory.course = Course("plan", plan)
+        self._memory.plans += 1
         saving_usd = plan.idle_cost_usd - plan.cost_usd
-        step.publish("plans_made", memory.plans)
+        step.publish("plans_made", self._memory.plans)
         step.publish("plan_cost", plan.cost_usd)
         if np.isfinite(saving_usd):
             step.publish("plan_saving", saving_usd)
         hours = sum(plan.periods_ns) / HOUR_NS
         step.emit("plan_made", SYSTEM, f"a plan for {hours:.0f} h costs {plan.cost_usd:,.0f} USD")
 
-    def _by_rule(self, step: Step) -> tuple[Vector, ...]:
+    def _by_rule(self, read: Reading) -> tuple[tuple[Vector, ...], dict[int, int]]:
         wanted = tuple(v.copy() for v in self._safe())
-        names = self.inputs()
+        turns: dict[int, int] = {}
         left: dict[tuple[str, str], float] = {}
         for index, rule in enumerate(self.rules):
-            lacking = left.setdefault(rule.lacking, float(step[names[rule.lacking]][0]))
-            if lacking <= 0.0 or (rule.store and step[names[rule.store]][0] <= 0.0):
+            lacking = left.setdefault(rule.lacking, float(read(rule.lacking)[0]))
+            if lacking <= 0.0 or (rule.store and read(rule.store)[0] <= 0.0):
                 continue
             control, values = self.controls[rule.control], wanted[rule.control]
             if rule.size is None:
                 values[:] = rule.value
                 left[rule.lacking] = lacking - rule.value
                 continue
-            size = step[names[rule.size]]
+            size = read(rule.size)
             turn = self._memory.turn.get(index, 0)
             for _ in range(size.size):
                 if lacking <= 0.0:
@@ -377,9 +403,9 @@ class DispatchPlanner(Planner):
                 values[turn] = control.safe + part * (rule.value - control.safe)
                 lacking -= part * float(size[turn])
                 turn = (turn + 1) % size.size
-            self._memory.turn[index] = turn
+            turns[index] = turn
             left[rule.lacking] = lacking
-        return wanted
+        return wanted, turns
 
     def _ask(self, step: Step, wanted: tuple[Vector, ...]) -> None:
         """Ask for what is not safe, and once more for the safe default of what was not."""

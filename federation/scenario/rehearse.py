@@ -8,7 +8,7 @@ objects. The run that is forked does not feel it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from federation.core.ledger import Entry, Record
 from federation.core.schedule import Schedule
 from federation.errors import Reason, ScenarioError
 from federation.scenario.future import Future
-from federation.scenario.run import Case, Experiment, build_twin
+from federation.scenario.run import Case, Experiment, build_twin, medians
 from federation.scenario.spec import PLANNER, Scenario
 from federation.twin import (
     NOTHING,
@@ -164,6 +164,25 @@ class RunCut:
             schedule.wake(name, next_ns)
         self._finish(schedule, sessions, note)
         return Glimpse(number, {n: tuple(points) for n, points in series.items()}, until_ns)
+
+    def believed_blocks(
+        self, from_ns: int, periods_ns: tuple[int, ...], members: Sequence[str] = ()
+    ) -> dict[str, LinearBlock]:
+        known = medians(self.foresight.scenario, self.foresight.case)
+        found = {}
+        for name, session in self.foresight.sessions.items():
+            if name == PLANNER or (members and name not in members):
+                continue
+            given = {p.name: p.default for p in session.description.parameters}
+            given |= known.get(name, {})
+            with blame(name):
+                twin = self._restored(name, 0, given)
+                twin.diverge(from_ns, 0, given)
+                block = twin.flexibility(periods_ns)
+                twin.close()
+            if block is not None:
+                found[name] = block
+        return found
 
     def blocks(self, number: int, periods_ns: tuple[int, ...]) -> Mapping[str, LinearBlock]:
         case, scenario = self.foresight.case, self.foresight.scenario

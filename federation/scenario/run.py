@@ -442,12 +442,18 @@ def blocks_for(
     """What the opened members could do, by name, as far as the planner may know it.
 
     Where damage is only assessed, so is all else that is uncertain: the blocks are then those
-    of sessions that are opened with every uncertain parameter at its median.
+    of sessions that are opened with every uncertain parameter at its median. So they are where
+    actuators are dispatched, of whose members only those that the scenario names are asked.
     """
     found = {}
-    assessed = scenario.repairs is not None and scenario.repairs.assessment is not None
+    dispatch = scenario.dispatch
+    assessed = dispatch is not None or (
+        scenario.repairs is not None and scenario.repairs.assessment is not None
+    )
     believed = medians(scenario, case) if assessed else {}
     for name, session in sessions.items():
+        if dispatch is not None and dispatch.members and name not in dispatch.members:
+            continue
         twin = session.twin
         if assessed and name != PLANNER:
             member = scenario.members[name]

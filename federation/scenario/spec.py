@@ -251,6 +251,10 @@ class Dispatch(Part):
     actuators: tuple[Variable, ...] = Field(min_length=1)
     members: tuple[str, ...] = Field((), description="whose blocks a plan is made of; none: all")
     rules: tuple[Rule, ...] = ()
+    news: tuple[Variable, ...] = Field((), description="outputs that make `level5` think again")
+    rehearse_h: PositiveFloat = Field(4.0, description="how far `level5` looks into futures")
+    futures: PositiveInt = Field(2, description="in how many futures `level5` tries each plan")
+    later_futures: PositiveInt = Field(1, description="in how many after its first decision")
 
 
 class Distribution(Part):
@@ -311,7 +315,7 @@ class Stop(Part):
 
 
 Policy = Literal["none", "nearest", "plan", "once", "level5"]
-DispatchPolicy = Literal["none", "rule", "once"]
+DispatchPolicy = Literal["none", "rule", "once", "level5"]
 
 
 class Measure(Part):
@@ -680,7 +684,7 @@ def _names_of(dispatch: Dispatch | None) -> list[str]:
     if dispatch is None:
         return []
     rules = [v for r in dispatch.rules for v in (r.actuator, r.lacking, r.size, r.store) if v]
-    return [*dispatch.actuators, *dispatch.members, *rules]
+    return [*dispatch.actuators, *dispatch.members, *rules, *dispatch.news]
 
 
 def _line_of(text: str, name: str) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -125,8 +124,3 @@ class Exposure:
         """Excess deaths per hour and person, at the risk of those who usually have cooling."""
         mixed = self.cooled * risk + (1.0 - self.cooled) * self.odds
         return np.asarray(self.deaths_per_cooled_h(mean_24h_c) * mixed)
-
-
-def smoothing(period_h: float, memory_h: float) -> float:
-    """What is left of a moving mean after a period."""
-    return math.exp(-period_h / memory_h)

@@ -55,6 +55,13 @@ class _Block:
             values.append(np.broadcast_to(bound, shape).astype(np.float64).ravel())
         return np.arange(first, first + shape[0] * shape[1]).reshape(shape)
 
+    def add_number(self, name: str, value: float) -> Columns:
+        """One column for all periods, with a value that is given."""
+        self.columns.append(name)
+        for values, number in ((self.low, value), (self.high, value), (self.cost, 0.0)):
+            values.append(np.array([number]))
+        return np.array([[len(self.columns) - 1]])
+
     def add_single(self, name: str, low: float, high: float) -> int:
         """One row over all periods."""
         self.rows.append(name)
@@ -124,16 +131,15 @@ def transport_block(
 
     A `prospect` multiplies demand by its warmth and adds, with x the share of its ordinary
     feeders that a load point serves, r what customers under contract use less (spread over
-    load points by their ordinary demand O, counted as served), and loss the losses of the
-    undamaged net over its load:
+    load points by their ordinary demand O, counted as served), and loss those of the undamaged net
+    over its load, which grow in proportion to the load that L allows:
 
     .. math::
-        (1 + loss) \sum_k G_{kt} \le L_t \qquad \sum_t h_t r_t \le R \\
+        (1 + loss_t) \sum_k G_{kt} \le L_t - spare_t \qquad
+        used + \sum_t h_t r_t \le R \\
         O_{nt} x_{nt} = D^{point}_n f_{nt} - \sum_h L_h y_{ht}
 
-    where r lowers what flows to a load point. The columns of x and r are controls (ports
-    `serve_limit` and `demand_response`), those of L are given (`supply_limit`).
-    """
+    where r lowers what flows to a load point. The columns of x and r are controls XX    """
     grid, count = net.grid, len(periods_ns)
     hours = np.array(periods_ns) / HOUR_NS
     starts = now_ns + np.concatenate([[0], np.cumsum(periods_ns)[:-1]])
@@ -299,11 +305,15 @@ def _rationing(
     part = ordinary_mw / np.maximum(total_mw, 1e-9)
     spread = np.broadcast_to(response, balance_of_point.shape + response.shape[1:])
     block.put(balance[balance_of_point], spread, part)
-    rows = block.add_rows("supply", ["system"], -np.inf, 0.0)
-    block.put(np.broadcast_to(rows, infeed.shape), infeed, 1.0 + usual_loss(net))
+    rows = block.add_rows("supply", ["system"], -np.inf, -prospect.spare_mw)
+    loss = usual_loss(net) * prospect.limit_mw / net.load_base_mw.sum()
+    block.put(np.broadcast_to(rows, infeed.shape), infeed, 1.0 + loss)
     block.put(rows, limit, -1.0)
-    store = block.add_single("response_store", -np.inf, prospect.response_mwh)
+    used = block.add_number("response_used", prospect.response_used_mwh)
+    most_mwh = prospect.response_used_mwh + prospect.response_mwh
+    store = block.add_single("response_store", -np.inf, most_mwh)
     block.put(np.full(response.shape, store), response, hours)
+    block.put(np.full(used.shape, store), used, 1.0)
     rows = block.add_rows("in_turns", net.load_points, 0.0, 0.0)
     if hospital is None:
         block.put(rows, fraction, 1.0)
@@ -321,6 +331,7 @@ def _rationing(
         Port("serve_limit", "control", "load_point", "1", net.load_points, serve),
         Port("demand_response", "control", "system", "MW", ("system",), response),
         Port("supply_limit", "given", "system", "MW", ("system",), limit),
+        Port("response_used_mwh", "given", "system", "MW*h", ("system",), used),
     )
 
 

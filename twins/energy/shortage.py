@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,20 +81,22 @@ def ration(
 ) -> Rationed:
     r"""Share a supply of at most `limit_mw` (negative: as much as wanted).
 
-    Customers under contract use less, in proportion to their load points' ordinary demand, and
-    nobody counts that as unserved. Then each load point serves the share that operators
-    allow. If that is still too much, relays take `block` of what every load point still has
-    off, and another until what is left fits: the least whole number n with
+    Each load point serves the share x that operators allow. Customers under contract whose
+    feeders are on use less, in proportion to the ordinary demand that is left, and nobody counts
+    that as unserved. If that is still too much, relays take `block` of what every load point
+    still has off, and another until what is left fits: the least whole number n with
 
-    .. math:: P_{infeed}\left(x \, (1 - n \, block)\right) \le limit
+    .. math:: P_{infeed}\left((x - r) \, (1 - n \, block)\right) \le limit
 
     With `critical_last` hospitals and pumps are spared, by orders and relays alike.
     """
     plain = operate(demand)
     lacking_mw = max(0.0, plain.supply_mw - limit_mw) if limit_mw >= 0.0 else 0.0
-    ordinary_mw = float(demand.ordinary_mw.sum())
-    wanted = _scaled(net, demand, 1.0 - min(orders.response_mw, ordinary_mw) / ordinary_mw, True)
-    limited = _scaled(net, wanted, orders.limit, critical_last)
+    allowed = _scaled(net, demand, orders.limit, critical_last)
+    left_mw = float(allowed.ordinary_mw.sum())
+    helped_mw = allowed.ordinary_mw * (min(orders.response_mw, left_mw) / max(left_mw, 1e-9))
+    wanted = replace(demand, ordinary_mw=demand.ordinary_mw - helped_mw)
+    limited = replace(allowed, ordinary_mw=allowed.ordinary_mw - helped_mw)
     blocks, most = 0, math.ceil(1.0 / block)
     operation = plain if limited == demand else operate(limited)
     if limit_mw >= 0.0 and operation.supply_mw > limit_mw:

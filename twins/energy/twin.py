@@ -45,8 +45,10 @@ from twins.energy.shortage import LEASE_NS, Orders, Rationed, ration
 from twins.energy.weather import (
     COOLING,
     COOLING_PARAMETERS,
+    METERED_ABOVE_C,
     UNTOLD_C,
     Prospect,
+    Told,
     prospect,
     warm_factor,
 )
@@ -196,8 +198,10 @@ class _State:
     rationed: Rationed | None = None
     """How a limited supply is shared; None as long as nobody limits it or gives an order."""
     person_h: float = 0.0
-    forecast_c: Vector | None = None
-    forecast_limit_mw: Vector | None = None
+    told: Told = field(default_factory=Told)
+    metered_per_c: float | None = None
+    """By how much demand was seen to grow with the heat; None before a warm hour."""
+    stepped_ns: int = 0
     operation: Operation | None = None
     supplied: Supplied | None = None
     unserved_mwh: float = 0.0
@@ -205,7 +209,7 @@ class _State:
     published: dict[str, Vector] = field(default_factory=dict)
 
 
-STATES = Snapshots(_State, Repairs, Orders, FeederDemand, Rationed, Operation, Supplied)
+STATES = Snapshots(_State, Repairs, Orders, FeederDemand, Rationed, Operation, Supplied, Told)
 
 
 class EnergyTwin(Twin):
@@ -267,8 +271,15 @@ class EnergyTwin(Twin):
         parameters: Mapping[str, float],
         believed: Mapping[str, Vector] = NOTHING,
     ) -> None:
-        """The grid draws no lots: only parameters and the believed `remaining_work` count."""
-        self._parameters = dict(parameters)
+        """The grid draws no lots: only parameters and the believed `remaining_work` count.
+
+        By how much demand grows with the heat is known once warm hours have been metered: what is
+        served and what is shed at a temperature tell it.
+        """
+        metered = self._state.metered_per_c
+        seen = {} if metered is None else {"cooling_per_c": metered}
+        self._parameters = {**parameters, **seen}
+        self._now_ns = time_ns
         for name, work_h in believed.items():
             if name != "remaining_work":
                 raise not_believed("energy", name)
@@ -289,14 +300,18 @@ class EnergyTwin(Twin):
 
     def _prospect(self, periods_ns: tuple[int, ...]) -> Prospect | None:
         state = self._state
+        orders = state.orders
+        since_h = (self._now_ns - state.stepped_ns) / HOUR_NS
+        soon_mwh = min(orders.response_mw * since_h, orders.left_mwh)
         return prospect(
             self._parameters,
             self._day,
             periods_ns,
             self._now_ns,
-            state.forecast_c,
-            state.forecast_limit_mw,
-            state.orders.left_mwh,
+            float(self.net.load_base_mw.sum()),
+            state.told,
+            orders.left_mwh - soon_mwh,
+            orders.used_mwh + soon_mwh,
         )
 
     # --- one step -----------------------------------------------------------------------
@@ -313,7 +328,7 @@ class EnergyTwin(Twin):
         self._take_damage(step)
         state.orders.pass_time(step.last_ns, step.time_ns)
         self._take_orders(step)
-        self._now_ns = step.time_ns
+        self._now_ns = state.stepped_ns = step.time_ns
         self._take_forecasts(step)
         demand = self._demand(step)
         limit_mw = float(step["supply_limit"][0])
@@ -392,11 +407,18 @@ class EnergyTwin(Twin):
             state.last_event[index] = state.out_event[index]
 
     def _take_forecasts(self, step: Step) -> None:
-        state = self._state
-        if step["forecast_temperature"][0] > UNTOLD_C:
-            state.forecast_c = step["forecast_temperature"]
-        if step["forecast_supply_limit"][0] >= 0.0:
-            state.forecast_limit_mw = step["forecast_supply_limit"]
+        """Keep what is told of the hours to come; that demand grows with the heat is metered."""
+        forecast_c, deviation_c = step["forecast_temperature"], step["forecast_deviation"]
+        outdoor_c, limit_mw = float(step["ambient_temperature"][0]), step["forecast_supply_limit"]
+        if outdoor_c > self._parameters["cooling_base_c"] + METERED_ABOVE_C:
+            self._state.metered_per_c = self._parameters["cooling_per_c"]
+        self._state.told = Told(
+            forecast_c if forecast_c[0] > UNTOLD_C else None,
+            deviation_c if deviation_c[0] >= 0.0 else None,
+            limit_mw if limit_mw[0] >= 0.0 else None,
+            outdoor_c,
+            self._state.metered_per_c is not None,
+        )
 
     def _take_orders(self, step: Step) -> None:
         """Let operators set what load points may serve and what customers do without."""
@@ -755,6 +777,14 @@ def _describe(region: str) -> Description:
             Causality.INPUT,
             UNTOLD_C,
             doc="by hour of the run, for plans; until told, the outlook of the parameters",
+        ),
+        Variable(
+            "forecast_deviation",
+            "hour",
+            "degC",
+            Causality.INPUT,
+            -1.0,
+            doc="of the error of that forecast, by hour of the run; below 0: not told",
         ),
         Variable(
             "forecast_supply_limit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,6 +32,18 @@ class ByAmbulance:
     icu: float
 
 
+@lru_cache(maxsize=8)
+def _people_by_nearest(layout: Layout, takers: tuple[int, ...]) -> tuple[float, ...]:
+    """How many people live nearest (beeline) to each hospital, of those that take them."""
+    sites = layout.hospitals
+    people = [0.0] * len(sites)
+    for zone, residents in enumerate(layout.zone_people if takers else ()):
+        here = layout.zone_lon_deg[zone], layout.zone_lat_deg[zone]
+        nearest = min(takers, key=lambda i: distance_km(*here, sites[i].lon_deg, sites[i].lat_deg))
+        people[nearest] += residents
+    return tuple(people)
+
+
 def expected_by_ambulance(layout: Layout, p: Mapping[str, float]) -> list[ByAmbulance]:
     """What share of the stated occupancy is ambulance patients, by nearness (beeline).
 
@@ -45,11 +58,7 @@ def expected_by_ambulance(layout: Layout, p: Mapping[str, float]) -> list[ByAmbu
     )
     sites = layout.hospitals
     takers = [i for i, s in enumerate(sites) if s.role not in ("neighbour", "paediatric")]
-    people = [0.0] * len(sites)
-    for zone, residents in enumerate(layout.zone_people if takers else ()):
-        here = layout.zone_lon_deg[zone], layout.zone_lat_deg[zone]
-        nearest = min(takers, key=lambda i: distance_km(*here, sites[i].lon_deg, sites[i].lat_deg))
-        people[nearest] += residents
+    people = _people_by_nearest(layout, tuple(takers))
     centres = [i for i in takers if sites[i].trauma_level == 1] or takers
     expected = []
     for i in range(len(sites)):

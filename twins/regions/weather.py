@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from federation.twin import Entity, Parameter
+import numpy as np
+
+from federation.twin import Entity, Parameter, Vector
 
 HOTTEST_HOUR = 16.0
 """Local hour of the day at which the daily swing is highest (assumption: mid-afternoon)."""
@@ -57,6 +59,24 @@ OUTLOOK_PARAMETERS = (
         "standard deviation of the bell by which the heat wave comes and goes",
         "assumption: some four hot days",
     ),
+    Parameter(
+        "peak_error_sd_c",
+        "degC",
+        1.2,
+        0.0,
+        3.0,
+        "deviation of the error of the forecast of the wave's peak",
+        "assumption: forecasts of the highest temperature two to three days ahead err by 1-2 C",
+    ),
+    Parameter(
+        "day_error_sd_c",
+        "degC",
+        0.7,
+        0.0,
+        2.0,
+        "deviation of the error that each day has in addition",
+        "assumption: forecasts one day ahead err by about 1 C",
+    ),
 )
 
 
@@ -80,6 +100,8 @@ class Outlook:
     peak_c: float
     peak_h: float
     width_h: float
+    peak_error_sd_c: float = 0.0
+    day_error_sd_c: float = 0.0
 
     @classmethod
     def of(cls, parameters: Mapping[str, float]) -> Outlook:
@@ -91,6 +113,8 @@ class Outlook:
             parameters["forecast_peak_c"],
             parameters["forecast_peak_h"],
             parameters["wave_width_h"],
+            parameters["peak_error_sd_c"],
+            parameters["day_error_sd_c"],
         )
 
     def usual_c(self, hour: float) -> float:
@@ -111,6 +135,26 @@ class Outlook:
         """The temperature when the middle of the wave is `error_c` hotter than expected."""
         excess_c = self.peak_c - self.usual_max_c + error_c
         return self.usual_c(hour) + excess_c * self.bell(hour)
+
+    def temperatures_c(self, hours: Vector) -> Vector:
+        """`temperature_c` of many hours."""
+        swing = np.cos(2.0 * np.pi * (self.start_hour + hours - HOTTEST_HOUR) / 24.0)
+        usual_c = self.usual_mean_c + (self.usual_max_c - self.usual_mean_c) * swing
+        bell = np.exp(-0.5 * ((hours - self.peak_h) / self.width_h) ** 2)
+        return np.asarray(usual_c + (self.peak_c - self.usual_max_c) * bell)
+
+    def deviation_c(self, hour: float, issued_h: float = 0.0) -> float:
+        """The deviation of the error that a forecast issued at `issued_h` has for an hour.
+
+        It falls in proportion to the time left to it (see `HeatWave.forecast_c`).
+        """
+        spread_c = math.hypot(self.peak_error_sd_c * self.bell(hour), self.day_error_sd_c)
+        return spread_c * doubt(hour) * lead(hour, issued_h)
+
+
+def lead(hour: float, issued_h: float) -> float:
+    """The share of the time from the start to an hour that lay ahead when a forecast was issued."""
+    return min(max((hour - issued_h) / max(hour, 1.0), 0.0), 1.0)
 
 
 def doubt(lead_h: float) -> float:
