@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from federation.errors import Reason, ScenarioError
@@ -233,11 +233,21 @@ def party_of(certificate: x509.Certificate) -> Party:
     return Party.read(uris[0])
 
 
+_ODD = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the library says of bytes that are no certificate, or one of a kind that it can't read."""
+
+
 def _bearer(pem: bytes, material: Material) -> Bearer:
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         party = party_of(certificate)
-    except ValueError as error:
+    except _ODD as error:
         raise unproven("NAMELESS", f"a certificate names nobody here: {error}") from None
     authorities = material.authorities.get(party.city, ())
     if not any(_is_issued_by(certificate, authority) for authority in authorities):
@@ -259,7 +269,7 @@ def _bearer(pem: bytes, material: Material) -> Bearer:
 def _is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
-    except (InvalidSignature, ValueError, TypeError):
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError):
         return False
     return True
 
