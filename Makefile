@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos guard kills fuzz level5 published proto lock sbom audit system clean
+.PHONY: demo test property check soak bench chaos guard kills fuzz level5 region published proto lock sbom audit system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -26,6 +26,9 @@ check: $(INSTALLED) system  ## format, lint, types, import rules, contract
 	$(BIN)/buf breaking --against protos/released.binpb
 	$(BIN)/python -m tests.generated
 	$(BIN)/hadolint k8s/Containerfile
+
+region: $(INSTALLED)  ## the loop of level 5 over the region, live and in processes: six minutes
+	$(BIN)/pytest -m long
 
 soak: $(INSTALLED)  ## half an hour at 200 twins: memory, tasks, threads and sockets stay as they are
 	$(BIN)/python -m tests.soak

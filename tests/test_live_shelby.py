@@ -151,7 +151,7 @@ async def in_force(services: dict[str, str], run: str, guard: Identity) -> list[
     return found
 
 
-@pytest.mark.published
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
     tmp_path: Path,
