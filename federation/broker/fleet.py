@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -27,8 +28,44 @@ START_TIMEOUT_S = 180.0
 
 STOP_TIMEOUT_S = 10.0
 
+_LOOK_S = 0.02
+"""From one look at whether a process has ended to the next."""
+
 SESSION_TIMEOUT_S = 600.0
 """How long a run waits for a service that has no session to spare."""
+
+
+class Child:
+    """A process that runs beside this one.
+
+    Started by `subprocess`, which forks without running any Python in the child: with the threads
+    that gRPC has here, the child of uvloop's fork crashed now and then before it began.
+    """
+
+    def __init__(self, command: Sequence[str], log: IO[bytes]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=footing.child_environment(),
+        )
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    async def wait(self) -> int:
+        while (code := self.returncode) is None:
+            await asyncio.sleep(_LOOK_S)
+        return code
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +73,7 @@ class Fleet:
     """A broker and its member processes, started for one study."""
 
     broker: BrokerServer
-    processes: Mapping[str, asyncio.subprocess.Process]
+    processes: Mapping[str, Child]
     logs: Mapping[str, Path]
     started_s: float
 
@@ -112,20 +149,19 @@ async def fleet(
     async with AsyncExitStack() as stack:
         stack.enter_context(footing.standing(here))
         broker = await stack.enter_async_context(BrokerServer(options))
-        processes: dict[str, asyncio.subprocess.Process] = {}
+        processes: dict[str, Child] = {}
         files = {name: logs / f"{name}.log" for name in own}
 
-        async def start(name: str) -> None:
+        def start(name: str) -> None:
             service = own[name]
             config = [f"--config={key}={value}" for key, value in service.config.items()]
             with files[name].open("ab") as log:
-                processes[name] = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "federation", "serve", str(service.twin)),
-                    *(f"--name={name}", f"--broker={broker.address}", *config),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=footing.child_environment(),
+                processes[name] = Child(
+                    [
+                        *(sys.executable, "-m", "federation", "serve", str(service.twin)),
+                        *(f"--name={name}", f"--broker={broker.address}", *config),
+                    ],
+                    log,
                 )
 
         async def keep_up(name: str) -> None:
@@ -136,13 +172,13 @@ async def fleet(
                 broker.dismiss(name)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s + 0.1, 5.0)
-                await start(name)
+                start(name)
 
         keeping: list[asyncio.Task[None]] = []
         try:
             for name in own:
                 files[name].unlink(missing_ok=True)
-                await start(name)
+                start(name)
             crew = Fleet(broker, processes, files, started_s)
             await _all_ready(crew, own)
             for name, member in scenario.members.items():
@@ -167,7 +203,7 @@ async def _all_ready(crew: Fleet, names: Mapping[str, object]) -> None:
         waiting.cancel()
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end(process: Child) -> None:
     if process.returncode is None:
         process.terminate()
         try:
