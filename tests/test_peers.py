@@ -713,13 +713,17 @@ def test_a_city_goes_on_alone_when_the_line_is_down_and_both_agree_when_it_is_ba
             await until(lambda: broker.store.run(looks.name).settled_ns > at_ns + 2 * STEP_NS)
             wire.is_down = False
             await until(lambda: marks()[-1:] == ["member_good"])
-            at_ns = broker.store.run(looks.name).settled_ns
-            await until(lambda: broker.store.run(looks.name).settled_ns > at_ns + 4 * STEP_NS)
+
+            def told() -> list[Record]:
+                history = broker.store.history(looks.name, "birch", "grid_unserved", 0, 1 << 60)
+                return [s.entry for s in history if isinstance(s.entry, Record)]
+
+            # on a busy machine the neighbour may be late once more in between
+            await until(lambda: told()[-1].quality is Quality.GOOD and len(told()) > 1)
             for run in (looks, live):
                 await run.cancel()
             await asyncio.wait([asks, lives])
-            history = broker.store.history(looks.name, "birch", "grid_unserved", 0, 1 << 60)
-            records = [s.entry for s in history if isinstance(s.entry, Record)]
+            records = told()
             assert Quality.STALE in {record.quality for record in records}
             good = [record for record in records if record.quality is Quality.GOOD]
             assert good[-1] is records[-1]
