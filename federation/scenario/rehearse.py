@@ -8,7 +8,7 @@ objects. The run that is forked does not feel it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -167,38 +167,39 @@ class RunCut:
 
     def believed_blocks(
         self, from_ns: int, periods_ns: tuple[int, ...], members: Sequence[str] = ()
-    ) -> dict[str, LinearBlock]:
+    ) -> Mapping[str, LinearBlock]:
         known = medians(self.foresight.scenario, self.foresight.case)
-        found = {}
-        for name, session in self.foresight.sessions.items():
-            if name == PLANNER or (members and name not in members):
-                continue
-            given = {p.name: p.default for p in session.description.parameters}
-            given |= known.get(name, {})
-            with blame(name):
-                twin = self._restored(name, 0, given)
-                twin.diverge(from_ns, 0, given)
-                block = twin.flexibility(periods_ns)
-                twin.close()
-            if block is not None:
-                found[name] = block
-        return found
+        names = members or tuple(self.foresight.sessions)
+        return self._blocks(names, from_ns, periods_ns, known, lambda _: 0)
 
     def blocks(self, number: int, periods_ns: tuple[int, ...]) -> Mapping[str, LinearBlock]:
         case, scenario = self.foresight.case, self.foresight.scenario
         other = Future(number).case(scenario, case, self.time_ns)
+        names = tuple(self.foresight.sessions)
+        return self._blocks(names, self.time_ns, periods_ns, other.parameters, other.member_seed)
+
+    def _blocks(
+        self,
+        names: Collection[str],
+        from_ns: int,
+        periods_ns: tuple[int, ...],
+        parameters: Mapping[str, Mapping[str, float]],
+        seed_of: Callable[[str], int],
+    ) -> dict[str, LinearBlock]:
+        """What members could do from an instant on, asked of twins that have diverged there."""
         found = {}
         for name, session in self.foresight.sessions.items():
-            if name != PLANNER:
-                with blame(name):
-                    given = {p.name: p.default for p in session.description.parameters}
-                    given |= other.parameters.get(name, {})
-                    twin = self._restored(name, other.member_seed(name), given)
-                    twin.diverge(self.time_ns, other.member_seed(name), given)
-                    block = twin.flexibility(periods_ns)
-                    twin.close()
-                if block is not None:
-                    found[name] = block
+            if name == PLANNER or name not in names:
+                continue
+            with blame(name):
+                given = {p.name: p.default for p in session.description.parameters}
+                given |= parameters.get(name, {})
+                twin = self._restored(name, seed_of(name), given)
+                twin.diverge(from_ns, seed_of(name), given)
+                block = twin.flexibility(periods_ns)
+                twin.close()
+            if block is not None:
+                found[name] = block
         return found
 
     def _restored(self, name: str, seed: int, parameters: Mapping[str, float]) -> Twin:
