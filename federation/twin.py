@@ -248,7 +248,9 @@ class StepInput(NamedTuple):
 
     `causes[variable][index]` are the events behind an entry, sent when the entry changed. A step
     that is done again has in `desk` what the desk had to do with it then (`NO_DESK` for nothing),
-    and its session's desk keeps to that; None is for a step that is done for the first time.
+    and its session's desk keeps to that; None is for a step that is done for the first time. In
+    `seen_ns` it has what the answer said then. `missed_since_ns` is the instant since which the run
+    goes on without the session's answers, if it does.
     """
 
     time_ns: int
@@ -257,6 +259,8 @@ class StepInput(NamedTuple):
     causes: Mapping[str, Mapping[int, tuple[str, ...]]] = NOTHING
     actions: tuple[Action, ...] = ()
     desk: DeskStep | None = None
+    seen_ns: int | None = None
+    missed_since_ns: int | None = None
 
 
 class StepResult(NamedTuple):
@@ -265,7 +269,8 @@ class StepResult(NamedTuple):
     `causes[variable][index]` is the event that explains the present value of an entry.
     `next_ns` is the next instant wanted by an event-driven twin, or None for none. `desk` is set
     by the service of a twin whose desk had to do with the step. `held` says why the values are not
-    those of this instant but the last that were known; it is empty when they are.
+    those of this instant but the last that were known; it is empty when they are. `seen_ns` is set
+    by a twin that looks at a run that goes on: up to where that was on record.
     """
 
     time_ns: int
@@ -277,6 +282,7 @@ class StepResult(NamedTuple):
     next_ns: int | None = None
     desk: DeskStep | None = None
     held: str = ""
+    seen_ns: int | None = None
 
 
 def failed(member: str, error: BaseException) -> TwinError:
@@ -349,8 +355,22 @@ def check_finite(member: str, variable: str, value: Vector, time_ns: int) -> Non
         )
 
 
+def not_yet(member: str, event: Event, time_ns: int) -> TwinError:
+    """The error of an event that is told of before it happens."""
+    return TwinError(
+        Reason.INVALID_FRAME,
+        f"{member} told at {time_ns} ns of {event.id} ({event.kind}), which happens at "
+        f"{event.time_ns} ns",
+        {"member": member, "event": event.id},
+    )
+
+
 def check_outputs(member: str, sizes: Mapping[str, int], result: StepResult) -> None:
-    """Refuse outputs that are undeclared, of the wrong length, or not finite."""
+    """Refuse outputs that are undeclared, of the wrong length, or not finite, and events that have
+    not happened yet."""
+    for event in result.events:
+        if event.time_ns > result.time_ns:
+            raise not_yet(member, event, result.time_ns)
     for variable, value in result.outputs.items():
         size = sizes.get(variable)
         if size is None:
@@ -396,10 +416,13 @@ class Step:
         "_held",
         "_next_ns",
         "_outputs",
+        "_seen_ns",
         "_session",
         "actions",
         "last_ns",
         "micro",
+        "missed_since_ns",
+        "seen_ns",
         "time_ns",
     )
 
@@ -416,6 +439,9 @@ class Step:
         self._acts: list[Action] = []
         self._next_ns: int | None = None
         self._held = ""
+        self._seen_ns: int | None = None
+        self.seen_ns: int | None = None
+        self.missed_since_ns: int | None = None
 
     @property
     def changed(self) -> frozenset[str]:
@@ -493,6 +519,12 @@ class Step:
         self._session.has_more = True
         self._held = why
 
+    def saw(self, seen_ns: int) -> None:
+        """Say up to where the run was on record that the twin looks at; when the step is done again
+        it has this in `seen_ns`, and must look no further."""
+        self._session.has_more = True
+        self._seen_ns = seen_ns
+
     def _begin(self) -> None:
         """Forget the story of the step before."""
         self._causes = {}
@@ -500,6 +532,7 @@ class Step:
         self._acts = []
         self._next_ns = None
         self._held = ""
+        self._seen_ns = None
 
 
 class Twin(ABC):
@@ -841,6 +874,7 @@ class Session:
             self.values[variable] = value
         for variable, causes in given.causes.items():
             self.input_causes.setdefault(variable, {}).update(causes)
+        self._step.seen_ns, self._step.missed_since_ns = given.seen_ns, given.missed_since_ns
         self.run(given.time_ns, given.inputs, given.actions, given.micro)
         return self.result()
 
@@ -899,4 +933,5 @@ class Session:
             tuple(step._acts),
             step._next_ns,
             held=step._held,
+            seen_ns=step._seen_ns,
         )

@@ -18,7 +18,7 @@ from federation.broker.memory import Memory, Origin
 from federation.broker.registry import Lease
 from federation.broker.seats import Place
 from federation.broker.shell import Asked, Batch, Inbox, Prepared, run_live
-from federation.broker.store import NOT_SETTLED, State, Store
+from federation.broker.store import NOT_SETTLED, Note, State, Store
 from federation.broker.why import Lookout, write_results
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
 from federation.core.messages import Accepted, Failed, Joined, Left, Ordered
@@ -296,6 +296,10 @@ class LiveRun:
                 f"{self.name} has another ledger than {origin.run}: {difference}",
                 {"run": origin.run},
             )
+
+    def note(self, note: Note) -> None:
+        """Put something on the run's record that the run does not go by."""
+        self._inbox.put(note)
 
     def lose(self, member: str, why: str) -> None:
         """End the run because a member may not be heard any more."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.peer.export import (
@@ -329,6 +330,19 @@ class Teller:
         for _, owner, event, entity, text in due:
             id_ = emit(f"{owner}_{event.kind}", entity, text, self.outside(event.causes))
             self._behind[event.id] = (id_,)
+
+    def forget(self, most: int) -> None:
+        """Remember only so many events as causes, the newest."""
+        for event in list(itertools.islice(self._behind, max(len(self._behind) - most, 0))):
+            del self._behind[event]
+
+    def state(self) -> list[object]:
+        """What is remembered and what is told later, for another one of the same rights."""
+        return [dict(self._behind), list(self._later)]
+
+    def resume(self, state: list[Any]) -> None:
+        behind, later = state
+        self._behind, self._later = dict(behind), [tuple(each) for each in later]
 
     def outside(self, causes: Iterable[str]) -> tuple[str, ...]:
         """The events outside that stand behind events inside."""

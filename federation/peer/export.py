@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -378,14 +378,22 @@ class Lens:
                 told[sight.view.name] = found
         return told
 
+    def state(self) -> list[list[Any]]:
+        """What is gathered and what is told later, for another one of the same views."""
+        return [[sight.window, sight.later] for sight in self._sights]
+
+    def resume(self, state: Sequence[Sequence[Any]]) -> None:
+        for sight, (window, later) in zip(self._sights, state, strict=True):
+            sight.window, sight.later = list(window), [tuple(each) for each in later]
+
 
 class _Sight:
     """One view over time."""
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self._window: list[Vector] = []
-        self._later: list[tuple[int, Vector]] = []
+        self.window: list[Vector] = []
+        self.later: list[tuple[int, Vector]] = []
         """What is told later, and when."""
 
     def see(self, time_ns: int, value: Vector | None) -> Vector | None:
@@ -396,22 +404,22 @@ class _Sight:
         if not resolution.delay_ns:
             return told
         if told is not None:
-            self._later.append((time_ns + resolution.delay_ns, told))
+            self.later.append((time_ns + resolution.delay_ns, told))
         due = None
-        while self._later and self._later[0][0] <= time_ns:
-            due = self._later.pop(0)[1]
+        while self.later and self.later[0][0] <= time_ns:
+            due = self.later.pop(0)[1]
         return due
 
     def _of_window(self, time_ns: int, value: Vector | None) -> Vector | None:
         """What is told of a window at its end; it has all but its first instant."""
         if value is not None:
             finest = replace(self.view, resolution=_unrounded(self.view.resolution))
-            self._window.append(finest.told(value))
-        if not time_ns or time_ns % self.view.resolution.window_ns or not self._window:
+            self.window.append(finest.told(value))
+        if not time_ns or time_ns % self.view.resolution.window_ns or not self.window:
             if not time_ns:
-                self._window.clear()
+                self.window.clear()
             return None
-        seen, self._window = np.array(self._window), []
+        seen, self.window = np.array(self.window), []
         match self.view.resolution.take:
             case "mean":
                 found = seen.mean(axis=0)

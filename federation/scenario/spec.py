@@ -135,6 +135,9 @@ class Peering(Part):
     city: str = Field("", description="whose broker has to answer; the member's name if unset")
     session: Literal["what-if", "live"] = "what-if"
     on_loop: Literal["refuse", "leave-out"] = "refuse"
+    clock_within_s: PositiveFloat = Field(
+        1.0, description="values of a city whose clock is further off than this are marked as held"
+    )
 
 
 class Member(Service):

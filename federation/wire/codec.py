@@ -282,6 +282,10 @@ def write_step_input(message: twin_pb2.StepInput, given: StepInput) -> None:
         message.actions.append(encode_action(action))
     if given.desk is not None:
         _write_desk(message.desk, given.desk)
+    if given.seen_ns is not None:
+        message.seen_ns = given.seen_ns
+    if given.missed_since_ns is not None:
+        message.missed_since_ns = given.missed_since_ns
 
 
 def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
@@ -309,6 +313,8 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
         causes,
         tuple(map(decode_action, message.actions)),
         _decode_desk(message.desk) if message.HasField("desk") else None,
+        message.seen_ns if message.HasField("seen_ns") else None,
+        message.missed_since_ns if message.HasField("missed_since_ns") else None,
     )
 
 
@@ -337,6 +343,8 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
         _write_desk(message.desk, result.desk)
     if result.held:
         message.held = result.held
+    if result.seen_ns is not None:
+        message.seen_ns = result.seen_ns
 
 
 def encode_results(results: Iterable[StepResult]) -> bytes:
@@ -368,6 +376,7 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
         message.next_ns if message.HasField("next_ns") else None,
         _decode_desk(message.desk) if message.HasField("desk") else None,
         message.held,
+        message.seen_ns if message.HasField("seen_ns") else None,
     )
 
 
@@ -670,6 +679,12 @@ _QUALITIES = {
     Quality.SUBSTITUTED: broker_pb2.LedgerEntry.QUALITY_SUBSTITUTED,
     Quality.STALE: broker_pb2.LedgerEntry.QUALITY_STALE,
 }
+
+
+def encode_quality(quality: Quality) -> broker_pb2.LedgerEntry.Quality.ValueType:
+    return _QUALITIES[quality]
+
+
 _QUALITY_OF = {number: quality for quality, number in _QUALITIES.items()}
 
 
