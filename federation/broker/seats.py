@@ -743,8 +743,10 @@ class _Track:
         self._redoes = policy.do in ("recover", "substitute")
         """Whether a fresh session may have to do again what was done."""
         self._is_past = bool(past.items)
-        self._fills = fills or policy.do == "substitute" or any(
-            isinstance(item, Succession) and not item.is_same for item in past.items
+        self._fills = (
+            fills
+            or policy.do == "substitute"
+            or any(isinstance(item, Succession) and not item.is_same for item in past.items)
         )
         self._count = 0
         self.last_ns = start_ns

@@ -245,9 +245,7 @@ class Gate(peer_pb2_grpc.PeersServicer):
             run = self._record.run()
             rights = Rights(self._interior_of(run), standing, mode)
             self._note(rights, reader)
-            return LiveCity(
-                rights, self._record, run, policy.patience_s, str(reader), pause=pause
-            )
+            return LiveCity(rights, self._record, run, policy.patience_s, str(reader), pause=pause)
         rights = Rights(self.city.interior(path), standing, mode)
         self._note(rights, reader)
         horizon_ns = None if limits.horizon_h is None else round(limits.horizon_h * HOUR_NS)

@@ -1,5 +1,10 @@
-"""A session that looks at the run of a city that goes on: its values as they are at the reader's
-instants, and the last that are known, marked as held, where the city's run is not there yet.
+"""A session that looks at the run of a city that goes on: its values as they were just before the
+reader's instants, and the last that are known, marked as held, where the city's run is not there
+yet.
+
+Before, and not at: a city's record is complete up to an instant when all its members have come to
+it, among them those by which it looks at others. Of cities that look at each other, each would wait
+at every instant for the other's word on it.
 
 What it answers follows from the city's record and from how far that went when it looked. It says
 how far with every answer, so that over a line that breaks any step can be done again in another
@@ -12,8 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
 
 from federation.core.ledger import Entry, EventRecord, Quality, Record
 from federation.errors import Reason, ScenarioError
@@ -76,9 +79,10 @@ class LiveRecord(Protocol):
 
 
 class LiveCity(Twin):
-    """One session that looks at a run. Instants of the reader are instants of the city's run.
+    """One session that looks at a run. Instants of the reader are instants of the city's run; at
+    each it tells what was so before it.
 
-    It waits up to `patience_s` for the run to come to the reader's instant.
+    It waits up to `patience_s` for the run to come so far.
     """
 
     def __init__(
@@ -102,12 +106,7 @@ class LiveCity(Twin):
         export = self._rights.export
         self._lens, self._teller = Lens(export.views), Teller(self._rights)
         self._values: dict[tuple[str, str], Vector] = {}
-        descriptions = self._record.describe(self._run)
-        for view in export.views:
-            description = descriptions[view.member]
-            variable = next(v for v in description.outputs() if v.name == view.variable)
-            size = len(description.ids(variable.kind))
-            self._values[view.member, view.variable] = np.full(size, variable.initial)
+        self._wanted = frozenset((view.member, view.variable) for view in export.views)
         self._qualities: dict[tuple[str, str], Quality] = {}
         self._ahead: list[Entry] = []
         """What is on record and later than what has been told of."""
@@ -125,7 +124,7 @@ class LiveCity(Twin):
         if not self._has_begun and step.last_ns > 0:
             self._catch_up(step.last_ns)
         self._has_begun = True
-        wanted_ns = step.time_ns if step.seen_ns is None else step.seen_ns
+        wanted_ns = step.time_ns - 1 if step.seen_ns is None else step.seen_ns
         self._wait_until(wanted_ns)
         seen_ns = min(self._settled_ns, wanted_ns)
         events = self._take(seen_ns)
@@ -133,7 +132,7 @@ class LiveCity(Twin):
         self._teller.forget(KNOWN_EVENTS)
         for name, value in self._lens.see(step.time_ns, self._values).items():
             step.publish(name, value)
-        why = self._why_held(step.time_ns, seen_ns)
+        why = self._why_held(step.time_ns - 1, seen_ns)
         if why:
             step.hold(why)
         step.saw(seen_ns)
@@ -145,7 +144,7 @@ class LiveCity(Twin):
                 "run": self._run,
                 "after": self._after - len(self._ahead),
                 "has_begun": self._has_begun,
-                "values": list(self._values.values()),
+                "values": [[*what, value] for what, value in self._values.items()],
                 "qualities": [[*what, int(quality)] for what, quality in self._qualities.items()],
                 "lens": self._lens.state(),
                 "teller": self._teller.state(),
@@ -164,7 +163,7 @@ class LiveCity(Twin):
                 )
             self._after, self._ahead = int(told["after"]), []
             self._has_begun = bool(told["has_begun"])
-            self._values = dict(zip(self._values, told["values"], strict=True))
+            self._values = {(m, v): value for m, v, value in told["values"]}
             self._qualities = {(m, v): Quality(q) for m, v, q in told["qualities"]}
             self._lens.resume(told["lens"])
             self._teller.resume(told["teller"])
@@ -175,9 +174,10 @@ class LiveCity(Twin):
             ) from None
 
     def _catch_up(self, time_ns: int) -> None:
-        """Know what has been up to an instant, and tell nothing of it: somebody has."""
-        self._wait_until(time_ns)
-        self._teller.tell(time_ns, self._take(min(time_ns, self._settled_ns)), lambda *what: "")
+        """Know what has been before an instant, and tell nothing of it: somebody has."""
+        self._wait_until(time_ns - 1)
+        events = self._take(min(time_ns - 1, self._settled_ns))
+        self._teller.tell(time_ns, events, lambda *what: "")
 
     def _take(self, until_ns: int) -> list[tuple[str, Event]]:
         """Have the values of an instant of the record; what has happened since the last."""
@@ -185,7 +185,7 @@ class LiveCity(Twin):
         events: list[tuple[str, Event]] = []
         for entry in now:
             match entry:
-                case Record() if (entry.owner, entry.variable) in self._values:
+                case Record() if (entry.owner, entry.variable) in self._wanted:
                     self._values[entry.owner, entry.variable] = entry.value
                     self._qualities[entry.owner, entry.variable] = entry.quality
                 case EventRecord():
@@ -195,7 +195,7 @@ class LiveCity(Twin):
     def _why_held(self, time_ns: int, seen_ns: int) -> str:
         if seen_ns < time_ns:
             at_s = max(seen_ns, 0) / SECOND_NS
-            return f"the city's run has not come further: it is at {at_s:g} s"
+            return f"the city's run has not come further: it is at {at_s:.0f} s"
         poor = [what for what, quality in self._qualities.items() if quality is not Quality.GOOD]
         if poor:
             member, variable = poor[0]
