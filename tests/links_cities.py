@@ -17,7 +17,7 @@ from federation.broker.live import LiveRun
 from federation.broker.outages import Outage, outages
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.core.ledger import EventRecord, Quality, Record
-from federation.scenario.run import Case, Outcome
+from federation.scenario.run import Outcome
 from federation.scenario.spec import parse
 from federation.scenario.study import cases
 from federation.twin import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from federation.peer.gate import Gate
 from federation.peer.live import LiveCity
 from federation.twin import HOUR_NS, Step
 from federation.v1 import broker_pb2, broker_pb2_grpc, control_pb2, control_pb2_grpc, twin_pb2
-from federation.wire.link import Clock, Link, LinkOptions, for_a_look
+from federation.wire.link import Clock, LinkOptions, for_a_look
 from tests.links import (
     FAR,
     LOSSY,
@@ -40,7 +40,6 @@ from tests.links_cities import (
     agree,
     all_good,
     comparisons,
-    look,
     neighbours,
     one_story,
     pace_of,

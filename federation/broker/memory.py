@@ -22,7 +22,6 @@ from federation.twin import NO_DESK, Action, Description, DeskStep, StepResult
 from federation.v1 import error_pb2, twin_pb2
 from federation.wire import codec, status
 
-
 LATE, ABSENCE = "late", "absence"
 """Kinds of notes that tell of an outage, and that a run does not go by."""
 
