@@ -195,7 +195,7 @@ def encode_fidelity(fidelity: Fidelity) -> twin_pb2.Fidelity.ValueType:
     return _FIDELITIES[fidelity]
 
 
-def decode_fidelity(number: int) -> Fidelity:
+def decode_fidelity(number: twin_pb2.Fidelity.ValueType) -> Fidelity:
     """One of a later version is one that we do not know."""
     return _FIDELITY_OF.get(number, Fidelity.UNSTATED)
 
