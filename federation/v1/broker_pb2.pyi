@@ -790,7 +790,7 @@ class LedgerEntry(_message.Message):
     """The member that it comes from."""
     fidelity: _twin_pb2.Fidelity.ValueType
     """How closely the model that a value comes from follows what it stands for; unspecified for
-    that of a substitute.
+    that of a substitute and, when the run has ended, of a member that had joined it.
     """
     @_builtins.property
     def receive_time(self) -> _timestamp_pb2.Timestamp:
