@@ -12,6 +12,7 @@ from pathlib import Path
 
 from federation import telemetry
 from federation.acting import add_acting
+from federation.asking import add_plan
 from federation.certs import add_certs
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.exporting import add_policy
@@ -263,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_run(commands)
     add_studies(commands)
+    add_plan(commands)
 
     explain = commands.add_parser("explain", help="print why a run went as it did")
     explain.add_argument("run", help="the folder of a run, such as runs/demo")
