@@ -52,6 +52,20 @@ class Risk(StrEnum):
     HIGH = "high"
 
 
+class Fidelity(StrEnum):
+    """How closely a model follows what it stands for; each value of it is that good."""
+
+    UNSTATED = "unstated"
+    RECORDED = "recorded"
+    """What was measured or logged, played back."""
+    SURROGATE = "surrogate"
+    """Fitted to data or to a finer model, without the laws behind them."""
+    REDUCED = "reduced"
+    """The laws of its domain, with parts taken together or effects left out."""
+    DETAILED = "detailed"
+    """The laws of its domain, component by component."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entity:
     """A thing that a twin models. Coordinates are WGS84 degrees, NaN if it has no place."""
@@ -68,7 +82,8 @@ class Variable:
     """A vector over all entities of `kind`, in `unit` (a pint expression; "1" if pure).
 
     `initial` is the value before the first that is visible. `low` and `high` bound the
-    nominal range; a value outside is legal but unusual.
+    nominal range; a value outside is legal but unusual. `via` are the cities that it came through,
+    the last first, where a city tells what it has from others.
     """
 
     name: str
@@ -79,6 +94,7 @@ class Variable:
     low: float = float("-inf")
     high: float = float("inf")
     doc: str = ""
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,7 @@ class Description:
     kpis: tuple[str, ...] = ()
     doc: str = ""
     data_hash: str = ""
+    fidelity: Fidelity = Fidelity.UNSTATED
 
     @cached_property
     def _ids(self) -> dict[str, tuple[str, ...]]:
@@ -188,7 +205,8 @@ class Event:
 
     `id` is `member/serial`, the serial counting from 1 in a session. `kind` is a short
     stable word (`pump_stopped`), `entity` the id of what it happened to, `text` a sentence.
-    `through` says of causes that came from outside which input told of them.
+    `through` says of causes that came from outside which input told of them. `via` are the cities
+    that the event came through, the last first.
     """
 
     id: str
@@ -198,6 +216,7 @@ class Event:
     text: str
     causes: tuple[str, ...] = ()
     through: tuple[tuple[str, str], ...] = ()
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,7 +487,14 @@ class Step:
             self._session.told_by[cause] = variable
         return causes
 
-    def emit(self, kind: str, entity: str, text: str, causes: Iterable[str] = ()) -> str:
+    def emit(
+        self,
+        kind: str,
+        entity: str,
+        text: str,
+        causes: Iterable[str] = (),
+        via: tuple[str, ...] = (),
+    ) -> str:
         """Record an event of this instant and return its id, to be named as a cause."""
         self._session.serial += 1
         event_id = f"{self._session.name}/{self._session.serial}"
@@ -476,7 +502,8 @@ class Step:
         told_by = self._session.told_by
         through = tuple((c, told_by[c]) for c in unique if c in told_by)
         self._session.has_more = True
-        self._events.append(Event(event_id, self.time_ns, kind, entity, text, unique, through))
+        told = (kind, entity, text, unique, through, via)
+        self._events.append(Event(event_id, self.time_ns, *told))
         return event_id
 
     def publish(

@@ -72,6 +72,8 @@ class LiveRun:
     """States of members that forks of one run share."""
     turn_within_s: float = TURN_WITHIN_S
     lookout: Lookout = field(default_factory=Lookout)
+    cities: dict[str, str] = field(default_factory=dict)
+    """The members that are, or ever were, other cities, and which."""
     _inbox: Inbox = field(default_factory=Inbox)
     _task: asyncio.Task[Outcome] | None = None
     _ended_by: str = ""
@@ -82,6 +84,7 @@ class LiveRun:
 
     def __post_init__(self) -> None:
         self._descriptions.update(self.prepared.experiment.descriptions)
+        self._know_cities(self.places)
         for asked in self.asked:
             if isinstance(asked, Entrance):
                 self._descriptions.update(asked.event.descriptions)
@@ -212,6 +215,8 @@ class LiveRun:
         UNKNOWN_PARAMETER, SCENARIO_INVALID when a name is taken, and INSTANT_PASSED.
         """
         self._more_links += links.values()
+        # before anybody may be told of what they tell
+        self._know_cities(places)
         asked = await entrance(addition, links, time_ns, operator)
         descriptions = asked.event.descriptions
         accepted = await self._inbox.ask(asked)
@@ -219,6 +224,9 @@ class LiveRun:
         self.leases.update(leases)
         self.places.update(places)
         return accepted
+
+    def _know_cities(self, places: Mapping[str, Place]) -> None:
+        self.cities.update({name: place.city for name, place in places.items() if place.city})
 
     async def leave(self, member: str, time_ns: int | None, operator: str) -> Accepted:
         """Let a member make no step at `time_ns` of the run or later, or as soon as that can be.

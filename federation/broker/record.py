@@ -45,6 +45,13 @@ class RunRecord:
             raise no_run(self._city)
         return {name: d for name, d in live.descriptions.items() if name != PLANNER}
 
+    def cities(self, run: str) -> Mapping[str, str]:
+        """Its members that are, or were, other cities, and which; it grows as they join."""
+        live = self._live.get(run)
+        if live is None:
+            raise no_run(self._city)
+        return live.cities
+
     def read(self, run: str, after: int) -> Page:
         """The next part of its record; fails with RUN_NOT_FOUND."""
         found, end, known = self._store.entries(run, after)

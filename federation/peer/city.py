@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,9 +157,10 @@ class City:
         return Interior(self.name, descriptions, self.cities, free, self.version)
 
     @property
-    def cities(self) -> frozenset[str]:
-        """The members that are other cities."""
-        return frozenset(n for n, m in self.scenario.members.items() if m.peer is not None)
+    def cities(self) -> Mapping[str, str]:
+        """The members that are other cities, and which."""
+        members = self.scenario.members.items()
+        return {n: m.peer.city or n for n, m in members if m.peer is not None}
 
     def case(self, seed: int) -> Case:
         """The run that a session of this seed is: of the scenario's first measure."""
@@ -279,6 +281,16 @@ class Rights:
         thing = Thing(Sort.EVENT, f"{owner}.{event.kind}", entity, is_relayed=is_relayed)
         return decide(policy, asked, thing)
 
+    def via(self, owner: str, event: Event) -> tuple[str, ...] | None:
+        """The cities that an event came through, the last first; None when the reader's is among
+        them, so that in a ring of cities nothing comes back to where it has been."""
+        city = self._interior.cities.get(owner)
+        if city is None:
+            return ()
+        came = (city, *event.via)
+        _, asked = self._standing()
+        return None if asked.reader.city in came else came
+
     def action(self, action: Action) -> None:
         """Refuse an action on what the reader may not set."""
         for entry, actuator in zip(
@@ -318,9 +330,13 @@ class Teller:
                 self._behind[event.id] = tuple(event.text.split("\n"))
                 continue
             self._behind[event.id] = self.outside(event.causes)
+            via = self._rights.via(owner, event)
+            if via is None:
+                continue
             decision = self._rights.event(owner, event)
             if not decision.allowed:
                 continue
+            event = replace(event, via=via)
             how = decision.resolution
             entity = event.entity if how.space == "each" else "system"
             text = event.text if how.text else f"{event.kind.replace('_', ' ')} ({entity})"
@@ -328,7 +344,8 @@ class Teller:
         due = [later for later in self._later if later[0] <= time_ns]
         self._later = [later for later in self._later if later[0] > time_ns]
         for _, owner, event, entity, text in due:
-            id_ = emit(f"{owner}_{event.kind}", entity, text, self.outside(event.causes))
+            causes = self.outside(event.causes)
+            id_ = emit(f"{owner}_{event.kind}", entity, text, causes, event.via)
             self._behind[event.id] = (id_,)
 
     def forget(self, most: int) -> None:
@@ -390,8 +407,10 @@ class CityRun(Twin):
             step.actions,
         )
 
-        def emit(kind: str, entity: str, text: str, causes: Iterable[str]) -> str:
-            id_ = step.emit(kind, entity, text, causes)
+        def emit(
+            kind: str, entity: str, text: str, causes: Iterable[str], via: tuple[str, ...]
+        ) -> str:
+            id_ = step.emit(kind, entity, text, causes, via)
             self._emitted.append(id_)
             return id_
 

@@ -9,7 +9,7 @@ variable in the same way but not as finely, the second's has the name of the rul
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -51,12 +51,12 @@ AREA = "area"
 
 @dataclass(frozen=True)
 class Interior:
-    """What there is in a city: its members, which of them are other cities, and which entries of
-    their inputs nothing in the city feeds."""
+    """What there is in a city: its members, which of them are other cities and whose, and which
+    entries of their inputs nothing in the city feeds."""
 
     city: str
     descriptions: Mapping[str, Description]
-    cities: Collection[str] = ()
+    cities: Mapping[str, str] = field(default_factory=dict)
     unfed: Mapping[tuple[str, str], Sequence[int]] = field(default_factory=dict)
     version: str = ""
 
@@ -191,7 +191,12 @@ class _Makes:
         return self._of_kind[key]
 
     def take_outputs(self, member: str, description: Description) -> None:
+        city = self._interior.cities.get(member)
         for variable in description.outputs():
+            if city is not None:
+                variable = replace(variable, via=(city, *variable.via))
+                if self._asked.reader.city in variable.via:
+                    continue  # it has come from there
             found = self._granted(Sort.VARIABLE, member, variable.name, variable.kind)
             for rule, resolution, columns in found:
                 view = self._view(member, variable, rule, resolution, columns)
@@ -276,7 +281,9 @@ class _Makes:
                 kind = self._told_kind(AREA, rule, whose, told_areas)
             name = self._name(f"{member}_{variable.name}_{resolution.space}", rule)
             # a range of each is none of their sum
-            told = Variable(name, kind, variable.unit, Causality.OUTPUT, doc=variable.doc)
+            told = Variable(
+                name, kind, variable.unit, Causality.OUTPUT, doc=variable.doc, via=variable.via
+            )
         view = View(name, member, variable.name, groups, resolution, rule)
         size = len(self._entities(member, variable.kind))
         initial = view.told(np.full(size, variable.initial))

@@ -260,8 +260,9 @@ class Gate(peer_pb2_grpc.PeersServicer):
 
     def _interior_of(self, run: str) -> Interior:
         descriptions = self._record.describe(run)
-        version = self.city.version
-        return Interior(self.city.name, descriptions, self.city.cities, {}, version)
+        # cities may have joined the run that the scenario does not know, and may yet
+        cities = self._record.cities(run)
+        return Interior(self.city.name, descriptions, cities, {}, self.city.version)
 
     def _export(self, service: PeerService, errand: Errand) -> Export:
         """What a reader may have now; it is said at its expense."""

@@ -72,6 +72,10 @@ class LiveRecord(Protocol):
     def describe(self, run: str) -> Mapping[str, Description]:
         """The members of a run that goes on."""
 
+    def cities(self, run: str) -> Mapping[str, str]:
+        """The members of a run that are other cities, and which: those that are there, or ever
+        were, whenever it is looked at."""
+
     def read(self, run: str, after: int) -> Page: ...
 
     def note(self, run: str, absence: Absence) -> None:

@@ -22,6 +22,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Fidelity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FidelityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fidelity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIDELITY_UNSPECIFIED: _Fidelity.ValueType  # 0
+    """Not said, or not known."""
+    FIDELITY_RECORDED: _Fidelity.ValueType  # 1
+    """What was measured or logged, played back."""
+    FIDELITY_SURROGATE: _Fidelity.ValueType  # 2
+    """Fitted to data or to a finer model, without the laws behind them."""
+    FIDELITY_REDUCED: _Fidelity.ValueType  # 3
+    """The laws of its domain, with parts taken together or effects left out."""
+    FIDELITY_DETAILED: _Fidelity.ValueType  # 4
+    """The laws of its domain, component by component."""
+
+class Fidelity(_Fidelity, metaclass=_FidelityEnumTypeWrapper):
+    """How closely a model follows what it stands for. Each value that it publishes has this fidelity."""
+
+FIDELITY_UNSPECIFIED: Fidelity.ValueType  # 0
+"""Not said, or not known."""
+FIDELITY_RECORDED: Fidelity.ValueType  # 1
+"""What was measured or logged, played back."""
+FIDELITY_SURROGATE: Fidelity.ValueType  # 2
+"""Fitted to data or to a finer model, without the laws behind them."""
+FIDELITY_REDUCED: Fidelity.ValueType  # 3
+"""The laws of its domain, with parts taken together or effects left out."""
+FIDELITY_DETAILED: Fidelity.ValueType  # 4
+"""The laws of its domain, component by component."""
+Global___Fidelity: _TypeAlias = Fidelity  # noqa: Y015
+
 @_typing.final
 class Errand(_message.Message):
     """On what errand a broker comes to a twin. Twins that are models of their own ignore it; to a twin
@@ -162,6 +194,7 @@ class Description(_message.Message):
     KPIS_FIELD_NUMBER: _builtins.int
     DOC_FIELD_NUMBER: _builtins.int
     DATA_HASH_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model, such as `energy`."""
     version: _builtins.str
@@ -172,6 +205,8 @@ class Description(_message.Message):
     """What the model covers and what it leaves out."""
     data_hash: _builtins.str
     """A hash of the data that the model was built from; empty if it has none."""
+    fidelity: Global___Fidelity.ValueType
+    """How closely the model follows what it stands for."""
     @_builtins.property
     def entities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entity]:
         """All entities. Their order within a kind is the order of every vector over that kind."""
@@ -210,10 +245,11 @@ class Description(_message.Message):
         kpis: _abc.Iterable[_builtins.str] | None = ...,
         doc: _builtins.str = ...,
         data_hash: _builtins.str = ...,
+        fidelity: Global___Fidelity.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actuators", b"actuators", "data_hash", b"data_hash", "doc", b"doc", "domain", b"domain", "entities", b"entities", "kpis", b"kpis", "model", b"model", "parameters", b"parameters", "time", b"time", "variables", b"variables", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actuators", b"actuators", "data_hash", b"data_hash", "doc", b"doc", "domain", b"domain", "entities", b"entities", "fidelity", b"fidelity", "kpis", b"kpis", "model", b"model", "parameters", b"parameters", "time", b"time", "variables", b"variables", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -303,6 +339,7 @@ class Variable(_message.Message):
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
     DOC_FIELD_NUMBER: _builtins.int
+    VIA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, unique within the twin (`supplied_fraction`)."""
     kind: _builtins.str
@@ -319,6 +356,10 @@ class Variable(_message.Message):
     """The upper end of the nominal range; unset if there is none."""
     doc: _builtins.str
     """What it means."""
+    @_builtins.property
+    def via(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of what a city tells that it has from others: the cities that it came through, the last first."""
+
     def __init__(
         self,
         *,
@@ -330,10 +371,11 @@ class Variable(_message.Message):
         low: _builtins.float | None = ...,
         high: _builtins.float | None = ...,
         doc: _builtins.str = ...,
+        via: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "causality", b"causality", "doc", b"doc", "high", b"high", "initial", b"initial", "kind", b"kind", "low", b"low", "name", b"name", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "causality", b"causality", "doc", b"doc", "high", b"high", "initial", b"initial", "kind", b"kind", "low", b"low", "name", b"name", "unit", b"unit", "via", b"via"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
     _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
@@ -1303,6 +1345,7 @@ class Event(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CAUSES_FIELD_NUMBER: _builtins.int
     THROUGH_FIELD_NUMBER: _builtins.int
+    VIA_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`{member}/{serial}`, the serial counting from 1 in a session."""
     time_ns: _builtins.int
@@ -1323,6 +1366,10 @@ class Event(_message.Message):
         be left out; then the coupling by which the event first came counts.
         """
 
+    @_builtins.property
+    def via(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As of a variable: the cities that it came through, the last first."""
+
     def __init__(
         self,
         *,
@@ -1333,10 +1380,11 @@ class Event(_message.Message):
         text: _builtins.str = ...,
         causes: _abc.Iterable[_builtins.str] | None = ...,
         through: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        via: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "entity", b"entity", "id", b"id", "kind", b"kind", "text", b"text", "through", b"through", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "entity", b"entity", "id", b"id", "kind", b"kind", "text", b"text", "through", b"through", "time_ns", b"time_ns", "via", b"via"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
