@@ -252,7 +252,9 @@ async def measure(
                 text = LOOK.format(city=f"c{other}", address=address)
                 at_ns = (broker.store.run(run.name).settled_ns // STEP_NS + 2) * STEP_NS
                 joined[one, other] = (await broker.join(run.name, text, at_ns, "duty")).time_ns
-            await asyncio.sleep(4 * step_s)  # until they have all joined and their threads are there
+            await asyncio.sleep(
+                4 * step_s
+            )  # until they have all joined and their threads are there
             told.messages = told.bytes = 0
             size = _store_bytes(folder)
             cpu_s, wall_s = await _window(seconds)

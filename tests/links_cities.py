@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import math
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -91,6 +90,21 @@ class City:
         found, _, _ = self.broker.store.snapshot(self.run.name, members=[owner])
         return [s.entry for s in found if isinstance(s.entry, EventRecord)]
 
+    def wrote(self, *, of: str = "") -> dict[str, list[int]]:
+        """When it had which writes on record: its own, or those that a neighbour has told `of`."""
+        found: dict[str, list[int]] = {}
+        for entry in self.events(of or "station"):
+            if entry.event.kind.endswith("wrote"):
+                found.setdefault(entry.event.text, []).append(entry.time_ns)
+        return found
+
+    def is_good(self, neighbour: str, after_ns: int) -> bool:
+        """Whether the last that it has of a neighbour is good and later than an instant."""
+        where = (self.run.name, neighbour, "station_load")
+        found = self.broker.store.history(*where, after_ns + 1, 1 << 60)
+        last = found[-1].entry if found else None
+        return isinstance(last, Record) and last.quality is Quality.GOOD
+
     def quality(self, neighbour: str) -> Quality | None:
         """Of the last that it has of a neighbour's load."""
         found = self.records(neighbour, "station_load")
@@ -107,6 +121,11 @@ rules:
   - name: stations
     who: ['*']
     what: {{sessions: [live], variables: [station.*], events: [station.*]}}
+    resolution: {{text: true}}
+  - name: what-others-wrote
+    who: ['*']
+    what: {{events: ['*_wrote']}}
+    relay: true
     resolution: {{text: true}}
 limits:
   - {{steps: 1000000, cpu_s: 3000, wall_s: 3000}}
@@ -232,13 +251,10 @@ async def all_good(found: Neighbours, within_s: float = 40.0) -> None:
     """Wait until every city has good values of all that it looks at, younger than now."""
     after = {name: city.settled_ns for name, city in found.cities.items()}
 
-    def is_good(one: str, other: str) -> bool:
-        records = found.cities[one].records(other, "station_load")
-        if not records or records[-1][0].quality is not Quality.GOOD:
-            return False
-        return records[-1][0].time_ns > after[one]
+    def is_good() -> bool:
+        return all(found.cities[one].is_good(other, after[one]) for one, other in found.links)
 
-    await until(lambda: all(is_good(*pair) for pair in found.links), within_s)
+    await until(is_good, within_s)
 
 
 # -- what must be so -----------------------------------------------------------------------------
@@ -266,8 +282,9 @@ def compare(reader: City, owner: City) -> Comparison:
     """Hold what a city has of its neighbour against that one's own record, by event time and value:
     at each of its instants it is told what was so before.
 
-    Of the owner's writes, all that happened after the reader joined and before it last had a good
-    value must be there once.
+    Of the writes that the owner has on record, its own and what others have told it of, all that
+    came after the reader joined and before it last had a good value must be there once; but none
+    that has been in the reader's city.
     """
     name = owner.name
     since_ns = reader.joined_ns[name]
@@ -306,17 +323,19 @@ def compare(reader: City, owner: City) -> Comparison:
                 known[late.time_ns] = value
             elif value not in own.values():
                 wrong.append(f"late for {late.time_ns / 1e9:g} s: {value}, which never was")
-    told = Counter(e.event.text for e in reader.events(name) if e.event.kind == "station_wrote")
+    told = reader.wrote(of=name)
+    mine = reader.wrote()
     wrote = {
-        e.event.text: e.time_ns
-        for e in owner.events("station")
-        if since_ns <= e.time_ns < last_ns and e.event.kind == "wrote"
+        text
+        for of in ("", *owner.joined_ns)
+        for text, times_ns in owner.wrote(of=of).items()
+        if text not in mine and any(since_ns <= time_ns < last_ns for time_ns in times_ns)
     }
     instants = range(since_ns, last_ns + 1, STEP_NS)
     return Comparison(
         len(wrote),
-        tuple(sorted(wrote.keys() - told.keys())),
-        tuple(sorted(text for text, times in told.items() if times > 1)),
+        tuple(sorted(wrote - told.keys())),
+        tuple(sorted(t for t, times in told.items() if len(times) > 1 or t in mine)),
         tuple(wrong),
         sum(time_ns in known for time_ns in instants),
         tuple(t for t in instants if t not in known),

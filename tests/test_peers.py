@@ -619,8 +619,8 @@ def told_of_birch(outcome: Outcome, variable: str) -> dict[int, tuple[float, Qua
 
 
 async def lived(birch: BrokerServer, run: str, variable: str, time_ns: int) -> float:
-    """A value of birch's own record at an instant."""
-    found = birch.store.history(run, "grid", variable, 0, time_ns)
+    """A value of birch's own record before an instant."""
+    found = birch.store.history(run, "grid", variable, 0, time_ns - 1)
     record = found[-1].entry
     assert isinstance(record, Record)
     return float(record.value[0])
