@@ -352,11 +352,11 @@ def paper(rows: Sequence[Mapping[str, Any]], bytes_of: Sequence[Mapping[str, Any
     lines.append("")
     lines.append(
         f"Measured: a step of a link takes {messages:.1f} messages, {base:.0f} bytes and "
-        f"{per_variable:.0f} more per variable of {ENTITIES} numbers, {cpu_ms:.2f} ms of CPU time of "
-        f"both ends together and {extra_ms:.3f} ms more per variable; a link takes {mib:.2f} MiB of "
-        f"both; a value takes {value_bytes:.0f} bytes of the store. Assumed: every city looks at as "
-        "many as look at it, so that a broker bears one end of each; nothing of what it costs grows "
-        "with the number of cities, for nobody is told of more than its neighbours."
+        f"{per_variable:.0f} more per variable of {ENTITIES} numbers, {cpu_ms:.2f} ms of CPU time "
+        f"of both ends together and {extra_ms:.3f} ms more per variable; a link takes {mib:.2f} "
+        f"MiB of both; a value takes {value_bytes:.0f} bytes of the store. Assumed: every city "
+        "looks at as many as look at it, so that a broker bears one end of each; nothing of what "
+        "it costs grows with the number of cities, for nobody is told of more than its neighbours."
     )
     return "\n".join(lines)
 
