@@ -74,7 +74,9 @@ class Errand(_message.Message):
         MODE_WHAT_IF: Errand._Mode.ValueType  # 1
         """A run of the city's scenario for this session alone."""
         MODE_LIVE: Errand._Mode.ValueType  # 2
-        """The run of the city that goes on, at which the session looks."""
+        """The run of the city that goes on, at which the session looks: at each instant it tells what
+        was so before it.
+        """
 
     class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
         """What a session of a city is."""
@@ -84,7 +86,9 @@ class Errand(_message.Message):
     MODE_WHAT_IF: Errand.Mode.ValueType  # 1
     """A run of the city's scenario for this session alone."""
     MODE_LIVE: Errand.Mode.ValueType  # 2
-    """The run of the city that goes on, at which the session looks."""
+    """The run of the city that goes on, at which the session looks: at each instant it tells what
+    was so before it.
+    """
 
     PURPOSE_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
