@@ -127,9 +127,10 @@ class Peering(Part):
 
     A `what-if` is a run of that city's scenario for this run alone; a `live` session looks at the
     run of the city that goes on, and has at each instant what was so there before it. With
-    `on_failure: recover` it is never given up: the city is sought for as long as the run goes on. When the request would come back to a city that it has come from,
-    that city refuses it, and the run can't begin; or this one may `leave-out` the member: what it
-    feeds keeps its first value.
+    `on_failure: recover` it is never given up: the city is sought for as long as the run goes on.
+
+    When the request would come back to a city that it has come from, that city refuses it, and the
+    run can't begin; or this one may `leave-out` the member: what it feeds keeps its first value.
     """
 
     purpose: str = ""
