@@ -29,7 +29,7 @@ from federation.twin import (
     Twin,
     Variable,
 )
-from tests.links import BadLink, bad_link
+from tests.links import BadLink, Fault, bad_link
 from tests.test_broker import present
 
 STEP_NS = 5 * MINUTE_NS
@@ -187,15 +187,16 @@ async def city_alone(
             await asyncio.wait([task])
 
 
-async def look(city: City, name: str, address: str, *, heeds: bool = True) -> None:
-    """Let a city look at its neighbour from now on and, if it `heeds` it, let its station hear."""
+async def look(city: City, name: str, address: str, *, heeds: bool = True, ahead: int = 3) -> None:
+    """Let a city look at its neighbour from so many steps `ahead` on and, if it `heeds` it, let its
+    station hear."""
     couplings = ""
     if heeds:
         couplings = f"couplings: [{{from: {name}.station_load, to: station.heard, delay_min: 5}}]"
     text = NEIGHBOUR.format(city=name, address=address, couplings=couplings)
     await until(lambda: city.settled_ns >= 0)
     # at an instant of its own clock that both have steps at
-    step = city.settled_ns // STEP_NS + 3
+    step = city.settled_ns // STEP_NS + ahead
     accepted = await city.broker.join(city.run.name, text, step * STEP_NS, "duty")
     city.joined_ns[name] = accepted.time_ns
 
@@ -219,8 +220,11 @@ async def neighbours(
     pace: Mapping[str, float],
     seed: int = 0,
     stores: Path | None = None,
+    faults: Sequence[Fault] = (),
+    ahead: int = 3,
 ) -> AsyncIterator[Neighbours]:
-    """Cities of which the first of each pair looks at the second."""
+    """Cities of which the first of each pair looks at the second, over links with these faults from
+    the beginning."""
     names = tuple(dict.fromkeys(name for pair in pairs for name in pair))
     async with AsyncExitStack() as stack:
         cities = {}
@@ -232,10 +236,13 @@ async def neighbours(
         for number, (one, other) in enumerate(pairs):
             made_link = bad_link(cities[other].broker.address, 1000 * seed + number)
             links[one, other] = await stack.enter_async_context(made_link)
+            for fault in faults:
+                links[one, other].begin(fault)
         heeded: set[str] = set()
         for (one, other), link in links.items():
             # an input has one source
-            await look(cities[one], other, link.address, heeds=one not in heeded)
+            heeds = one not in heeded
+            await look(cities[one], other, link.address, heeds=heeds, ahead=ahead)
             heeded.add(one)
         yield Neighbours(cities, links)
 
@@ -306,7 +313,7 @@ def compare(reader: City, owner: City) -> Comparison:
     known: dict[int, float] = {}
     marked: set[int] = set()
     behind: set[int] = set()
-    ends_ns = [record.time_ns for record, _ in had[1:]] + [last_ns]
+    ends_ns = [*(record.time_ns for record, _ in had), last_ns][1:]
     for (entry, _), end_ns in zip(had, ends_ns, strict=True):
         value, at_s = float(entry.value[0]), entry.time_ns / 1e9
         if entry.quality is Quality.GOOD:

@@ -14,6 +14,7 @@ session, by another life of the city's broker, with the same answer.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -118,8 +119,8 @@ class LiveCity(Twin):
         self._is_over = self._has_begun = False
         self._missed: tuple[int, int] | None = None
         """The span that the reader goes on alone in, as far as it has asked for it since."""
-        self._heard_unix_ns: int | None = None
-        """When the reader last asked."""
+        self._asked: deque[tuple[int, int]] = deque(maxlen=2)
+        """The reader's last instants, and when it asked for them."""
         self._turn_unix_ns: tuple[int | None, int] = (None, 0)
         """When it had last asked before it was away, and when it first did again."""
 
@@ -212,7 +213,9 @@ class LiveCity(Twin):
         now_unix_ns = time.time_ns()
         if step.missed_since_ns is not None:
             if self._missed is None:
-                self._turn_unix_ns = (self._heard_unix_ns, now_unix_ns)
+                # the step that it missed first may have been on the way all the time
+                before = [unix_ns for t, unix_ns in self._asked if t < step.missed_since_ns]
+                self._turn_unix_ns = (before[-1] if before else None, now_unix_ns)
             self._missed = (step.missed_since_ns, step.time_ns)
         elif self._missed is not None:
             start_ns, end_ns = self._missed
@@ -222,7 +225,7 @@ class LiveCity(Twin):
                 span = (start_ns, end_ns, *self._turn_unix_ns)
                 absence = Absence(self._reader, *span, variables)
                 self._record.note(self._run, absence)
-        self._heard_unix_ns = now_unix_ns
+        self._asked.append((step.time_ns, now_unix_ns))
 
     def _wait_until(self, time_ns: int) -> None:
         """Read the record until it has all up to an instant, or it has been long enough."""
