@@ -24,6 +24,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -113,7 +114,7 @@ async def trouble(
         await kind(min(seconds, max(until_s - time.monotonic(), 1.0)))
         log.faults[kind.__name__] = log.faults.get(kind.__name__, 0) + 1
         healed_s, after_ns = time.monotonic(), reader.settled_ns
-        await until(lambda after_ns=after_ns: reader.is_good(owner, after_ns), 300.0)
+        await until(partial(reader.is_good, owner, after_ns), 300.0)
         log.reconverge_s.append(time.monotonic() - healed_s)
         await asyncio.sleep(draw.uniform(1.0, 6.0))
 

@@ -186,8 +186,8 @@ class LateSeat:
 
     def _answer(self, step: StepInput, outputs: dict[str, Vector] | None = None) -> None:
         late, self._late = self._late, []
-        if before := [result for result in late if result.time_ns < step.time_ns]:
-            self._told(before)
+        if passed := [result for result in late if result.time_ns < step.time_ns]:
+            self._told(passed)
         news: dict[str, Vector] = {}
         causes: dict[str, dict[int, str]] = {}
         events: list[Event] = []
