@@ -21,11 +21,13 @@ from federation.control.monitor import Monitor
 from federation.control.rules import Rules, Usable
 from federation.control.situation import Reading, Situation
 from federation.core.ledger import Quality
+from federation.errors import FederationError, Reason
 from federation.peer.gate import Gate
 from federation.peer.live import LiveCity
 from federation.twin import HOUR_NS, Event, Step
 from federation.v1 import broker_pb2, broker_pb2_grpc, control_pb2, control_pb2_grpc, twin_pb2
 from federation.wire.link import Clock, LinkOptions, for_a_look
+from federation.wire.orders import Hand
 from tests.links import (
     FAR,
     LOSSY,
@@ -49,6 +51,7 @@ from tests.links_cities import (
     until,
 )
 from tests.test_wire import bounded
+from tests.waterworks import EPOCH, GUARD, SAFE, WINDOW_NS, bundle, put, site
 
 BOTH = (("ash", "birch"), ("birch", "ash"))
 
@@ -302,6 +305,33 @@ def test_a_link_that_looks_is_patient_where_a_link_to_a_twin_is_not() -> None:
     assert usual.resume_timeout_s < found.resume_timeout_s < 60.0
 
 
+# -- who acts over a bad line ----------------------------------------------------------------------
+
+
+def test_a_lease_ends_without_its_guard_and_an_order_that_the_line_held_up_does_nothing() -> None:
+    async def story() -> None:
+        async with (
+            site() as north,
+            bad_link(north.address) as link,
+            Hand(link.address, GUARD) as guard,
+        ):
+            await put(guard, bundle(lease_s=5))
+            assert [r.outputs["speed_now"][0] for r in await north.run(2)] == [7.0, 7.0]
+            with link.having(PARTITION):
+                late = bundle("late", {"north": 9.0}, expires_s=10)
+                asked = asyncio.create_task(guard.select(late, "north", EPOCH, WINDOW_NS))
+                # nobody prolongs the lease, and time goes on
+                alone = [r.outputs["speed_now"][0] for r in await north.run(12)]
+                assert alone == [7.0] * 3 + [SAFE] * 9
+                assert not asked.done()
+            with pytest.raises(FederationError) as caught:
+                await asked
+            assert caught.value.reason is Reason.EXPIRED
+            assert [r.outputs["speed_now"][0] for r in await north.run(1)] == [SAFE]
+
+    bounded(story)
+
+
 # -- three cities --------------------------------------------------------------------------------
 
 
@@ -309,15 +339,15 @@ CHAIN = (("ash", "birch"), ("birch", "cedar"))
 RING = (*CHAIN, ("cedar", "ash"))
 
 
-@pytest.mark.parametrize("pairs", [CHAIN, RING], ids=["chain", "ring"])
-def test_three_cities_agree_after_their_lines_were_down_by_turns(
-    tmp_path: Path, pairs: tuple[tuple[str, str], ...]
+def test_three_cities_in_a_chain_and_in_a_ring_agree_after_their_lines_were_down_by_turns(
+    tmp_path: Path,
 ) -> None:
     """Each is told of what its neighbour wrote, and of what that one was told of by its own; of
     nothing twice, and in a ring of nothing that it wrote itself."""
 
-    async def story() -> None:
-        async with neighbours(tmp_path, pairs, pace_of(0.4), seed=3) as found:
+    async def three(pairs: tuple[tuple[str, str], ...], folder: Path) -> None:
+        folder.mkdir()
+        async with neighbours(folder, pairs, pace_of(0.4), seed=3) as found:
             await all_good(found)
             for turn, (pair, link) in enumerate(list(found.links.items())[-2:]):
                 if turn % 2:
@@ -335,6 +365,9 @@ def test_three_cities_agree_after_their_lines_were_down_by_turns(
             assert told & found.cities["birch"].wrote().keys()
             assert told & found.cities["cedar"].wrote().keys()
             assert not told & ash.wrote().keys()
+
+    async def story() -> None:
+        await asyncio.gather(three(CHAIN, tmp_path / "chain"), three(RING, tmp_path / "ring"))
 
     bounded(story)
 

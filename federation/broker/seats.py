@@ -656,8 +656,8 @@ class MemberSeat:
                 error = failure
                 if is_sought:
                     if failure.reason in _OTHERWISE:
-                        # what was told has been told; from here on it is the city's new record
-                        self._track.begin_anew(self._track.last_ns)
+                        # what was told has been told; from there on it is the city's new record
+                        self._track.begin_anew(self._track.seen_until_ns)
                     self._recover(attempt, "it is sought again", error, LONGEST_PAUSE_S)
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -750,6 +750,8 @@ class _Track:
         )
         self._count = 0
         self.last_ns = start_ns
+        self.seen_until_ns = start_ns
+        """What is before this has been told of, by sessions that look."""
         self.is_whole = self._redoes or self._is_past
         """Whether all steps since the saved state, or the start, are known."""
         self._steps: list[StepInput] = []
@@ -792,6 +794,8 @@ class _Track:
         """Take note of a step that is done."""
         self._count += 1
         self.last_ns = step.time_ns
+        if result.seen_ns is not None:
+            self.seen_until_ns = min(result.seen_ns + 1, step.time_ns)
         if self._fills:
             (step,) = self.filled((step,))
             self._is_new = False
