@@ -333,7 +333,8 @@ class Book:
                 continue
             if held.state in (State.OFFERED, State.ACCEPTED) or (
                 # a taker that has not heard of its receipt may not know that it can ask
-                held.state is State.BOUND and held.terms.giver == self.city
+                held.state is State.BOUND
+                and held.terms.giver == self.city
                 and city not in held.stated
             ):
                 assert held.last is not None
