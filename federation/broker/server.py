@@ -26,7 +26,7 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 from google.protobuf.message import Message
@@ -99,6 +99,10 @@ from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
 
+# Who gives no aid needs no solver.
+if TYPE_CHECKING:
+    from federation.peer.aid import AidDesk, AidOptions
+
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
     for file, name in (
@@ -155,6 +159,8 @@ class BrokerOptions:
     """The policy by which it serves the city to its peers; without one it serves nothing."""
     city_scenario: Path | None = None
     """The scenario that what-ifs of peers run, and whose live run they may look at."""
+    aid: AidOptions | None = None
+    """How the city gives and takes aid; not at all without."""
     clock: Callable[[], datetime] = now
     """What the wall clock shows, by which the policy is judged."""
     health_port: int = 0
@@ -190,6 +196,8 @@ class BrokerServer:
         self._arrived = asyncio.Event()
         self.gate: Gate | None = None
         """The door of the city to its peers, if it has one."""
+        self.aid: AidDesk | None = None
+        """Where the city promises aid and is promised some, if it does."""
         file = self.options.roster
         self._roster = None if file is None else Roster(file)
 
@@ -259,7 +267,15 @@ class BrokerServer:
             )
             services += PEER_SERVICES
             gate.register(server)
+            if self.aid is not None:
+                services += self._open_aid(self.aid, server)
+                stack.callback(self.aid.close)
             stack.push_async_callback(gate.stop)
+        elif options.aid is not None:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                "a broker that gives aid has an export policy: it says to whom and what for",
+            )
         self.address, healthy = await start_server(server, services, options.host, options.port)
         stack.push_async_callback(server.stop, options.grace_s)
         if self.gate is not None:
@@ -294,12 +310,30 @@ class BrokerServer:
             "is believed, and nobody gets anything"
         )
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
+        city = City(options.city, scenario, quarters, options.planner)
+        parlour = None
+        if options.aid is not None:
+            from federation.peer.aid import AidDesk
+            from federation.peer.bargaining import Parlour
+
+            self.aid = AidDesk(options.city, options.aid.at(city))
+            parlour = Parlour(self.aid)
         return Gate(
-            City(options.city, scenario, quarters, options.planner),
+            city,
             PolicyFile(policy, _say, options.clock),
             RunRecord(options.city, scenario.name, self.store, self._live),
             GateOptions(options.max_message_bytes, takes_claims),
+            parlour,
         )
+
+    def _open_aid(self, desk: AidDesk, server: grpc.aio.Server) -> tuple[str, ...]:
+        """Serve the city's desk to its own people."""
+        from federation.broker import aid
+        from federation.v1 import aid_pb2_grpc
+
+        service = aid.AidService(desk, self.store, self._link_options)
+        aid_pb2_grpc.add_AidServicer_to_server(service, server)
+        return (aid.SERVICE,)
 
     async def _find_for_city(self, name: str, member: Member, errand: Errand) -> Link | None:
         """A member of the city where it is registered or has its address; else None."""

@@ -366,8 +366,8 @@ class SettleRequest(_message.Message):
     """The run of this city in which it shows."""
     variable: _builtins.str
     """Where: `member.variable`, an output in the unit of the promise."""
-    entity: _builtins.str
-    """Of which entity; the sum of all when it is empty."""
+    entity: _builtins.int
+    """Of which entity, by its index in the vector; the sum of all when it is not given."""
     address: _builtins.str
     """Where the other city's broker is, to tell it; it is not told when this is empty."""
     def __init__(
@@ -376,14 +376,16 @@ class SettleRequest(_message.Message):
         commitment: _builtins.str = ...,
         run: _builtins.str = ...,
         variable: _builtins.str = ...,
-        entity: _builtins.str = ...,
+        entity: _builtins.int | None = ...,
         address: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_entity", b"_entity", "entity", b"entity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "commitment", b"commitment", "entity", b"entity", "run", b"run", "variable", b"variable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_entity", b"_entity", "address", b"address", "commitment", b"commitment", "entity", b"entity", "run", b"run", "variable", b"variable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__entity: _TypeAlias = _typing.Literal["entity"]  # noqa: Y015
+    _WhichOneofArgType__entity: _TypeAlias = _typing.Literal["_entity", b"_entity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__entity) -> _WhichOneofReturnType__entity | None: ...
 
 Global___SettleRequest: _TypeAlias = SettleRequest  # noqa: Y015
 

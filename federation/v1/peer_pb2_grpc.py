@@ -81,8 +81,9 @@ class PeersServicer:
         stream ends, and nothing is changed, with NOT_EXPORTED (with the rule's name), INVALID_FRAME
         for what is out of order, WRONG_SHAPE, NOT_FINITE, INCOMPATIBLE_UNITS, PEER_LIMIT (too many
         conversations, rounds or too much of this city's processor), EXPIRED after the deadline,
-        NOT_PERMITTED when this city's guard refuses a draft, PLAN_INFEASIBLE when this city can't keep
-        to a draft, any more, and UNSUPPORTED when this city gives no aid.
+        OUTSIDE_ENVELOPE when this city's guard refuses a draft, PLAN_INFEASIBLE when this city can't keep
+        to a draft, or not any more, NO_PLAN when a draft does not pay it what it costs it,
+        UNKNOWN_VARIABLE for a good that it has not, and UNSUPPORTED when this city gives no aid.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
