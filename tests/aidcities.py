@@ -122,9 +122,7 @@ class Ward(Twin):
             b.column(f"treated[{t}]", 0.0, self.patients, -usd)
             body = {f"treated[{t}]": 1.0, f"power[{t}]": -self.patients}
             b.row(f"powered[{t}]", -INF, body, 0.0)
-        return b.block(
-            [b.port("power", "need", "1", len(periods_ns), kind="feeder", entity="F1")]
-        )
+        return b.block([b.port("power", "need", "1", len(periods_ns), kind="feeder", entity="F1")])
 
 
 class Draft:
@@ -141,7 +139,13 @@ class Draft:
         self.rows.append((name, low, body, high))
 
     def port(
-        self, name: str, role: str, unit: str, periods: int, kind: str = SYSTEM, entity: str = SYSTEM
+        self,
+        name: str,
+        role: str,
+        unit: str,
+        periods: int,
+        kind: str = SYSTEM,
+        entity: str = SYSTEM,
     ) -> Port:
         place = {column: j for j, column in enumerate(self.columns)}
         columns = np.array([[place[f"{name}[{t}]"] for t in range(periods)]], dtype=np.int64)

@@ -8,13 +8,8 @@ from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from federation.broker.server import BrokerOptions, BrokerServer
-from federation.core.aid import State
 from federation.core.coupling import Coupling
-from federation.errors import FederationError, Reason
 from federation.peer.aid import AidDesk, AidOptions
 from federation.peer.bargaining import Agreement, Wanted, seek
 from federation.peer.city import City, LocalQuarters
@@ -23,9 +18,8 @@ from federation.plan.border import Holding
 from federation.plan.engine import engine_of, optimum_usd
 from federation.plan.joining import join
 from federation.scenario.spec import load
-from federation.twin import HOUR_NS
 from federation.wire.link import LinkOptions
-from tests.aidcities import PERIODS, PURPOSE, Permissive, options_of, write_city
+from tests.aidcities import PERIODS, PURPOSE, options_of, write_city
 from tests.test_wire import LOOP
 
 LINK = LinkOptions(connect_timeout_s=3.0, answer_timeout_s=20.0)
@@ -73,7 +67,9 @@ def desk_of(broker: BrokerServer) -> AidDesk:
     return broker.aid
 
 
-async def ask(broker: BrokerServer, there: Mapping[str, BrokerServer], *wanted: Wanted, **more: object) -> Agreement:
+async def ask(
+    broker: BrokerServer, there: Mapping[str, BrokerServer], *wanted: Wanted, **more: object
+) -> Agreement:
     """Let a city seek aid for six hours."""
     settings: dict[str, object] = {"purpose": PURPOSE, "start_ns": 0, "periods_ns": PERIODS, **more}
     return await seek(
@@ -101,7 +97,9 @@ def joint_usd(folder: Path, *, apart: bool = False) -> float:
         holding, _ = whole(folder, name)
         blocks |= {f"{name}-{member}": block for member, block in holding.blocks.items()}
         for c in holding.couplings:
-            couplings.append(Coupling(f"{name}-{c.source}", c.output, f"{name}-{c.target}", c.input))
+            couplings.append(
+                Coupling(f"{name}-{c.source}", c.output, f"{name}-{c.target}", c.input)
+            )
     if not apart:
         couplings += [
             Coupling("birch-power", "export", "ash-power", "import"),
@@ -110,7 +108,10 @@ def joint_usd(folder: Path, *, apart: bool = False) -> float:
         ]
     else:
         for name in ("ash", "birch"):
-            for member, part, column in (("power", "import", "import"), ("stock", "crews-taken", "takes crews")):
+            for member, part, column in (
+                ("power", "import", "import"),
+                ("stock", "crews-taken", "takes crews"),
+            ):
                 block = blocks[f"{name}-{member}"]
                 for j, called in enumerate(block.columns):
                     if called.startswith(f"{column}["):
@@ -126,5 +127,16 @@ async def test_two_cities_agree_within_half_a_percent_of_the_joint_optimum(tmp_p
     # what birch does by itself it tells nobody; the test may know
     alone_birch = apart - found.alone_usd
     cost = found.cost_usd + alone_birch
-    print("gap", (cost - together) / abs(together), "told", found.gap, "saved", apart - cost, "rounds", found.rounds, together, apart)
+    print(
+        "gap",
+        (cost - together) / abs(together),
+        "told",
+        found.gap,
+        "saved",
+        apart - cost,
+        "rounds",
+        found.rounds,
+        together,
+        apart,
+    )
     assert together - 1.0 <= cost <= together + 0.005 * abs(together)

@@ -67,7 +67,8 @@ class AidOptions:
     identity: Identity
     keyring: Keyring
     folder: Path
-    guard: AidGuard = field(default_factory=NoGuard)
+    guard: AidGuard | Callable[[City], AidGuard] = field(default_factory=NoGuard)
+    """What confirms this city's part of a promise, or makes what does for the city."""
     conversations: int = 4
     """At a time, with one city."""
     rounds: int = 100
@@ -80,10 +81,13 @@ class AidOptions:
     """The wall clock (Unix), by which offers expire."""
 
     def at(self, city: City) -> AidOptions:
-        """The same for a city, of whose members a file may name ports."""
+        """The same for a city, of whose members a file may name ports and a guard actuators."""
+        found = self
         if isinstance(self.estate, Path):
-            return replace(self, estate=FileEstate(self.estate, city))
-        return self
+            found = replace(found, estate=FileEstate(self.estate, city))
+        if callable(self.guard):
+            found = replace(found, guard=self.guard(city))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class AidDesk:
         self.city, self.options = city, options
         estate = options.estate
         self.estate: Estate = FileEstate(estate) if isinstance(estate, Path) else estate
+        self.guard: AidGuard = NoGuard() if callable(options.guard) else options.guard
         self.book = Book(city, options.identity.attest)
         self.lock = threading.RLock()
         self._asked_for: dict[Terms, int] = {}
@@ -249,7 +254,7 @@ class AidDesk:
         """What the guard says; what breaks it is a no."""
         besides = self.besides(terms.good, gives, terms.start_ns, terms.periods_ns)
         try:
-            return tuple(self.options.guard.judge(terms, gives, besides.tolist()))
+            return tuple(self.guard.judge(terms, gives, besides.tolist()))
         except FederationError as error:
             return ((error.reason.value, error.message),)
         except Exception as error:

@@ -510,7 +510,7 @@ async def seek(
             text = f"{desk.city} has no good {one.good!r}"
             raise ScenarioError(Reason.UNKNOWN_VARIABLE, text, {"good": one.good})
     ends = await asyncio.to_thread(_own_ends, desk, wanted, units, start_ns, periods_ns)
-    own = Discreet(ends.owner)
+    own = await asyncio.to_thread(Discreet, ends.owner)
     async with AsyncExitStack() as stack:
         partners = []
         for city in dict.fromkeys(one.city for one in wanted):
@@ -665,12 +665,10 @@ class _Deal:
         some = [number for number in range(len(self._wanted)) if quantity[number].any()]
         gifts = [(terms_of(n, desk.now_ns + round(hold_s * 1e9)), self._ends.most[n].tolist())
                  for n in some if not self._wanted[n].gives]  # fmt: skip
-        for number in some:
-            if self._wanted[number].gives:
-                desk.check_guard(terms_of(number, 0), gives=False)
-                desk.expect(terms_of(number, 0), hold_s)
-        for terms, _ in gifts:
-            desk.check_guard(terms, gives=True)
+        taken = [terms_of(n, 0) for n in some if self._wanted[n].gives]
+        await asyncio.to_thread(_confirmed, desk, [terms for terms, _ in gifts], taken)
+        for terms in taken:
+            desk.expect(terms, hold_s)
         active = [p for p in self._partners if self._quantity[p.rows].any()]
         offers: dict[str, tuple[Deed, ...]] = {}
         try:
@@ -738,6 +736,14 @@ class _Deal:
                     await partner.envoy.reconcile(said)
                 except FederationError:
                     continue
+
+
+def _confirmed(desk: AidDesk, given: Sequence[Terms], taken: Sequence[Terms]) -> None:
+    """Ask this city's guard before others are asked to keep anything."""
+    for terms in given:
+        desk.check_guard(terms, gives=True)
+    for terms in taken:
+        desk.check_guard(terms, gives=False)
 
 
 def _encode_offer(offer: Offer | Consent) -> Response.Offer:
