@@ -1,4 +1,4 @@
-"""Two cities that may help each other: ash, which an earthquake has hit, and birch, which is well."""
+"""Cities that may help each other: ash, which an earthquake has hit, and birch, which is well."""
 
 from __future__ import annotations
 
@@ -293,6 +293,23 @@ class Permissive:
         if (terms.good, gives) in self.refuses:
             return (("tie-line", "the line is needed for ourselves"),)
         return ()
+
+
+BEGINS_NS = 1_790_000_000 * 10**9
+"""What wall clocks show at first, where a story sets them."""
+
+
+class Clock:
+    """A wall clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now_ns = BEGINS_NS
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+    def pass_s(self, seconds: float) -> None:
+        self.now_ns += round(seconds * 1e9)
 
 
 def options_of(folder: Path, city: str, **more: object) -> AidOptions:

@@ -3,23 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from functools import wraps
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+
+from federation import trail
 from federation.broker.server import BrokerOptions, BrokerServer
+from federation.control import rules
+from federation.control.pledge import PledgeGuard
+from federation.core.aid import State, Terms
 from federation.core.coupling import Coupling
-from federation.peer.aid import AidDesk, AidOptions
-from federation.peer.bargaining import Agreement, Wanted, seek
+from federation.errors import FederationError, Reason
+from federation.peer.aid import AidDesk, AidOptions, book_of
+from federation.peer.bargaining import Agreement, Envoy, Wanted, seek
 from federation.peer.city import City, LocalQuarters
-from federation.peer.estate import FileEstate
+from federation.peer.estate import FileEstate, read_estate
+from federation.peer.measure import means
 from federation.plan.border import Holding
 from federation.plan.engine import engine_of, optimum_usd
 from federation.plan.joining import join
 from federation.scenario.spec import load
+from federation.twin import HOUR_NS, LinearBlock
+from federation.v1 import aid_pb2, aid_pb2_grpc, peer_pb2, peer_pb2_grpc
+from federation.wire import serve, status
+from federation.wire.aid import KINDS
+from federation.wire.caller import claim
+from federation.wire.codec import encode_vector
 from federation.wire.link import LinkOptions
-from tests.aidcities import PERIODS, PURPOSE, options_of, write_city
+from federation.wire.malformed import SoundRequests
+from tests.aidcities import (
+    PERIODS,
+    PURPOSE,
+    Clock,
+    Permissive,
+    Power,
+    Ward,
+    options_of,
+    write_city,
+)
+from tests.chaos.proxy import Proxy
+from tests.test_broker import present
+from tests.test_peers import case_of
 from tests.test_wire import LOOP
 
 LINK = LinkOptions(connect_timeout_s=3.0, answer_timeout_s=20.0)
@@ -92,14 +126,15 @@ def whole(folder: Path, name: str) -> tuple[Holding, FileEstate]:
 
 def joint_usd(folder: Path, *, apart: bool = False) -> float:
     """The optimum of both cities in one model; or, `apart`, of each by itself."""
-    blocks, couplings = {}, []
+    blocks: dict[str, LinearBlock] = {}
+    couplings: list[Coupling] = []
     for name in ("ash", "birch"):
         holding, _ = whole(folder, name)
         blocks |= {f"{name}-{member}": block for member, block in holding.blocks.items()}
-        for c in holding.couplings:
-            couplings.append(
-                Coupling(f"{name}-{c.source}", c.output, f"{name}-{c.target}", c.input)
-            )
+        couplings += [
+            replace(c, source=f"{name}-{c.source}", target=f"{name}-{c.target}")
+            for c in holding.couplings
+        ]
     if not apart:
         couplings += [
             Coupling("birch-power", "export", "ash-power", "import"),
@@ -108,9 +143,9 @@ def joint_usd(folder: Path, *, apart: bool = False) -> float:
         ]
     else:
         for name in ("ash", "birch"):
-            for member, part, column in (
-                ("power", "import", "import"),
-                ("stock", "crews-taken", "takes crews"),
+            for member, column in (
+                ("power", "import"),
+                ("stock", "takes crews"),
             ):
                 block = blocks[f"{name}-{member}"]
                 for j, called in enumerate(block.columns):
@@ -140,3 +175,771 @@ async def test_two_cities_agree_within_half_a_percent_of_the_joint_optimum(tmp_p
         apart,
     )
     assert together - 1.0 <= cost <= together + 0.005 * abs(together)
+
+
+# -- what crosses the border -----------------------------------------------------------------
+
+
+class Recorder(SoundRequests):
+    """Keeps the bytes of every message of the bargain and of the promises, as they cross."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossed: list[tuple[str, bytes]] = []
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await super().intercept_service(continuation, details)
+        names = {"Bargain": "Bargain", "Pledge": "Pledge"}
+        service, _, rpc = details.method.removeprefix("/").rpartition("/")
+        if service != "federation.v1.Peers" or rpc not in names or handler is None:
+            return handler
+
+        def read(data: bytes) -> Any:
+            self.crossed.append((f"{rpc}Request", data))
+            return handler.request_deserializer(data)
+
+        def write(message: Any) -> bytes:
+            data = handler.response_serializer(message)
+            self.crossed.append((f"{rpc}Response", data))
+            return bytes(data)
+
+        return handler._replace(request_deserializer=read, response_serializer=write)
+
+    def messages(self) -> list[Message]:
+        return [getattr(peer_pb2, name).FromString(data) for name, data in self.crossed]
+
+
+def fields(message: Message) -> list[tuple[str, object]]:
+    """Every field that has a value, down to the last one, by its message's and its own name."""
+    found: list[tuple[str, object]] = []
+    for field, value in message.ListFields():
+        name = f"{message.DESCRIPTOR.full_name.removeprefix('federation.v1.')}.{field.name}"
+        several = value if field.is_repeated else [value]
+        for one in several:
+            found += fields(one) if isinstance(one, Message) else [(name, one)]
+    return found
+
+
+@told
+async def test_nothing_crosses_the_border_but_what_the_table_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(serve, "SoundRequests", lambda: recorder)
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        await ask(ash, {"birch": birch}, POWER, BACK, CREWS)
+    messages = recorder.messages()
+    found = [pair for message in messages for pair in fields(message)]
+    assert {name for name, _ in found} <= set(KINDS)
+    sizes = Counter[str]()
+    for name, value in found:
+        sizes[KINDS[name]] += len(value) if isinstance(value, str | bytes) else 8
+    # of text there is only what both have a word for
+    words = {value for _, value in found if isinstance(value, str)}
+    ours = {"power", "crews", "MW", "1", "ash", "birch", PURPOSE}
+    assert all(len(word) in (32, 64) for word in words - ours)  # nonces and ids, in hexadecimal
+    inside = {
+        text
+        for name in ("ash", "birch")
+        for block in whole(tmp_path, name)[0].blocks.values()
+        for text in (*block.columns, *block.rows)
+    }
+    everything = b"".join(data for _, data in recorder.crossed)
+    assert not [text for text in inside if text.encode() in everything]
+    # and of numbers one for each good and period, whatever a city is made of
+    for message in messages:
+        if isinstance(message, peer_pb2.BargainResponse) and message.HasField("consent"):
+            assert len(message.consent.quantity) == 8 * 3 * len(PERIODS)
+            assert len(message.consent.cost_usd) <= 8 * 3 * len(PERIODS)
+    assert sum(sizes.values()) < len(everything) < 100_000
+
+
+@told
+async def test_what_does_not_touch_the_border_changes_no_byte_that_crosses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Birch has more patients, and nobody hears of it."""
+    told = []
+    for patients in ("12", "900"):
+        folder = tmp_path / patients
+        folder.mkdir()
+        files = write_city(folder, "birch")
+        text = files.scenario.read_text().replace("patients: 12", f"patients: {patients}")
+        files.scenario.write_text(text)
+        recorder = Recorder()
+        monkeypatch.setattr(serve, "SoundRequests", lambda: recorder)  # noqa: B023
+        async with city(folder, "ash") as ash, city(folder, "birch") as birch:
+            await ask(ash, {"birch": birch}, POWER, BACK, CREWS)
+        told.append(
+            [data for name, data in recorder.crossed if name == "BargainResponse"][:-1]
+        )  # the last one has offers, which expire
+    assert len(told[0]) > 4
+    assert told[0] == told[1]
+
+
+# -- who may ask, and how --------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def speaking(
+    address: str, as_: str = "spiffe://ash/peer/broker"
+) -> AsyncIterator[Callable[..., Coroutine[object, object, peer_pb2.BargainResponse]]]:
+    """A conversation of one's own, message by message; raises what ends it."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: peer_pb2_grpc.PeersAsyncStub = peer_pb2_grpc.PeersStub(channel)
+        call = stub.Bargain(metadata=claim(as_))
+
+        async def say(number: int, **what: object) -> peer_pb2.BargainResponse:
+            await call.write(peer_pb2.BargainRequest(number=number, **what))  # type: ignore[arg-type]
+            answer = await call.read()
+            if isinstance(answer, peer_pb2.BargainResponse):
+                return answer
+            error = grpc.aio.AioRpcError(
+                await call.code(),
+                grpc.aio.Metadata(),
+                await call.trailing_metadata(),
+                await call.details(),
+            )
+            raise status.from_rpc(error, "birch")
+
+        try:
+            yield say
+        finally:
+            call.cancel()
+
+
+REQUEST = peer_pb2.BargainRequest
+
+
+def opening(*goods: str, **more: object) -> peer_pb2.BargainRequest.Open:
+    found = REQUEST.Open(purpose=PURPOSE, periods_ns=PERIODS)
+    for good in goods or ("power",):
+        unit = {"power": "MW"}.get(good, "1")
+        found.lines.add(good=good, unit=unit, way=REQUEST.WAY_GIVE)
+    for name, value in more.items():
+        if isinstance(value, tuple):
+            del getattr(found, name)[:]
+            getattr(found, name).extend(value)
+        else:
+            setattr(found, name, value)
+    return found
+
+
+def prices(usd: bytes) -> dict[str, Any]:
+    return {"prices": REQUEST.Prices(usd=usd)}
+
+
+def quotas(*some: float) -> dict[str, Any]:
+    return {"quotas": REQUEST.Quotas(quantity=numbers(*some))}
+
+
+def numbers(*some: float) -> bytes:
+    return encode_vector(np.array(some, dtype=np.float64))
+
+
+@told
+async def test_a_city_gives_what_its_policy_lets_it_and_says_by_which_rule_it_does_not(
+    tmp_path: Path,
+) -> None:
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        for wanted, purpose, rule in (
+            (BEDS, PURPOSE, "beds-in-an-emergency"),
+            (POWER, "trade", "mutual-aid"),
+            (POWER, "", "mutual-aid"),
+        ):
+            with pytest.raises(FederationError) as caught:
+                await ask(ash, {"birch": birch}, wanted, purpose=purpose)
+            assert caught.value.reason is Reason.NOT_EXPORTED
+            assert caught.value.metadata["rule"] == rule
+        for stranger in ("spiffe://elm/peer/broker", "spiffe://ash/observer/eve", ""):
+            async with speaking(birch.address, stranger) as say:
+                with pytest.raises(FederationError) as caught:
+                    await say(1, open=opening())
+                assert caught.value.reason is Reason.NOT_EXPORTED
+        assert desk_of(birch).all() == ()
+
+
+@told
+async def test_a_policy_that_has_changed_since_counts_for_the_draft(tmp_path: Path) -> None:
+    async with city(tmp_path, "birch") as birch, speaking(birch.address) as say:
+        await say(1, open=opening())
+        files = write_city(tmp_path, "birch")
+        files.policy.write_text(files.policy.read_text().replace("aid.power, ", ""))
+        await asyncio.sleep(0.6)
+        draft = REQUEST.Draft(
+            quantity=numbers(*[1.0] * 6), price_usd=numbers(*[500.0] * 6), nonce="n" * 16
+        )
+        with pytest.raises(FederationError) as caught:
+            await say(2, draft=draft)
+        assert caught.value.reason is Reason.NOT_EXPORTED
+        assert desk_of(birch).all() == ()
+
+
+SIX = numbers(*[1.0] * 6)
+DRAFT = REQUEST.Draft(quantity=SIX, price_usd=numbers(*[1e5] * 6), nonce="n" * 16)
+DRAFT.hold_duration.FromSeconds(60)
+
+
+def drafted(**more: object) -> peer_pb2.BargainRequest.Draft:
+    found = REQUEST.Draft()
+    found.CopyFrom(DRAFT)
+    for name, value in more.items():
+        setattr(found, name, value)
+    return found
+
+
+BEGUN = (1, {"open": opening()})
+
+
+def draft(**more: object) -> tuple[int, dict[str, Any]]:
+    return (2, {"draft": drafted(**more)})
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        # out of order
+        ([(1, prices(SIX))], Reason.INVALID_FRAME),
+        ([(2, {"open": opening()})], Reason.INVALID_FRAME),
+        ([(1, {})], Reason.INVALID_FRAME),
+        ([BEGUN, (2, {"open": opening()})], Reason.INVALID_FRAME),
+        ([BEGUN, (3, prices(SIX))], Reason.INVALID_FRAME),
+        ([BEGUN, draft(), (3, {"draft": DRAFT})], Reason.INVALID_FRAME),
+        # no shape for a bargain
+        ([(1, {"open": opening("power", "power")})], Reason.WRONG_SHAPE),
+        ([(1, {"open": opening(*["power"] * 65)})], Reason.WRONG_SHAPE),
+        ([(1, {"open": opening(periods_ns=(HOUR_NS,) * 169)})], Reason.WRONG_SHAPE),
+        ([(1, {"open": opening(periods_ns=(0, 1))})], Reason.WRONG_SHAPE),
+        ([(1, {"open": opening(periods_ns=())})], Reason.WRONG_SHAPE),
+        ([(1, {"open": opening(start_ns=-1)})], Reason.WRONG_SHAPE),
+        ([(1, {"open": opening(start_ns=(1 << 63) - 1)})], Reason.WRONG_SHAPE),
+        ([(1, {"open": opening("generators")})], Reason.NOT_EXPORTED),
+        # no numbers
+        ([BEGUN, (2, prices(SIX[:-1]))], Reason.WRONG_SHAPE),
+        ([BEGUN, (2, prices(SIX[:-8]))], Reason.WRONG_SHAPE),
+        ([BEGUN, (2, prices(bytes(8 * 100_000)))], Reason.WRONG_SHAPE),
+        ([BEGUN, (2, prices(numbers(*[np.nan] * 6)))], Reason.NOT_FINITE),
+        ([BEGUN, (2, prices(numbers(*[-1.0] * 6)))], Reason.WRONG_SHAPE),
+        ([BEGUN, (2, quotas(*[np.inf] * 6))], Reason.NOT_FINITE),
+        # no draft to sign
+        ([BEGUN, draft(nonce="short")], Reason.WRONG_SHAPE),
+        ([BEGUN, draft(gap=np.nan)], Reason.NOT_FINITE),
+        ([BEGUN, draft(quantity=numbers(*[19.0] * 6))], Reason.PLAN_INFEASIBLE),
+        ([BEGUN, draft(price_usd=bytes(48))], Reason.NO_PLAN),
+        (
+            [(1, {"open": opening("crews")}), draft(quantity=numbers(*[0.5] * 6))],
+            Reason.WRONG_SHAPE,
+        ),
+    ],
+)
+@told
+async def test_what_is_wrong_with_a_conversation_ends_it_and_changes_nothing(
+    shared: BrokerServer, messages: list[tuple[int, dict[str, Any]]], reason: Reason
+) -> None:
+    offered = len(desk_of(shared).all())
+    async with speaking(shared.address) as say:
+        for number, what in messages[:-1]:
+            await say(number, **what)
+            offered += "draft" in what
+        with pytest.raises(FederationError) as caught:
+            await say(messages[-1][0], **messages[-1][1])
+    assert caught.value.reason is reason, caught.value
+    assert len(desk_of(shared).all()) == offered
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Birch, which stays up over several stories."""
+    manager = city(tmp_path_factory.mktemp("shared"), "birch")
+    broker = LOOP.run(manager.__aenter__())
+    yield broker
+    LOOP.run(manager.__aexit__(None, None, None))
+
+
+@told
+async def test_conversations_rounds_and_time_have_limits(tmp_path: Path) -> None:
+    aid = options_of(tmp_path, "birch", conversations=1, rounds=2, deadline_s=0.7)
+    async with city(tmp_path, "birch", aid=aid) as birch:
+        async with speaking(birch.address) as say:
+            await say(1, open=opening())
+            async with speaking(birch.address) as more:
+                with pytest.raises(FederationError) as caught:
+                    await more(1, open=opening())
+                assert caught.value.metadata["limit"] == "conversations"
+            async with speaking(birch.address, "spiffe://cedar/peer/broker") as other:
+                await other(1, open=opening())
+            await say(2, **prices(SIX))
+            await say(3, **prices(SIX))
+            with pytest.raises(FederationError) as caught:
+                await say(4, **prices(SIX))
+            assert caught.value.metadata["limit"] == "rounds"
+        async with speaking(birch.address) as say:
+            await say(1, open=opening())
+            await asyncio.sleep(0.8)
+            with pytest.raises(FederationError) as caught:
+                await say(2, **prices(SIX))
+            assert caught.value.reason is Reason.EXPIRED
+
+
+# -- what is promised ------------------------------------------------------------------------
+
+
+@told
+async def test_what_is_promised_to_one_city_is_not_promised_to_another(tmp_path: Path) -> None:
+    """Ash and cedar ask birch at once for all that its tie line carries."""
+    cedar_takes = Wanted("birch", "power", gives=True)
+    async with (
+        city(tmp_path, "ash") as ash,
+        city(tmp_path, "birch") as birch,
+        city(tmp_path, "cedar") as cedar,
+    ):
+        for broker in (ash, cedar):
+            files = write_city(tmp_path, broker.options.city)
+            text = files.goods.read_text()
+            scarce = "power: {unit: MW, takes: [{most: 15, usd_per_h: 9000}]}"
+            files.goods.write_text(text.replace(text.splitlines()[3].strip(), scarce))
+        there = {"birch": birch}
+        asked = [ask(one, there, cedar_takes) for one in (ash, cedar)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [e for e in found if isinstance(e, FederationError)]
+        assert all(e.reason is Reason.PLAN_INFEASIBLE for e in refused)
+        # who came too late asks again, and gets what is left
+        if refused:
+            await ask(ash if isinstance(found[0], Exception) else cedar, there, cedar_takes)
+        promised = [
+            desk_of(birch).book.kept("power", h * HOUR_NS, (h + 1) * HOUR_NS) for h in range(6)
+        ]
+        assert promised == pytest.approx([18.0] * 6)
+        counted = [desk_of(one).book.taken_at(0)["power"] for one in (ash, cedar)]
+        assert sum(counted) == pytest.approx(18.0)
+        assert all(held.state is State.BOUND for held in desk_of(birch).all())
+
+
+@told
+async def test_a_city_that_helps_is_itself_helped_and_both_are_bound(tmp_path: Path) -> None:
+    """Ash takes power and gives beds, for which birch has declared an emergency of its own."""
+    from federation.peer.policy import now
+    from federation.peer.standing import declare
+
+    files = write_city(tmp_path, "ash")
+    gives = 'beds: {unit: "1", whole: true, gives: [{most: 2, usd_per_h: 50}]}'
+    lines = files.goods.read_text().splitlines()
+    files.goods.write_text("\n".join([*lines[:-1], f"  {gives}", ""]))
+    other = write_city(tmp_path, "birch")
+    takes = 'beds: {unit: "1", whole: true, takes: [{most: 5, usd_per_h: 800}]}'
+    lines = other.goods.read_text().splitlines()
+    other.goods.write_text("\n".join([*lines[:-1], f"  {takes}", ""]))
+    declare(other.policy, "mass-casualty", "mayor", "a train", 2.0, now())
+    beds = Wanted("birch", "beds", gives=False)
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        found = await ask(ash, {"birch": birch}, POWER, beds, CREWS)
+        assert found.quantity[beds] == (2.0,) * 6
+        mine, theirs = desk_of(ash).book, desk_of(birch).book
+        assert mine.given_at(0) == theirs.taken_at(0) == {"beds": 2.0}
+        assert mine.taken_at(0) == theirs.given_at(0)
+        assert {h.state for h in (*mine.held.values(), *theirs.held.values())} == {State.BOUND}
+        assert set(mine.held) == set(theirs.held) == set(found.commitments)
+        # each is paid what it costs it; whole things are whole
+        assert all(q == round(q) for q in found.quantity[CREWS])
+        # what is promised is kept in the next bargain
+        again = await ask(ash, {"birch": birch}, POWER)
+        kept = np.array(found.quantity[POWER]) + again.quantity[POWER]
+        assert kept.max() <= 18.0 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("who", "good", "gives"),
+    [
+        ("birch", "power", True),
+        ("ash", "power", False),
+        ("ash", "beds", True),
+        ("birch", "beds", False),
+    ],
+)
+@told
+async def test_each_guard_refuses_its_own_part_and_then_nobody_is_bound(
+    tmp_path: Path, who: str, good: str, gives: bool
+) -> None:
+    guards = {name: Permissive() for name in ("ash", "birch")}
+    guards[who].refuses.add((good, gives))
+    wanted = [POWER, CREWS]
+    if good == "beds":
+        for name, what in (
+            ("ash", "gives: [{most: 2, usd_per_h: 50}]"),
+            ("birch", "takes: [{most: 5, usd_per_h: 800}]"),
+        ):
+            files = write_city(tmp_path, name)
+            lines = files.goods.read_text().splitlines()
+            line = f'  beds: {{unit: "1", whole: true, {what}}}'
+            files.goods.write_text("\n".join([*lines[:-1], line, ""]))
+        policy = write_city(tmp_path, "birch").policy
+        policy.write_text(policy.read_text().replace("aid.crews]", "aid.crews, aid.beds]"))
+        wanted.append(Wanted("birch", "beds", gives=False))
+    async with (
+        city(tmp_path, "ash", aid=options_of(tmp_path, "ash", guard=guards["ash"])) as ash,
+        city(tmp_path, "birch", aid=options_of(tmp_path, "birch", guard=guards["birch"])) as birch,
+    ):
+        with pytest.raises(FederationError) as caught:
+            await ask(ash, {"birch": birch}, *wanted)
+        assert caught.value.reason is Reason.OUTSIDE_ENVELOPE
+        assert caught.value.metadata["city"] == who
+        for one in (ash, birch):
+            assert not [h for h in desk_of(one).all() if h.state is not State.LAPSED]
+            assert desk_of(one).book.given_at(0) == desk_of(one).book.taken_at(0) == {}
+
+
+# -- crashes and partitions ------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def doomed(folder: Path, name: str, when: str, number: int) -> AsyncIterator[Any]:
+    """A broker in a process that is killed at its n-th record; the process and its address."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.aidserver", str(folder), name, when, str(number),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+        yield process, address
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def standing(folder: Path, name: str) -> dict[str, State]:
+    """How promises stand on a city's disk."""
+    where = write_city(folder, name).trail
+    if not where.is_dir() or not any(where.glob("*.jsonl")):
+        return {}
+    return {id_: held.state for id_, held in book_of(name, where).held.items()}
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "before", "after"),
+    [
+        # birch has its offer on disk, and dies before it says it: ash has not asked for it any more
+        ("after", 1, ({}, State.OFFERED), State.LAPSED),
+        # birch dies as the acceptance comes: ash is in doubt, and birch is told again
+        ("before", 2, (State.ACCEPTED, State.OFFERED), State.BOUND),
+        # birch has written that both are bound, and has not said so
+        ("after", 2, (State.ACCEPTED, State.BOUND), State.BOUND),
+    ],
+)
+@told
+async def test_a_giver_that_is_killed_leaves_both_bound_or_neither(
+    tmp_path: Path, when: str, number: int, before: tuple[Any, State], after: State
+) -> None:
+    options_of(tmp_path, "ash")  # makes the keys
+    async with city(tmp_path, "ash") as ash:
+        async with doomed(tmp_path, "birch", when, number) as (process, address):
+            with pytest.raises(FederationError) as caught:
+                await seek(
+                    desk_of(ash),
+                    [POWER],
+                    {"birch": address},
+                    0,
+                    PERIODS,
+                    PURPOSE,
+                    60.0,
+                    link=LINKED,
+                )
+            assert caught.value.reason in (
+                Reason.UNREACHABLE,
+                Reason.MEMBER_LOST,
+                Reason.TWIN_FAILED,
+            )
+            assert await process.wait() == -9
+        assert desk_of(ash).book.taken_at(0) == {}
+        assert set(standing(tmp_path, "birch").values()) == {before[1]}
+        assert {h.state for h in desk_of(ash).all()} == ({before[0]} if before[0] else set())
+        async with city(tmp_path, "birch") as birch:
+            async with Envoy(desk_of(ash), "birch", birch.address, LINKED) as envoy:
+                await envoy.reconcile()
+            if not before[0]:  # birch asks in its turn
+                async with Envoy(
+                    desk_of(birch),
+                    "ash",
+                    ash.address,
+                    replace(LINKED, identity="spiffe://birch/peer/broker"),
+                ) as envoy:
+                    await envoy.reconcile()
+            assert {h.state for h in desk_of(birch).all()} == {after}
+            assert {h.state for h in desk_of(ash).all()} <= {after}
+            here, there = desk_of(ash).book.taken_at(0), desk_of(birch).book.given_at(0)
+            assert here == there
+            assert bool(here) is (after is State.BOUND)
+            assert desk_of(birch).book.kept("power", 0, HOUR_NS) == there.get("power", 0.0)
+
+
+LINKED = replace(LINK, identity="spiffe://ash/peer/broker")
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "before"),
+    [
+        # ash has its acceptance on disk, and dies before it says it
+        ("after", 1, (State.ACCEPTED, State.OFFERED)),
+        # ash dies as it hears that both are bound
+        ("before", 2, (State.ACCEPTED, State.BOUND)),
+    ],
+)
+@told
+async def test_a_taker_that_is_killed_asks_when_it_is_back(
+    tmp_path: Path, when: str, number: int, before: tuple[State, State]
+) -> None:
+    options_of(tmp_path, "ash")
+    async with city(tmp_path, "birch") as birch:
+        async with doomed(tmp_path, "ash", when, number) as (process, address):
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub: aid_pb2_grpc.AidAsyncStub = aid_pb2_grpc.AidStub(channel)
+                request = aid_pb2.SeekRequest(
+                    addresses={"birch": birch.address}, periods_ns=PERIODS, purpose=PURPOSE
+                )
+                request.lines.add(city="birch", good="power", way=REQUEST.WAY_GIVE)
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stub.Seek(request)
+            assert await process.wait() == -9
+        assert set(standing(tmp_path, "ash").values()) == {before[0]}
+        assert {h.state for h in desk_of(birch).all()} == {before[1]}
+        async with city(tmp_path, "ash") as ash:
+            assert desk_of(ash).book.taken_at(0) == {}  # it does not count on what it can't know
+            for _ in range(2):  # and to ask twice changes nothing
+                async with Envoy(desk_of(ash), "birch", birch.address, LINKED) as envoy:
+                    await envoy.reconcile()
+                assert {h.state for h in (*desk_of(ash).all(), *desk_of(birch).all())} == {
+                    State.BOUND
+                }
+                assert desk_of(ash).book.taken_at(0) == desk_of(birch).book.given_at(0) != {}
+            assert len(desk_of(ash).all()) == len(desk_of(birch).all()) == 1
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@told
+async def test_after_a_partition_both_hold_the_same_and_what_came_too_late_holds_for_nobody(
+    tmp_path: Path, is_late: bool
+) -> None:
+    """The link goes down right after birch has offered; it is back in time, or after the expiry."""
+    clock = Clock()
+    aid = {name: options_of(tmp_path, name, clock_ns=clock) for name in ("ash", "birch")}
+    async with (
+        city(tmp_path, "ash", aid=aid["ash"]) as ash,
+        city(tmp_path, "birch", aid=aid["birch"]) as birch,
+    ):
+        line = Proxy(int(birch.address.rpartition(":")[2]), lambda blow: None)
+        await line.start()
+        desk, target = desk_of(ash), line.target
+        hear, loop = desk.hear, asyncio.get_running_loop()
+
+        def cut(*what: Any) -> Any:
+            desk.hear = hear  # type: ignore[method-assign]
+            line.target = 1  # nobody listens there
+            loop.call_soon_threadsafe(line.cut)
+            return hear(*what)
+
+        desk.hear = cut  # type: ignore[method-assign]
+        with pytest.raises(FederationError):
+            await seek(
+                desk,
+                [POWER],
+                {"birch": f"127.0.0.1:{line.port}"},
+                0,
+                PERIODS,
+                PURPOSE,
+                60.0,
+                link=replace(LINKED, answer_timeout_s=1.0),
+            )
+        assert [h.state for h in desk.all()] == [State.ACCEPTED]
+        assert [h.state for h in desk_of(birch).all()] == [State.OFFERED]
+        assert desk.book.taken_at(0) == desk_of(birch).book.given_at(0) == {}
+        clock.pass_s(61.0 if is_late else 59.0)
+        line.target = target
+        async with Envoy(desk, "birch", f"127.0.0.1:{line.port}", LINKED) as envoy:
+            await envoy.reconcile()
+            await envoy.reconcile()
+        expected = State.LAPSED if is_late else State.BOUND
+        assert {h.state for h in (*desk.all(), *desk_of(birch).all())} == {expected}
+        assert desk.book.taken_at(0) == desk_of(birch).book.given_at(0)
+        assert bool(desk.book.taken_at(0)) is not is_late
+        await line.stop()
+
+
+@told
+async def test_a_word_that_a_city_has_not_signed_is_not_believed(tmp_path: Path) -> None:
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        await ask(ash, {"birch": birch}, POWER)
+        (held,) = desk_of(ash).all()
+        forged = replace(held.offer, signature=bytes(64))
+        for deed, by in ((forged, "birch"), (held.offer, "cedar"), (held.offer, "")):
+            with pytest.raises(FederationError) as caught:
+                desk_of(ash).hear([deed], by)
+            assert caught.value.reason is Reason.NOT_AUTHORISED
+        unasked = Terms(
+            "birch", "ash", "power", "MW", 0, (HOUR_NS,), (1.0,), (1e6,), 1 << 62, "n" * 16
+        )
+        deeds = desk_of(birch).offer([(unasked, [99.0])])
+        said = desk_of(ash).hear(deeds, "birch")
+        assert [d.why for d in said] == ["nobody has asked for it"]
+        assert unasked.id not in desk_of(ash).book.held
+
+
+# -- what came of it -------------------------------------------------------------------------
+
+
+@told
+async def test_both_put_on_record_what_was_delivered_and_a_difference_is_stated(
+    tmp_path: Path,
+) -> None:
+    from federation.__main__ import parser
+    from federation.aiding import line_of, table_of
+
+    powers = {
+        "ash": partial(Power, "12 8", 40, 25, 9), "birch": partial(Power, "30 14 9 6", 35, 18, 12),
+    }  # fmt: skip
+    wards = {"ash": partial(Ward, 30), "birch": partial(Ward, 12)}
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        both = {"ash": ash, "birch": birch}
+        found = await ask(ash, {"birch": birch}, POWER, CREWS)
+        power, crews = found.commitments
+        runs = {}
+        for name, broker in both.items():
+            scenario = load(write_city(tmp_path, name).scenario)
+            async with present(broker.address, power=powers[name], ward=wards[name]):  # type: ignore[arg-type]
+                await broker.members_ready(("power", "ward"), 10)
+                live, task = await broker.begin(scenario, case_of(scenario), None)
+                await task
+                runs[name] = live.name
+
+        async def settle(name: str, id_: str, variable: str) -> aid_pb2.Commitment:
+            other = birch if name == "ash" else ash
+            async with grpc.aio.insecure_channel(both[name].address) as channel:
+                stub: aid_pb2_grpc.AidAsyncStub = aid_pb2_grpc.AidStub(channel)
+                request = aid_pb2.SettleRequest(
+                    commitment=id_, run=runs[name], variable=variable, address=other.address
+                )
+                return (await stub.Settle(request)).commitment
+
+        first = await settle("birch", power, "power.sent")
+        assert list(first.delivered) == [5.0, 5.0, 4.0, 4.0, 4.0, 4.0]
+        assert not first.is_settled
+        second = await settle("ash", power, "power.received")
+        assert list(second.delivered) == [5.0, 5.0, 3.5, 3.5, 3.5, 3.5]
+        assert list(second.delivered_there) == list(first.delivered)
+        price = found.price_usd[POWER]
+        owed = sum(p * d for p, d in zip(price, second.delivered, strict=True))
+        assert second.due_usd == pytest.approx(owed)
+        assert second.due_there_usd - second.due_usd == pytest.approx(0.5 * sum(price[2:]))
+        assert not second.is_settled
+        assert "THEY DIFFER BY" in table_of(second)
+        # and where both mean the same, it is settled on both sides
+        await settle("birch", crews, "power.sent")
+        await settle("ash", crews, "power.sent")
+        for broker in both.values():
+            held = desk_of(broker).book.held[crews]
+            assert held.is_settled
+            assert not desk_of(broker).book.held[power].is_settled
+        assert "birch gives ash" in line_of(second)
+    for name in both:
+        where = write_city(tmp_path, name).trail
+        assert trail.verify(where) == []
+        lines = (where / "00000001.jsonl").read_text().splitlines()
+        (where / "00000001.jsonl").write_text("\n".join(lines).replace("5.0", "6.0", 1) + "\n")
+        assert trail.verify(where)[0].what == "altered"
+    parser().parse_args(["aid", "seek", "--city", "birch=127.0.0.1:1", "--take", "power"])
+
+
+def test_the_mean_over_a_period_weighs_what_held_by_how_long() -> None:
+    hour = HOUR_NS
+    # 0 until 0:30, then 4 until 1:15, then 8
+    found = means([hour // 2, hour + hour // 4], [4.0, 8.0], 0, (hour, hour, hour))
+    assert found.tolist() == [2.0, 7.0, 8.0]
+    assert means([], [], 0, (hour,)).tolist() == [0.0]
+    assert means([5 * hour], [3.0], 0, (hour,)).tolist() == [0.0]
+    assert means([0, 0, hour], [1.0, 2.0, 3.0], hour, (hour,)).tolist() == [3.0]
+
+
+# -- the guard of promises -------------------------------------------------------------------
+
+RULES = """
+version: 1
+owners: {{power: utility}}
+cut_min: 10
+life_min: 10
+bundles: {{at_most: 5, within_min: 60}}
+setpoints_at_most: 5
+members_at_most: 2
+recovery: {{name: safe, lease_min: 60, returns_after: 1}}
+aid:
+  power:
+    {{cities: [ash], gives_at_most: {most}, takes_at_most: 0, for_at_most_h: 12, usd_at_most: 0}}
+  crews:
+    cities: [ash, cedar]
+    gives_at_most: 3
+    takes_at_most: 3
+    for_at_most_h: 4
+    usd_at_most: 900
+"""
+
+
+def promise(**more: object) -> Terms:
+    made = Terms("birch", "ash", "power", "MW", 0, (HOUR_NS,) * 2, (4.0, 6.0), (30.0,) * 2, 9, "n")
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+def taken(**more: object) -> Terms:
+    return promise(giver="ash", taker="birch", **more)
+
+
+@pytest.mark.parametrize(
+    ("terms", "gives", "besides", "why"),
+    [
+        (promise(), True, (0.0, 0.0), ""),
+        (promise(), True, (6.0, 4.0), ""),
+        (promise(), True, (0.0, 4.5), "10.5 MW would be given at once; at most 10"),
+        (promise(taker="cedar"), True, (0.0, 0.0), "cedar is none of the cities"),
+        (promise(good="beds"), True, (0.0, 0.0), "beds has no rule"),
+        (taken(), False, (0.0, 0.0), "would be taken at once; at most 0"),
+        (promise(good="crews", periods_ns=(HOUR_NS, 4 * HOUR_NS), quantity=(1.0, 2.0)), True,
+         (0.0, 0.0), "it is for 5 h; at most 4"),
+        (taken(good="crews", quantity=(1.0, 2.0), price_usd=(400.0, 300.0)), False,
+         (0.0, 0.0), "it may cost 1000 USD; at most 900"),
+    ],
+)  # fmt: skip
+def test_the_guard_holds_a_promise_to_its_owners_rules(
+    terms: Terms, gives: bool, besides: tuple[float, ...], why: str
+) -> None:
+    guard = PledgeGuard(rules.parse(RULES.format(most=10)), dict)
+    found = guard.judge(terms, gives, besides)
+    assert [why in sentence for _, sentence in found] == ([True] if why else [])
+
+
+@told
+async def test_a_broker_whose_guard_has_rules_promises_within_them(tmp_path: Path) -> None:
+    aid = options_of(
+        tmp_path, "birch", guard=lambda _: PledgeGuard(rules.parse(RULES.format(most=9)), dict)
+    )
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch", aid=aid) as birch:
+        with pytest.raises(FederationError) as caught:
+            await ask(ash, {"birch": birch}, POWER)
+        assert caught.value.reason is Reason.OUTSIDE_ENVELOPE
+        assert caught.value.metadata["rules"] == "aid:power"
+        assert "MW" not in caught.value.message  # the rule's name, and not what it says
+        assert desk_of(birch).all() == ()
+
+
+def test_goods_that_make_no_sense_are_refused_by_their_line() -> None:
+    for text, why in (
+        ("goods: {}", "version"),
+        ("version: 1\ngoods: {Power: {unit: MW}}", "no name of a good"),
+        ("version: 1\ngoods:\n  power: {unit: MW, gives: {port: export}}", "line 3"),
+        (
+            'version: 1\ngoods:\n  a:\n    unit: "1"\n'
+            "    gives: [{most: 1, usd_per_h: 9}, {most: 1, usd_per_h: 8}]",
+            "dearer",
+        ),
+        ('version: 1\ngoods:\n  a: {unit: "1", takes: [{most: .nan, usd_per_h: 9}]}', "line 3"),
+    ):
+        with pytest.raises(FederationError) as caught:
+            read_estate(text)
+        assert why in caught.value.message

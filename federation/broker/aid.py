@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 
 from federation.broker.store import Store
 from federation.core.aid import Held, State
 from federation.core.ledger import Record
-from federation.errors import FederationError, Reason, ScenarioError
-from federation.peer.aid import HOLD_S, AidDesk
-from federation.peer.bargaining import Envoy, Wanted, seek
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.peer.measure import means
-from federation.plan.bargain import TOLERANCE
 from federation.twin import Vector
 from federation.v1 import aid_pb2, aid_pb2_grpc, peer_pb2
 from federation.wire.aid import encode_terms
 from federation.wire.link import LinkOptions
 from federation.wire.status import refusing
 
-SERVICE = aid_pb2.DESCRIPTOR.services_by_name["Aid"].full_name
+# Who gives no aid needs no solver.
+if TYPE_CHECKING:
+    from federation.peer.aid import AidDesk
 
 _STATES = {
     State.OFFERED: aid_pb2.Commitment.STATE_OFFERED,
@@ -32,10 +32,17 @@ _STATES = {
 
 
 class AidService(aid_pb2_grpc.AidServicer):
-    """Serves a city's desk to its own people. `link` says how other cities are spoken to."""
+    """Serves a city's desk to its own people, if it has one. `link` says how other cities are
+    spoken to."""
 
-    def __init__(self, desk: AidDesk, store: Store, link: Callable[[], LinkOptions]) -> None:
-        self._desk, self._store, self._link = desk, store, link
+    def __init__(self, desk: AidDesk | None, store: Store, link: Callable[[], LinkOptions]) -> None:
+        self._any_desk, self._store, self._link = desk, store, link
+
+    @property
+    def _desk(self) -> AidDesk:
+        if self._any_desk is None:
+            raise TwinError(Reason.UNSUPPORTED, "this broker was told of no aid: give it --aid")
+        return self._any_desk
 
     async def Seek(  # noqa: N802
         self,
@@ -43,6 +50,11 @@ class AidService(aid_pb2_grpc.AidServicer):
         context: grpc.aio.ServicerContext[aid_pb2.SeekRequest, aid_pb2.SeekResponse],
     ) -> aid_pb2.SeekResponse:
         async with refusing(context):
+            desk = self._desk
+            from federation.peer.aid import HOLD_S
+            from federation.peer.bargaining import Wanted, seek
+            from federation.plan.bargain import TOLERANCE
+
             ways = {peer_pb2.BargainRequest.WAY_GIVE, peer_pb2.BargainRequest.WAY_TAKE}
             if any(line.way not in ways for line in request.lines):
                 raise ScenarioError(Reason.SCENARIO_INVALID, "say of each line which way it goes")
@@ -55,7 +67,7 @@ class AidService(aid_pb2_grpc.AidServicer):
             has_hold = request.HasField("hold_duration")
             hold_s = request.hold_duration.ToNanoseconds() / 1e9 if has_hold else HOLD_S
             agreement = await seek(
-                self._desk,
+                desk,
                 wanted,
                 dict(request.addresses),
                 request.start_ns,
@@ -66,7 +78,7 @@ class AidService(aid_pb2_grpc.AidServicer):
                 self._link(),
             )
             return aid_pb2.SeekResponse(
-                commitments=[self._told(self._desk.held(id_)) for id_ in agreement.commitments],
+                commitments=[self._told(desk.held(id_)) for id_ in agreement.commitments],
                 cost_usd=agreement.cost_usd,
                 bound_usd=agreement.bound_usd,
                 gap=agreement.gap,
@@ -93,13 +105,12 @@ class AidService(aid_pb2_grpc.AidServicer):
         context: grpc.aio.ServicerContext[aid_pb2.ReconcileRequest, aid_pb2.ReconcileResponse],
     ) -> aid_pb2.ReconcileResponse:
         async with refusing(context):
-            async with Envoy(self._desk, request.city, request.address, self._link()) as envoy:
+            desk = self._desk
+            from federation.peer.bargaining import Envoy
+
+            async with Envoy(desk, request.city, request.address, self._link()) as envoy:
                 await envoy.reconcile()
-            between = [
-                held
-                for held in self._desk.all()
-                if held.terms.other(self._desk.city) == request.city
-            ]
+            between = [h for h in desk.all() if h.terms.other(desk.city) == request.city]
             return aid_pb2.ReconcileResponse(commitments=list(map(self._told, between)))
         raise AssertionError("abort raises")
 
@@ -110,6 +121,8 @@ class AidService(aid_pb2_grpc.AidServicer):
     ) -> aid_pb2.SettleResponse:
         async with refusing(context):
             desk = self._desk
+            from federation.peer.bargaining import Envoy
+
             terms = desk.held(request.commitment).terms
             entity = request.entity if request.HasField("entity") else None
             run = await asyncio.to_thread(self._store.run, request.run)

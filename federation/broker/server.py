@@ -32,6 +32,7 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from federation.broker.aid import AidService
 from federation.broker.branches import Attempt, Branches, Tried
 from federation.broker.cuts import Cuts
 from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, substitute_of
@@ -80,6 +81,8 @@ from federation.scenario.spec import (
 from federation.scenario.study import cases
 from federation.twin import HOUR_NS
 from federation.v1 import (
+    aid_pb2,
+    aid_pb2_grpc,
     broker_pb2,
     broker_pb2_grpc,
     control_pb2,
@@ -113,7 +116,11 @@ SERVICES = tuple(
     )
 )
 
-PEER_SERVICES = (SERVICE, peer_pb2.DESCRIPTOR.services_by_name["Peers"].full_name)
+PEER_SERVICES = (
+    SERVICE,
+    peer_pb2.DESCRIPTOR.services_by_name["Peers"].full_name,
+    aid_pb2.DESCRIPTOR.services_by_name["Aid"].full_name,
+)
 """What a broker serves besides when it has an export policy."""
 
 PAGE_SIZE = 100
@@ -267,8 +274,10 @@ class BrokerServer:
             )
             services += PEER_SERVICES
             gate.register(server)
+            aid_pb2_grpc.add_AidServicer_to_server(
+                AidService(self.aid, self.store, self._link_options), server
+            )
             if self.aid is not None:
-                services += self._open_aid(self.aid, server)
                 stack.callback(self.aid.close)
             stack.push_async_callback(gate.stop)
         elif options.aid is not None:
@@ -325,15 +334,6 @@ class BrokerServer:
             GateOptions(options.max_message_bytes, takes_claims),
             parlour,
         )
-
-    def _open_aid(self, desk: AidDesk, server: grpc.aio.Server) -> tuple[str, ...]:
-        """Serve the city's desk to its own people."""
-        from federation.broker import aid
-        from federation.v1 import aid_pb2_grpc
-
-        service = aid.AidService(desk, self.store, self._link_options)
-        aid_pb2_grpc.add_AidServicer_to_server(service, server)
-        return (aid.SERVICE,)
 
     async def _find_for_city(self, name: str, member: Member, errand: Errand) -> Link | None:
         """A member of the city where it is registered or has its address; else None."""

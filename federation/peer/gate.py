@@ -375,7 +375,7 @@ class Gate(peer_pb2_grpc.PeersServicer):
             return _answer(found, self.policy.version)
         raise AssertionError("abort raises")
 
-    async def Bargain(  # noqa: N802
+    async def Bargain(  # type: ignore[override]  # noqa: N802 - it reads and writes by itself
         self,
         request_iterator: object,
         context: grpc.aio.ServicerContext[peer_pb2.BargainRequest, peer_pb2.BargainResponse],

@@ -227,7 +227,7 @@ def _columns(joined: Joined, outlet: Outlet, port: Port) -> NDArray[np.int64]:
     """The columns of the joined problem, by entity and period."""
     first = joined.owners[outlet.member][0].start
     rows = [i for i, entity in enumerate(port.entities) if outlet.entity in ("", entity)]
-    return port.columns[rows] + first
+    return np.asarray(port.columns[rows] + first, dtype=np.int64)
 
 
 def _bad(line: Line, text: str) -> ScenarioError:

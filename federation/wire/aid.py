@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -16,6 +16,54 @@ from federation.wire.codec import decode_vector
 MOST_DEEDS = 256
 MOST_TEXT = 400
 """Characters of a name, a nonce or a reason."""
+
+KINDS: Mapping[str, str] = {
+    "BargainRequest.number": "number of a message",
+    "BargainRequest.Open.purpose": "what for",
+    "BargainRequest.Open.start_ns": "instant or period",
+    "BargainRequest.Open.periods_ns": "instant or period",
+    "BargainRequest.Line.good": "name of a good",
+    "BargainRequest.Line.unit": "unit",
+    "BargainRequest.Line.way": "direction",
+    "BargainRequest.Prices.usd": "price",
+    "BargainRequest.Quotas.quantity": "boundary quantity",
+    "BargainRequest.Draft.quantity": "boundary quantity",
+    "BargainRequest.Draft.price_usd": "price",
+    "BargainRequest.Draft.nonce": "id",
+    "BargainRequest.Draft.gap": "gap of the plan",
+    "BargainResponse.number": "number of a message",
+    "BargainResponse.Stake.high": "boundary quantity",
+    "BargainResponse.Stake.parts": "which quantities depend on each other",
+    "BargainResponse.Stake.whole": "which goods are whole things",
+    "BargainResponse.Stake.rounds": "limit of the conversation",
+    "BargainResponse.Offer.cost_usd": "cost beyond exchanging nothing",
+    "BargainResponse.Offer.quantity": "boundary quantity",
+    "BargainResponse.Consent.is_possible": "yes or no",
+    "BargainResponse.Consent.cost_usd": "cost beyond exchanging nothing",
+    "BargainResponse.Consent.quantity": "boundary quantity",
+    "BargainResponse.Consent.worth_usd": "price",
+    "Terms.giver": "name of a city",
+    "Terms.taker": "name of a city",
+    "Terms.good": "name of a good",
+    "Terms.unit": "unit",
+    "Terms.start_ns": "instant or period",
+    "Terms.periods_ns": "instant or period",
+    "Terms.quantity": "boundary quantity",
+    "Terms.price_usd": "price",
+    "Terms.nonce": "id",
+    "Deed.word": "word of a promise",
+    "Deed.commitment": "id",
+    "Deed.by": "name of a city",
+    "Deed.why": "why not",
+    "Deed.delivered": "boundary quantity",
+    "Deed.signature": "signature",
+    # of google.protobuf, in drafts, stakes and terms
+    "google.protobuf.Duration.seconds": "limit of the conversation",
+    "google.protobuf.Duration.nanos": "limit of the conversation",
+    "google.protobuf.Timestamp.seconds": "expiry",
+    "google.protobuf.Timestamp.nanos": "expiry",
+}
+"""Every field that crosses the border in a bargain and in what follows it, and what it is."""
 
 _WORDS = {
     Word.OFFER: peer_pb2.Deed.WORD_OFFER,
@@ -130,3 +178,17 @@ def check_finite(number: float, what: str) -> float:
 def _check_text(text: str) -> None:
     if len(text) > MOST_TEXT or not all(map(str.isprintable, text)):
         raise TwinError(Reason.WRONG_SHAPE, f"{text[:40]!r} is no name and no sentence")
+
+
+def markdown() -> str:
+    """The table of what crosses the border, for a person."""
+    of: dict[tuple[str, str], list[str]] = {}
+    for name, kind in KINDS.items():
+        message, _, field = name.rpartition(".")
+        of.setdefault((message, kind), []).append(field)
+    rows = [f"| `{message}` | {', '.join(some)} | {kind} |" for (message, kind), some in of.items()]
+    return "\n".join(["| message | fields | what it is |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(markdown())
