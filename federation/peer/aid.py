@@ -143,8 +143,8 @@ class AidDesk:
         return found
 
     def all(self) -> tuple[Held, ...]:
-        with self.lock:
-            return tuple(self.book.held.values())
+        """Every promise, in the order in which they came; waits for nobody."""
+        return tuple(self.book.held.values())
 
     def besides(self, good: str, gives: bool, start_ns: int, periods_ns: Sequence[int]) -> Vector:
         """What is kept for others of a good, or is sure to come, in each period."""
@@ -188,6 +188,12 @@ class AidDesk:
             now_ns = self.now_ns
             self._asked_for = {t: u for t, u in self._asked_for.items() if u > now_ns}
             self._asked_for[_undated(terms)] = now_ns + round(within_s * 1e9)
+
+    def forget(self, some: Iterable[Terms]) -> None:
+        """Expect these offers no more."""
+        with self.lock:
+            for terms in some:
+                self._asked_for.pop(_undated(terms), None)
 
     def hear(self, deeds: Iterable[Deed], by: str) -> tuple[Deed, ...]:
         """Take what a city has said; what is to be said to it.

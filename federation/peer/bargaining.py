@@ -492,7 +492,8 @@ async def seek(
     """Bargain with other cities for what costs all of them together least, and bind them to it.
 
     Fails with NO_PLAN when nothing is agreed on, UNKNOWN_MEMBER when a city has no address, and as
-    the cities do; what was offered until then is declined.
+    the cities do; what was offered until then is declined. When a city is lost while they sign,
+    the desk has what stands, and `Envoy.reconcile` finds out what became of the rest.
     """
     options = link or LinkOptions()
     periods_ns = tuple(periods_ns)
@@ -666,9 +667,7 @@ class _Deal:
         gifts = [(terms_of(n, desk.now_ns + round(hold_s * 1e9)), self._ends.most[n].tolist())
                  for n in some if not self._wanted[n].gives]  # fmt: skip
         taken = [terms_of(n, 0) for n in some if self._wanted[n].gives]
-        await asyncio.to_thread(_confirmed, desk, [terms for terms, _ in gifts], taken)
-        for terms in taken:
-            desk.expect(terms, hold_s)
+        await asyncio.to_thread(_prepare, desk, [terms for terms, _ in gifts], taken, hold_s)
         active = [p for p in self._partners if self._quantity[p.rows].any()]
         offers: dict[str, tuple[Deed, ...]] = {}
         try:
@@ -677,6 +676,7 @@ class _Deal:
                 offers[partner.envoy.city] = told
             mine = await asyncio.to_thread(desk.offer, gifts)
         except FederationError as error:
+            await asyncio.to_thread(desk.forget, taken)
             await self._decline(active, offers, error)
             raise
         for partner in active:
@@ -738,12 +738,14 @@ class _Deal:
                     continue
 
 
-def _confirmed(desk: AidDesk, given: Sequence[Terms], taken: Sequence[Terms]) -> None:
-    """Ask this city's guard before others are asked to keep anything."""
+def _prepare(desk: AidDesk, given: Sequence[Terms], taken: Sequence[Terms], hold_s: float) -> None:
+    """Ask this city's guard before others are asked to keep anything, and expect their offers."""
     for terms in given:
         desk.check_guard(terms, gives=True)
     for terms in taken:
         desk.check_guard(terms, gives=False)
+    for terms in taken:
+        desk.expect(terms, hold_s)
 
 
 def _encode_offer(offer: Offer | Consent) -> Response.Offer:

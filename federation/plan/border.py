@@ -29,6 +29,9 @@ from federation.twin import LinearBlock, Port, Vector
 DUST = 1e-6
 """Less than this of anything is nothing: the last digits of a solver."""
 
+USD_DIGITS, DIGITS = 4, 9
+"""Digits behind the point of what costs and quantities are told in."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outlet:
@@ -168,7 +171,9 @@ class Discreet:
         answer = self.owner.answer(question)
         if answer.cost_usd is None:
             return answer
-        return replace(answer, cost_usd=answer.cost_usd - self._alone)
+        # the last digits of a difference tell how large the two were
+        cost_usd = np.round(answer.cost_usd - self._alone, USD_DIGITS) + 0.0
+        return replace(answer, cost_usd=cost_usd, quantity=np.round(answer.quantity, DIGITS) + 0.0)
 
 
 def wholes(quantity: Vector, is_whole: NDArray[np.bool_]) -> list[Vector]:

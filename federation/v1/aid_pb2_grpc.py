@@ -67,7 +67,9 @@ class AidServicer:
         """Bargains with other cities for what costs all of them together least, and binds them to it.
         Lines on which nothing comes to be given have no commitment.
 
-        Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`).
+        Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`). When
+        a city is lost while they sign (UNREACHABLE, MEMBER_LATE), `ListCommitments` says what is on
+        record, and `Reconcile` finds out what became of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

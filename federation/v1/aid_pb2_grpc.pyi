@@ -39,7 +39,9 @@ class AidStub:
     """Bargains with other cities for what costs all of them together least, and binds them to it.
     Lines on which nothing comes to be given have no commitment.
 
-    Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`).
+    Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`). When
+    a city is lost while they sign (UNREACHABLE, MEMBER_LATE), `ListCommitments` says what is on
+    record, and `Reconcile` finds out what became of it.
     """
     ListCommitments: _grpc.UnaryUnaryMultiCallable[_aid_pb2.ListCommitmentsRequest, _aid_pb2.ListCommitmentsResponse]
     """Everything that was promised, in the order in which it was."""
@@ -66,7 +68,9 @@ class AidAsyncStub(AidStub):
     """Bargains with other cities for what costs all of them together least, and binds them to it.
     Lines on which nothing comes to be given have no commitment.
 
-    Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`).
+    Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`). When
+    a city is lost while they sign (UNREACHABLE, MEMBER_LATE), `ListCommitments` says what is on
+    record, and `Reconcile` finds out what became of it.
     """
     ListCommitments: _aio.UnaryUnaryMultiCallable[_aid_pb2.ListCommitmentsRequest, _aid_pb2.ListCommitmentsResponse]  # type: ignore[assignment]
     """Everything that was promised, in the order in which it was."""
@@ -96,7 +100,9 @@ class AidServicer(metaclass=_abc_1.ABCMeta):
         """Bargains with other cities for what costs all of them together least, and binds them to it.
         Lines on which nothing comes to be given have no commitment.
 
-        Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`).
+        Fails with NO_PLAN when they agree on nothing, and as the cities do (see `Peers.Bargain`). When
+        a city is lost while they sign (UNREACHABLE, MEMBER_LATE), `ListCommitments` says what is on
+        record, and `Reconcile` finds out what became of it.
         """
 
     @_abc_1.abstractmethod
