@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -37,10 +37,12 @@ from federation.twin import HOUR_NS, LinearBlock
 from federation.v1 import aid_pb2, aid_pb2_grpc, peer_pb2, peer_pb2_grpc
 from federation.wire import serve, status
 from federation.wire.aid import KINDS
+from federation.wire.authority import Authority
 from federation.wire.caller import claim
 from federation.wire.codec import encode_vector
 from federation.wire.link import LinkOptions
 from federation.wire.malformed import SoundRequests
+from federation.wire.party import Part
 from tests.aidcities import (
     PERIODS,
     PURPOSE,
@@ -53,6 +55,7 @@ from tests.aidcities import (
 )
 from tests.chaos.proxy import Proxy
 from tests.cities import Grid
+from tests.guises import guise
 from tests.test_broker import present
 from tests.test_peers import case_of
 from tests.test_wire import LOOP
@@ -296,6 +299,10 @@ async def speaking(
                 await call.write(peer_pb2.BargainRequest(number=number, **what))  # type: ignore[arg-type]
                 answer = await call.read()
             except grpc.aio.AioRpcError as error:
+                raise status.from_rpc(error, "birch") from None
+            except asyncio.InvalidStateError:  # it was over before anything was said
+                ended = (await call.trailing_metadata(), await call.details())
+                error = grpc.aio.AioRpcError(await call.code(), grpc.aio.Metadata(), *ended)
                 raise status.from_rpc(error, "birch") from None
             assert isinstance(answer, peer_pb2.BargainResponse), await call.code()
             return answer
@@ -780,6 +787,32 @@ async def test_a_word_that_a_city_has_not_signed_is_not_believed(tmp_path: Path)
         said = desk_of(ash).hear(deeds, "birch")
         assert [d.why for d in said] == ["nobody has asked for it"]
         assert unasked.id not in desk_of(ash).book.held
+
+
+@told
+async def test_over_mutual_tls_a_city_is_who_its_certificate_says_it_is(tmp_path: Path) -> None:
+    homes = {}
+    for name in ("ash", "birch"):
+        authority = Authority.create(tmp_path / "ca" / name, name)
+        homes[name] = authority.issue(Part.BROKER, "main")
+    for here, there in (("ash", "birch"), ("birch", "ash")):
+        known = homes[here] / "peers"
+        known.mkdir()
+        certificate = (tmp_path / "ca" / there / "ca.crt").read_bytes()
+        (known / f"{there}.crt").write_bytes(certificate)
+    async with AsyncExitStack() as stack:
+        brokers = {}
+        for name, home in homes.items():
+            with guise(home):
+                brokers[name] = await stack.enter_async_context(city(tmp_path, name))
+        with guise(homes["ash"]):
+            await ask(brokers["ash"], {"birch": brokers["birch"]}, POWER)
+        given = desk_of(brokers["birch"]).book.given_at(0)
+        assert given == desk_of(brokers["ash"]).book.taken_at(0) != {}
+        # a claim counts for nothing where there are certificates, and plain text for less
+        with pytest.raises(FederationError):
+            async with speaking(brokers["birch"].address) as say:
+                await say(1, open=opening())
 
 
 # -- what came of it -------------------------------------------------------------------------

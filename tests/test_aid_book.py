@@ -301,6 +301,23 @@ def test_both_are_bound_or_neither_whatever_happens(data: st.DataObject) -> None
         assert here in (State.BOUND, State.LAPSED)
         assert (there is State.BOUND) is (here is State.BOUND)
         assert there in (None, State.BOUND, State.LAPSED)
+    # each says what was delivered, and hears what the other says
+    for id_, agreed in world.terms.items():
+        if giver.state(id_) is State.BOUND:
+            for city in (agreed.giver, agreed.taker):
+                side = world.sides[city]
+                answer = side.book.state_delivered(id_, agreed.quantity, agreed.end_ns)
+                world.say(city, side.do(answer, data.draw(KILLS)))
+    world.heal()
+    for id_, agreed in world.terms.items():
+        for city in (agreed.giver, agreed.taker):
+            held = world.sides[city].book.held.get(id_)
+            if held is not None and held.state is State.BOUND and len(held.stated) == 2:
+                assert held.is_settled
+    for id_, agreed in world.terms.items():
+        books = [world.sides[city].book.held.get(id_) for city in (agreed.giver, agreed.taker)]
+        told = [set() if held is None else set(held.stated) for held in books]
+        assert told[0] == told[1]
     # once more, and everybody from their disks: nothing is any different
     before = {city: dict(side.book.held) for city, side in world.sides.items()}
     for side in world.sides.values():

@@ -173,7 +173,11 @@ class Discreet:
             return answer
         # the last digits of a difference tell how large the two were
         cost_usd = np.round(answer.cost_usd - self._alone, USD_DIGITS) + 0.0
-        return replace(answer, cost_usd=cost_usd, quantity=np.round(answer.quantity, DIGITS) + 0.0)
+        quantity = np.round(answer.quantity, DIGITS) + 0.0
+        if isinstance(answer, Offer):
+            return replace(answer, cost_usd=cost_usd, quantity=quantity)
+        worth_usd = np.round(answer.worth_usd, USD_DIGITS) + 0.0
+        return replace(answer, cost_usd=cost_usd, quantity=quantity, worth_usd=worth_usd)
 
 
 def wholes(quantity: Vector, is_whole: NDArray[np.bool_]) -> list[Vector]:
