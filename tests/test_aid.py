@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
-from federation import trail
+from federation import aiding, trail
+from federation.__main__ import main
+from federation.aiding import line_of, table_of
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.control import rules
 from federation.control.pledge import PledgeGuard
@@ -29,6 +31,8 @@ from federation.peer.bargaining import Agreement, Envoy, Wanted, seek
 from federation.peer.city import City, LocalQuarters
 from federation.peer.estate import FileEstate, read_estate
 from federation.peer.measure import means
+from federation.peer.policy import now
+from federation.peer.standing import declare
 from federation.plan.border import Holding
 from federation.plan.engine import engine_of, optimum_usd
 from federation.plan.joining import join
@@ -257,29 +261,6 @@ async def test_nothing_crosses_the_border_but_what_the_table_names(
             assert len(message.consent.cost_usd) <= 8 * 3 * len(PERIODS)
     print(len(everything), dict(sizes))
     assert len(everything) < 20_000
-
-
-@told
-async def test_what_does_not_touch_the_border_changes_no_byte_that_crosses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Birch has more patients, and nobody hears of it."""
-    told = []
-    for patients in ("12", "900"):
-        folder = tmp_path / patients
-        folder.mkdir()
-        files = write_city(folder, "birch")
-        text = files.scenario.read_text().replace("patients: 12", f"patients: {patients}")
-        files.scenario.write_text(text)
-        recorder = Recorder()
-        monkeypatch.setattr(serve, "SoundRequests", lambda: recorder)  # noqa: B023
-        async with city(folder, "ash") as ash, city(folder, "birch") as birch:
-            await ask(ash, {"birch": birch}, POWER, BACK, CREWS)
-        told.append(
-            [data for name, data in recorder.crossed if name == "BargainResponse"][:-1]
-        )  # the last one has offers, which expire
-    assert len(told[0]) > 4
-    assert told[0] == told[1]
 
 
 # -- who may ask, and how --------------------------------------------------------------------
@@ -523,8 +504,6 @@ async def test_what_is_promised_to_one_city_is_not_promised_to_another(tmp_path:
 @told
 async def test_a_city_that_helps_is_itself_helped_and_both_are_bound(tmp_path: Path) -> None:
     """Ash takes power and gives beds, for which birch has declared an emergency of its own."""
-    from federation.peer.policy import now
-    from federation.peer.standing import declare
 
     files = write_city(tmp_path, "ash")
     gives = 'beds: {unit: "1", whole: true, gives: [{most: 2, usd_per_h: 50}]}'
@@ -822,9 +801,6 @@ async def test_over_mutual_tls_a_city_is_who_its_certificate_says_it_is(tmp_path
 async def test_both_put_on_record_what_was_delivered_and_a_difference_is_stated(
     tmp_path: Path,
 ) -> None:
-    from federation.__main__ import parser
-    from federation.aiding import line_of, table_of
-
     powers = {
         "ash": partial(Power, "12 8", 40, 25, 9), "birch": partial(Power, "30 14 9 6", 35, 18, 12),
     }  # fmt: skip
@@ -877,7 +853,37 @@ async def test_both_put_on_record_what_was_delivered_and_a_difference_is_stated(
         lines = (where / "00000001.jsonl").read_text().splitlines()
         (where / "00000001.jsonl").write_text("\n".join(lines).replace("5.0", "6.0", 1) + "\n")
         assert trail.verify(where)[0].what == "altered"
-    parser().parse_args(["aid", "seek", "--city", "birch=127.0.0.1:1", "--take", "power"])
+
+
+def test_people_seek_list_show_and_reconcile_by_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(aiding, "run", LOOP.run)
+    both = [city(tmp_path, name) for name in ("ash", "birch")]
+    ash, birch = (LOOP.run(one.__aenter__()) for one in both)
+    there = ("--city", f"birch={birch.address}", "--broker", ash.address)
+    capsys.readouterr()
+    what = ("--take", "power", "--take", "crews", "--start-h", "2", "--periods", "3")
+    assert main(["aid", "seek", *there, *what, "--purpose", PURPOSE]) == 0
+    said = capsys.readouterr()
+    power, crews = said.out.splitlines()
+    assert " bound     birch gives ash 17." in power
+    assert power.endswith(" to 18 MW of power from hour 2 for 3 h")
+    assert "birch gives ash 3 crews from hour 2 for 3 h" in crews
+    assert "of the best there is" in said.err
+    assert main(["aid", "list", "--broker", birch.address]) == 0
+    assert capsys.readouterr().out.splitlines() == [power, crews]
+    assert main(["aid", "reconcile", *there]) == 0
+    assert capsys.readouterr().out.splitlines() == [power, crews]
+    assert main(["aid", "show", power.split()[0], "--broker", ash.address]) == 0
+    hours = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert hours == ["2.00", "3.00", "4.00"]
+    assert main(["aid", "show", "nothing", "--broker", ash.address]) == 2
+    refused = ["aid", "seek", *there, "--take", "beds", "--purpose", PURPOSE]
+    assert main(refused) == 2
+    assert "rule beds-in-an-emergency" in capsys.readouterr().err
+    for one in both:
+        LOOP.run(one.__aexit__(None, None, None))
 
 
 def test_the_mean_over_a_period_weighs_what_held_by_how_long() -> None:

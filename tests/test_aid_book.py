@@ -209,6 +209,7 @@ class World:
         self.away: list[tuple[str, Deed]] = []
         self.now = dict.fromkeys(CITIES, 0)
         self.terms: dict[str, Terms] = {}
+        self.settled: dict[tuple[str, str], State] = {}
 
     def say(self, by: str, deeds: Sequence[Deed]) -> None:
         for deed in deeds:
@@ -229,6 +230,15 @@ class World:
                 assert here is State.BOUND
             if there is State.LAPSED:
                 assert here is not State.BOUND
+            for city in (agreed.giver, agreed.taker):
+                # what is settled stays so, and nobody is bound after the offer has expired
+                state = self.sides[city].state(id_)
+                before = self.settled.get((city, id_))
+                assert before in (None, state)
+                if state in (State.BOUND, State.LAPSED):
+                    self.settled[city, id_] = state
+                if before is None and city == "birch" and state is State.BOUND:
+                    assert self.now["birch"] < agreed.expires_ns
         for hour in range(6):
             assert giver.book.kept("power", hour * HOUR_NS, (hour + 1) * HOUR_NS) <= MOST
             promised = giver.book.given_at(hour * HOUR_NS).get("power", 0.0)

@@ -80,6 +80,29 @@ def test_what_is_sure_to_come_is_reckoned_with() -> None:
     assert alone.alone_usd + saved.sum() == pytest.approx(helped.alone_usd, abs=0.01)
 
 
+@given(st.lists(st.floats(0.0, 9e3), min_size=8, max_size=8), st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_what_does_not_touch_the_border_does_not_show_in_an_answer(
+    usd: list[float], seed: int
+) -> None:
+    """One city has a hundred times the patients of the other, all of them with power."""
+    # at a price that is just what a step costs, either of two answers is right
+    apart = np.random.default_rng(seed).uniform(0.001, 0.002, 8)
+    lines, rows = [line(True), line(False)], [0, 4]
+    few, many = (
+        Discreet(ends_of("birch", holding(HELPER, patients), lines, rows).owner)
+        for patients in (10, 1_000)
+    )
+    prices = Prices(1, np.array(usd) + apart)
+    quotas = Quotas(2, {"birch": np.array([*np.array(usd[:4]) / 5e2, 0.0, 0.0, 0.0, 0.0])})
+    for question in (prices, quotas):
+        one, other = few.answer(question), many.answer(question)
+        assert one.cost_usd is not None
+        assert other.cost_usd is not None
+        assert one.cost_usd.tolist() == other.cost_usd.tolist()
+        assert one.quantity.tolist() == other.quantity.tolist()
+
+
 def test_lines_to_two_cities_share_what_goes_by_one_outlet() -> None:
     found = ends_of("birch", holding(HELPER), [line(True), line(True)], [0, 4])
     both = Discreet(found.owner)
