@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -499,6 +500,71 @@ async def test_what_is_promised_to_one_city_is_not_promised_to_another(tmp_path:
         counted = [desk_of(one).book.taken_at(0)["power"] for one in (ash, cedar)]
         assert sum(counted) == pytest.approx(18.0)
         assert all(held.state is State.BOUND for held in desk_of(birch).all())
+
+
+@told
+async def test_a_city_may_seek_of_several_at_once_over_one_line(tmp_path: Path) -> None:
+    """Birch could give 18 MW and cedar 15; the line of ash carries 25."""
+    async with (
+        city(tmp_path, "ash") as ash,
+        city(tmp_path, "birch") as birch,
+        city(tmp_path, "cedar") as cedar,
+    ):
+        there = {"birch": birch, "cedar": cedar}
+        also = Wanted("cedar", "power", gives=True)
+        found = await ask(ash, there, POWER, also)
+        total = np.array(found.quantity[POWER]) + found.quantity[also]
+        assert total.max() <= 25.0 + 1e-6
+        assert min(found.quantity[POWER] + found.quantity[also]) > 0.0
+        assert 0.0 <= found.gap <= 0.005
+        assert found.cost_usd < found.alone_usd
+        for broker in there.values():
+            assert [h.state for h in desk_of(broker).all()] == [State.BOUND]
+        assert len(desk_of(ash).all()) == 2
+
+
+def test_a_line_that_a_crash_has_torn_is_cut_off_and_any_other_damage_is_refused(
+    tmp_path: Path,
+) -> None:
+    options = options_of(tmp_path, "birch")
+    desk = AidDesk("birch", options)
+    for hour in (0, 9):
+        desk.offer([(promise(start_ns=hour * HOUR_NS, expires_ns=1 << 62), [9.0, 9.0])])
+    with pytest.raises(FederationError) as caught:
+        AidDesk("birch", options)
+    assert caught.value.reason is Reason.TRAIL_IN_USE
+    before = desk.all()
+    desk.close()
+    file = options.folder / "00000001.jsonl"
+    whole_file = file.read_bytes()
+    file.write_bytes(whole_file + b'{"number":3,"kind":"ai')
+    again = AidDesk("birch", options)
+    assert again.all() == before
+    assert again.book.kept("power", 0, HOUR_NS) == 4.0
+    again.close()
+    assert trail.verify(options.folder) == []
+    for broken in (whole_file[: len(whole_file) // 2], whole_file.replace(b"30.0", b"31.0", 1)):
+        file.write_bytes(broken)
+        with pytest.raises(FederationError) as caught:
+            AidDesk("birch", options)
+        assert caught.value.reason is Reason.TRAIL_BROKEN
+
+
+@told
+async def test_what_can_not_be_written_down_is_not_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        full = OSError(28, "No space left on device")
+        monkeypatch.setattr(desk_of(birch)._trail, "append", Mock(side_effect=full))
+        for _ in range(2):
+            with pytest.raises(FederationError) as caught:
+                await ask(ash, {"birch": birch}, POWER)
+            assert caught.value.reason is Reason.STORE_FAILED
+            monkeypatch.undo()  # there is room again, and who knows what is on disk
+        assert desk_of(birch).all() == desk_of(ash).all() == ()
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        await ask(ash, {"birch": birch}, POWER)
 
 
 @told

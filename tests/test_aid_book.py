@@ -198,6 +198,7 @@ def test_what_is_no_promise_is_refused(broken: Terms, reason: Reason) -> None:
 
 
 CITIES = ("birch", "ash", "cedar")
+HAPPENS = ["offer", *["hear"] * 4, "twice", "drop", "wait", "tick", "ask"]
 KILLS = st.sampled_from(("", "", "", "before", "after"))
 
 
@@ -263,11 +264,7 @@ def test_both_are_bound_or_neither_whatever_happens(data: st.DataObject) -> None
     world = World()
     giver = world.sides["birch"]
     for number in range(data.draw(st.integers(1, 40))):
-        what = data.draw(
-            st.sampled_from(
-                ["offer", "hear", "hear", "hear", "hear", "twice", "drop", "tick", "ask"]
-            )
-        )
+        what = data.draw(st.sampled_from(HAPPENS))
         if what == "offer":
             made = terms(
                 float(data.draw(st.integers(1, 8))),
@@ -285,9 +282,10 @@ def test_both_are_bound_or_neither_whatever_happens(data: st.DataObject) -> None
             world.say("birch", giver.do(answer, killed)) if not killed else giver.do(answer, killed)
             if made.id in giver.book.held:
                 world.terms[made.id] = made
+        elif what == "wait":  # clocks go as they like
+            world.now[data.draw(st.sampled_from(CITIES))] += data.draw(st.integers(1, 15))
         elif what == "tick":
             city = data.draw(st.sampled_from(CITIES))
-            world.now[city] += data.draw(st.integers(0, 30))  # clocks go as they like
             for answer in world.sides[city].book.tick(world.now[city]):
                 world.say(city, world.sides[city].do(answer, data.draw(KILLS)))
         elif what == "ask":

@@ -103,7 +103,8 @@ class AidDesk:
     """The book of a city with its trail. Only one process at a time may have it.
 
     Fails with TRAIL_IN_USE, and with TRAIL_BROKEN when what is on disk is not what was written;
-    a torn end, of which nobody was told, is cut off.
+    a torn end, of which nobody was told, is cut off. What can't be written down is not said: then
+    everything that would be fails with STORE_FAILED.
     """
 
     def __init__(self, city: str, options: AidOptions) -> None:
@@ -118,6 +119,7 @@ class AidDesk:
         self.guard: AidGuard = NoGuard() if callable(options.guard) else options.guard
         self.book = Book(city, options.identity.attest)
         self.lock = threading.RLock()
+        self._is_sound = True
         self._asked_for: dict[Terms, int] = {}
         """What other cities may offer, without an expiry, and until when it may be accepted."""
         for record in _records(options.folder):
@@ -226,11 +228,17 @@ class AidDesk:
             said = [self._carry_out(self.book.hear(deed, now_ns, (why,))) for deed in deeds]
         return tuple(deed for deeds in said for deed in deeds)
 
-    def tick(self) -> tuple[Deed, ...]:
-        """Withdraw what has expired."""
-        with self.lock:
-            answers = list(self.book.tick(self.now_ns))
-            return tuple(deed for answer in answers for deed in self._carry_out(answer))
+    def tick(self) -> None:
+        """Withdraw what has expired; the next time, when the desk is busy."""
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            for answer in list(self.book.tick(self.now_ns)):
+                self._carry_out(answer)
+        except FederationError as error:
+            _log.error("aid: %s", error)
+        finally:
+            self.lock.release()
 
     def state_delivered(
         self, id_: str, delivered: Sequence[float], run_ns: int
@@ -277,7 +285,14 @@ class AidDesk:
         plain = Entered(
             *(None if deed is None else plain_of(deed) for deed in (record.taken, record.made))
         )
-        self._trail.append(plain, self.now_ns / 1e9)
+        if not self._is_sound:
+            raise _unkept(self.options.folder, "a record before this one")
+        try:
+            self._trail.append(plain, self.now_ns / 1e9)
+        except OSError as error:
+            # half a line may be there: whoever starts again cuts it off
+            self._is_sound = False
+            raise _unkept(self.options.folder, str(error)) from None
 
 
 def _records(folder: Path) -> Iterable[Record]:
@@ -311,6 +326,14 @@ def book_of(city: str, folder: Path) -> Book:
     for line in read(folder):
         book.note(record_of(line))
     return book
+
+
+def _unkept(folder: Path, why: str) -> ScenarioError:
+    return ScenarioError(
+        Reason.STORE_FAILED,
+        f"nothing can be promised before this city's broker is started again: {folder} did not "
+        f"take {why}",
+    )
 
 
 def _undated(terms: Terms) -> Terms:
