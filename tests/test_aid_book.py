@@ -241,7 +241,12 @@ class World:
                 if before is None and city == "birch" and state is State.BOUND:
                     assert self.now["birch"] < agreed.expires_ns
         for hour in range(6):
-            assert giver.book.kept("power", hour * HOUR_NS, (hour + 1) * HOUR_NS) <= MOST
+            kept = sum(
+                held.terms.at(hour * HOUR_NS)
+                for held in giver.book.held.values()
+                if held.state in (State.OFFERED, State.BOUND)
+            )
+            assert kept == giver.book.kept("power", hour * HOUR_NS, (hour + 1) * HOUR_NS) <= MOST
             promised = giver.book.given_at(hour * HOUR_NS).get("power", 0.0)
             counted = sum(
                 self.sides[c].book.taken_at(hour * HOUR_NS).get("power", 0.0) for c in CITIES[1:]
