@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -1090,6 +1090,63 @@ def test_rules_of_aid_that_do_not_fit_the_city_are_refused_by_their_line() -> No
         assert why in caught.value.message
 
 
+def test_a_curve_may_end_where_an_output_of_the_run_says(tmp_path: Path) -> None:
+    """What a city could give is what its grid has to spare, and never more than is written."""
+    files = write_city(tmp_path, "birch")
+    files.goods.write_text(
+        "version: 1\ngoods:\n  power:\n    unit: MW\n    gives:\n"
+        "      - {most_of: grid.spare, usd_per_h: 30}\n"
+        "      - {most_of: grid.more, entity: 1, most: 5, usd_per_h: 90}\n"
+    )
+    values = {("grid", "spare"): np.array([2.5, 4.0]), ("grid", "more"): np.array([9.0, 9.0])}
+    asked = [("power", "MW", True)]
+
+    def most(present: Callable[[str, str], Any]) -> float:
+        holding = FileEstate(files.goods, None, present).holding(asked, 0, (HOUR_NS,))
+        return float(holding.blocks["stock"].high[0])
+
+    def told(member: str, variable: str) -> Any:
+        return values.get((member, variable))
+
+    assert most(told) == 6.5 + 5.0
+    values["grid", "spare"] = np.array([-3.0, 1.0])
+    assert most(told) == 5.0
+    for broken, reason in (
+        (lambda *_: None, Reason.UNKNOWN_VARIABLE),
+        (lambda *_: np.zeros(1), Reason.UNKNOWN_ENTITY),
+    ):
+        with pytest.raises(FederationError) as caught:
+            most(broken)
+        assert caught.value.reason is reason
+    with pytest.raises(FederationError) as caught:
+        FileEstate(files.goods).holding(asked, 0, (HOUR_NS,))
+    assert caught.value.reason is Reason.NOT_LIVE
+
+
+@told
+async def test_what_a_city_gives_follows_its_run_that_goes_on(tmp_path: Path) -> None:
+    files = write_city(tmp_path, "birch")
+    lines = files.goods.read_text().splitlines()
+    spare = "  power: {unit: MW, gives: [{most_of: power.sent, usd_per_h: 30}]}"
+    files.goods.write_text("\n".join([*lines[:3], spare, *lines[4:], ""]))
+    power, ward = partial(Power, "30 14 9 6", 35, 18, 12), partial(Ward, 12)
+    async with city(tmp_path, "ash") as ash, city(tmp_path, "birch") as birch:
+        with pytest.raises(FederationError) as caught:
+            await ask(ash, {"birch": birch}, POWER)
+        assert caught.value.reason is Reason.NOT_LIVE
+        async with present(birch.address, power=power, ward=ward):  # type: ignore[arg-type]
+            await birch.members_ready(("power", "ward"), 10)
+            scenario = load(files.scenario).paced(60.0)
+            live, task = await birch.begin(scenario, case_of(scenario), None)
+            while (await birch.find(live.name)).settled_ns < 0:
+                await asyncio.sleep(0.02)
+            found = await ask(ash, {"birch": birch}, POWER)
+            assert found.quantity[POWER] == (5.0,) * 6
+            await live.cancel()
+            with suppress(FederationError, asyncio.CancelledError):
+                await task
+
+
 def test_goods_that_make_no_sense_are_refused_by_their_line() -> None:
     for text, why in (
         ("goods: {}", "version"),
@@ -1100,6 +1157,7 @@ def test_goods_that_make_no_sense_are_refused_by_their_line() -> None:
             "    gives: [{most: 1, usd_per_h: 9}, {most: 1, usd_per_h: 8}]",
             "dearer",
         ),
+        ('version: 1\ngoods:\n  a: {unit: "1", takes: [{usd_per_h: 9}]}', "most_of"),
         ('version: 1\ngoods:\n  a: {unit: "1", takes: [{most: .nan, usd_per_h: 9}]}', "line 3"),
     ):
         with pytest.raises(FederationError) as caught:

@@ -320,17 +320,18 @@ class BrokerServer:
         )
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
         city = City(options.city, scenario, quarters, options.planner)
+        record = RunRecord(options.city, scenario.name, self.store, self._live)
         parlour = None
         if options.aid is not None:
             from federation.peer.aid import AidDesk
             from federation.peer.bargaining import Parlour
 
-            self.aid = AidDesk(options.city, options.aid.at(city))
+            self.aid = AidDesk(options.city, options.aid.at(city, record.present))
             parlour = Parlour(self.aid)
         return Gate(
             city,
             PolicyFile(policy, _say, options.clock),
-            RunRecord(options.city, scenario.name, self.store, self._live),
+            record,
             GateOptions(options.max_message_bytes, takes_claims),
             parlour,
         )

@@ -20,7 +20,7 @@ import numpy as np
 from federation.core.aid import Answer, Book, Deed, Held, Record, Terms, Word, deed_of, plain_of
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.peer.city import City
-from federation.peer.estate import Estate, FileEstate
+from federation.peer.estate import Estate, FileEstate, Present
 from federation.trail import Trail, read, repair, verify
 from federation.twin import Vector
 from federation.wire.credentials import Identity, Keyring, Role
@@ -80,11 +80,12 @@ class AidOptions:
     clock_ns: Callable[[], int] = time.time_ns
     """The wall clock (Unix), by which offers expire."""
 
-    def at(self, city: City) -> AidOptions:
-        """The same for a city, of whose members a file may name ports and a guard actuators."""
+    def at(self, city: City, present: Present) -> AidOptions:
+        """The same for a city, of whose members a file may name ports and a guard actuators, and
+        of whose run a file may name outputs."""
         found = self
         if isinstance(self.estate, Path):
-            found = replace(found, estate=FileEstate(self.estate, city))
+            found = replace(found, estate=FileEstate(self.estate, city, present))
         if callable(self.guard):
             found = replace(found, guard=self.guard(city))
         return found

@@ -2,19 +2,20 @@
 behind each, and what it is worth.
 
 Behind a good is either a port of a member's block, or steps of a curve: so many units at such a
-price. The document is read anew for every conversation, so that whoever knows how a city stands may
-write it as it stands.
+price, as many as an output of the city's run says at the time if it is named. The document is read
+anew for every conversation, so that whoever knows how a city stands may write it as it stands.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Protocol, Self
 
 import numpy as np
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
@@ -31,6 +32,16 @@ def _word(text: object) -> object:
     if isinstance(text, str) and re.fullmatch(r"[a-z][a-z0-9-]*", text):
         return text
     raise ValueError(f"{text!r} is no name of a good: small letters, digits and hyphens")
+
+
+Present = Callable[[str, str], Vector | None]
+"""The last value of a member's output in the city's run that goes on, if it has told one; fails
+with NOT_LIVE when none goes on."""
+
+
+def no_run(member: str, variable: str) -> Vector | None:
+    """Of a city that has no run."""
+    raise ScenarioError(Reason.NOT_LIVE, "the city has no run that goes on")
 
 
 Word = Annotated[str, BeforeValidator(_word)]
@@ -52,10 +63,49 @@ class Way(Part):
 
 class Step(Part):
     """Up to so many units more, each at this price for an hour: what it costs to do without one
-    that is given, or what one that is taken is worth. US dollars of 2020."""
+    that is given, or what one that is taken is worth. US dollars of 2020.
 
-    most: Span
+    With `most_of` there are no more than an output of the city's run says at the time, and none
+    where it is below 0.
+    """
+
+    most: Span | None = None
+    most_of: str = Field(default="", pattern=r"^([\w-]+\.[\w-]+)?$", description="member.variable")
+    entity: int | None = Field(default=None, ge=0, description="its index; the sum of all")
     usd_per_h: Span
+
+    @model_validator(mode="after")
+    def _is_limited(self) -> Self:
+        if self.most is None and not self.most_of:
+            raise ValueError("say how many: `most`, `most_of`, or both")
+        return self
+
+    def now(self, present: Present) -> Step:
+        """The same as things stand; fails with NOT_LIVE, UNKNOWN_VARIABLE or UNKNOWN_ENTITY."""
+        if not self.most_of:
+            return self
+        member, _, variable = self.most_of.partition(".")
+        value = present(member, variable)
+        if value is None:
+            raise ScenarioError(
+                Reason.UNKNOWN_VARIABLE, f"the city's run has told no {self.most_of} yet"
+            )
+        if self.entity is not None and self.entity >= value.size:
+            text = f"{self.most_of} has {value.size} entities"
+            raise ScenarioError(Reason.UNKNOWN_ENTITY, text)
+        told = float(value.sum() if self.entity is None else value[self.entity])
+        most = math.inf if self.most is None else self.most
+        return Step(most=min(max(told, 0.0), most), usd_per_h=self.usd_per_h)
+
+
+def _sort(given: object) -> str:
+    return "port" if isinstance(given, Mapping | Way) else "steps"
+
+
+Behind = Annotated[
+    Annotated[Way, Tag("port")] | Annotated[tuple[Step, ...], Tag("steps")], Discriminator(_sort)
+]
+"""What stands behind a good in one direction."""
 
 
 class Good(Part):
@@ -66,8 +116,8 @@ class Good(Part):
 
     unit: str
     whole: bool = Field(default=False, description="of a curve: only whole things")
-    gives: Way | tuple[Step, ...] = ()
-    takes: Way | tuple[Step, ...] = ()
+    gives: Behind = ()
+    takes: Behind = ()
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> Self:
@@ -119,9 +169,9 @@ class FileEstate:
     The members' blocks are those of fresh sessions, as their `flexibility` has them.
     """
 
-    def __init__(self, file: Path, city: City | None = None) -> None:
+    def __init__(self, file: Path, city: City | None = None, present: Present = no_run) -> None:
         """Fails with MISSING_FILE, SCENARIO_INVALID or UNKNOWN_KEY."""
-        self._file, self._city = file, city
+        self._file, self._city, self._present = file, city, present
         self.read()
 
     def read(self) -> EstateSpec:
@@ -144,7 +194,7 @@ class FileEstate:
         goods = self.read().goods
         outlets = [_outlet(goods, *one) for one in asked]
         curves = {
-            (name, gives): steps
+            (name, gives): tuple(step.now(self._present) for step in steps)
             for name, _, gives in asked
             if isinstance(steps := _way(goods[name], gives), tuple)
         }
@@ -207,7 +257,7 @@ def curve_block(
         columns = np.arange(periods) + len(names)
         for p in range(periods):
             names.append(f"{way} {good}[{p}]")
-            high.append(sum(step.most for step in steps))
+            high.append(sum(step.most or 0.0 for step in steps))
             cost.append(0.0)
             integer.append(good in whole)
         for p in range(periods):
@@ -215,7 +265,7 @@ def curve_block(
             for number, step in enumerate(steps):
                 entries.append((len(rows), len(names), -sign))
                 names.append(f"{way} {good}: step {number}[{p}]")
-                high.append(step.most)
+                high.append(step.most or 0.0)
                 cost.append(sign * step.usd_per_h * float(hours[p]))
                 integer.append(False)
             rows.append(f"{way} {good}[{p}]")
