@@ -283,9 +283,9 @@ async def speaking(
             except grpc.aio.AioRpcError as error:
                 raise status.from_rpc(error, "birch") from None
             except asyncio.InvalidStateError:  # it was over before anything was said
-                ended = (await call.trailing_metadata(), await call.details())
-                error = grpc.aio.AioRpcError(await call.code(), grpc.aio.Metadata(), *ended)
-                raise status.from_rpc(error, "birch") from None
+                said = (await call.trailing_metadata(), await call.details())
+                ended = grpc.aio.AioRpcError(await call.code(), grpc.aio.Metadata(), *said)
+                raise status.from_rpc(ended, "birch") from None
             assert isinstance(answer, peer_pb2.BargainResponse), await call.code()
             return answer
 
@@ -788,7 +788,7 @@ async def test_after_a_partition_both_hold_the_same_and_what_came_too_late_holds
             loop.call_soon_threadsafe(line.cut)
             return hear(*what)
 
-        desk.hear = cut  # type: ignore[method-assign]
+        desk.hear = cut  # type: ignore[assignment, method-assign]
         with pytest.raises(FederationError):
             await seek(
                 desk,

@@ -277,7 +277,14 @@ def _servers(folder: Path, tally: Tally) -> list[AbstractAsyncContextManager[Tar
     known = {"identities": [{**guard, "domains": ["*"]}]}
     keyring.write_text(json.dumps(known), encoding="utf-8")
     scenario, policy = write_birch(folder, BIRCH_POLICY + AID_POLICY)
-    city = ("--city", "birch", "--export", str(policy), "--scenario", str(scenario))
+    city: tuple[str, ...] = (
+        "--city",
+        "birch",
+        "--export",
+        str(policy),
+        "--scenario",
+        str(scenario),
+    )
     goods, key, peers = folder / "goods.yaml", folder / "birch.pem", folder / "peers.yaml"
     goods.write_text(GOODS, encoding="utf-8")
     Identity.generate("birch").save(key)
