@@ -838,7 +838,7 @@ async def test_a_city_with_a_wrong_clock_leaves_nobody_bound_alone(
             clocks["birch"].pass_s(after_s)
             return hear(*what)
 
-        desk_of(ash).hear = late  # type: ignore[method-assign]
+        desk_of(ash).hear = late  # type: ignore[assignment, method-assign]
         found = await ask(ash, {"birch": birch}, POWER)
         states = [desk_of(one).held(found.commitments[0]).state for one in (ash, birch)]
         assert states == [expected, expected]

@@ -321,7 +321,7 @@ class BrokerServer:
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
         city = City(options.city, scenario, quarters, options.planner)
         record = RunRecord(options.city, scenario.name, self.store, self._live)
-        parlour = None
+        file, parlour = PolicyFile(policy, _say, options.clock), None
         if options.aid is not None:
             from federation.peer.aid import AidDesk
             from federation.peer.bargaining import Parlour
@@ -330,7 +330,7 @@ class BrokerServer:
             parlour = Parlour(self.aid)
         return Gate(
             city,
-            PolicyFile(policy, _say, options.clock),
+            file,
             record,
             GateOptions(options.max_message_bytes, takes_claims),
             parlour,

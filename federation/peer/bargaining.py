@@ -293,6 +293,8 @@ class Parlour:
             raise ScenarioError(Reason.EXPIRED, text) from None
         finally:
             self._open[asker] -= 1
+            if not self._open[asker]:
+                del self._open[asker]
 
     async def pledge(self, by: str, request: peer_pb2.PledgeRequest) -> peer_pb2.PledgeResponse:
         """Hear what a city has signed, and answer with that and all that is open with it."""
