@@ -278,7 +278,11 @@ class BrokerServer:
                 AidService(self.aid, self.store, self._link_options), server
             )
             if self.aid is not None:
+                from federation.peer.bargaining import keep_certain
+
                 stack.callback(self.aid.close)
+                asking = asyncio.create_task(keep_certain(self.aid, self._link_options))
+                stack.push_async_callback(_ended, asking)
             stack.push_async_callback(gate.stop)
         elif options.aid is not None:
             raise ScenarioError(

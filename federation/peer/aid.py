@@ -6,6 +6,7 @@ All of it may be called from any thread; whoever writes has the desk for that ti
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -17,7 +18,18 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from federation.core.aid import Answer, Book, Deed, Held, Record, Terms, Word, deed_of, plain_of
+from federation.core.aid import (
+    Answer,
+    Book,
+    Deed,
+    Held,
+    Record,
+    State,
+    Terms,
+    Word,
+    deed_of,
+    plain_of,
+)
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.peer.city import City
 from federation.peer.estate import Estate, FileEstate, Present
@@ -126,6 +138,25 @@ class AidDesk:
         for record in _records(options.folder):
             self.book.note(record)
         self._trail = Trail(options.folder, options.identity.attest)
+        self._places_file = options.folder / "peers.json"
+        self.places = _places(self._places_file)
+        """Where the brokers of other cities were last, for who is in doubt after a restart."""
+
+    def note_place(self, city: str, address: str) -> None:
+        """Remember where a city's broker is."""
+        if self.places.get(city) == address:
+            return
+        self.places = {**self.places, city: address}
+        fresh = self._places_file.with_suffix(".new")
+        try:
+            fresh.write_text(json.dumps(self.places, sort_keys=True), encoding="utf-8")
+            fresh.replace(self._places_file)
+        except OSError as error:
+            _log.warning("aid: where %s is could not be written down: %s", city, error)
+
+    def in_doubt(self) -> frozenset[str]:
+        """Cities that have not said yet whether what this one has accepted came in time."""
+        return frozenset(h.terms.giver for h in self.all() if h.state is State.ACCEPTED)
 
     def close(self) -> None:
         with self.lock:
@@ -327,6 +358,15 @@ def book_of(city: str, folder: Path) -> Book:
     for line in read(folder):
         book.note(record_of(line))
     return book
+
+
+def _places(file: Path) -> Mapping[str, str]:
+    """What was remembered; nothing when it can't be read: it only spares a person a command."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {str(city): str(address) for city, address in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _unkept(folder: Path, why: str) -> ScenarioError:

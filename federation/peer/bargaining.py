@@ -7,6 +7,7 @@ they cost beyond exchanging nothing, and which of them depend on each other, go 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,11 +45,16 @@ from federation.wire.malformed import Malformed
 from federation.wire.party import Part
 
 MOST_LINES = 64
+ASK_S, ASK_AT_LEAST_S = 1.0, 30.0
+"""How often a city asks about what it is in doubt of: at first, and after many times in vain."""
+
 MOST_SAID = 8
 """Turns in which two cities have told each other everything; three are enough."""
 
 PAID = 1e-4
 """By which share of what it costs an agreement may pay less: the last digits of prices."""
+
+_log = logging.getLogger(__name__)
 
 Request = peer_pb2.BargainRequest
 Response = peer_pb2.BargainResponse
@@ -346,6 +352,7 @@ class Envoy:
 
     def __init__(self, desk: AidDesk, city: str, address: str, options: LinkOptions) -> None:
         self.desk, self.city, self._options = desk, city, options
+        self._address = address
         self._channel = secure.channel(
             address,
             footing.expected(Part.BROKER, city=city),
@@ -366,6 +373,7 @@ class Envoy:
             raise ScenarioError(
                 Reason.UNREACHABLE, f"nobody answers for {self._who} (tried for {limit_s:g} s)"
             ) from None
+        await asyncio.to_thread(self.desk.note_place, self.city, self._address)
         return self
 
     async def __aexit__(
@@ -428,6 +436,27 @@ class Envoy:
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc(error, self._who) from None
         return aid.decode_deeds(response.deeds)
+
+
+async def keep_certain(desk: AidDesk, link: Callable[[], LinkOptions]) -> None:
+    """Ask cities that this one is in doubt about, again and again, until it is not; never ends."""
+    again_s: dict[str, float] = {}
+    due_s: dict[str, float] = {}
+    while True:
+        await asyncio.sleep(ASK_S)
+        doubts = desk.in_doubt()
+        again_s = {city: s for city, s in again_s.items() if city in doubts}
+        for city in doubts & desk.places.keys():
+            now_s = time.monotonic()
+            if city in again_s and now_s < due_s[city]:
+                continue
+            again_s[city] = min(2.0 * again_s.get(city, ASK_S / 2.0), ASK_AT_LEAST_S)
+            due_s[city] = now_s + again_s[city]
+            try:
+                async with Envoy(desk, city, desk.places[city], link()) as envoy:
+                    await envoy.reconcile()
+            except (FederationError, OSError) as error:
+                _log.info("aid: in doubt about %s: %s", city, error)
 
 
 class _Partner:
