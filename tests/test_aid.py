@@ -31,7 +31,7 @@ from federation.errors import FederationError, Reason
 from federation.peer.aid import AidDesk, AidOptions, book_of
 from federation.peer.bargaining import Agreement, Envoy, Wanted, seek
 from federation.peer.city import City, LocalQuarters
-from federation.peer.estate import FileEstate, read_estate
+from federation.peer.estate import FileEstate, no_run, read_estate
 from federation.peer.measure import means
 from federation.peer.policy import now
 from federation.peer.standing import declare
@@ -128,9 +128,7 @@ async def ask(
 
 def whole(folder: Path, name: str, periods: int = 6) -> Holding:
     """All that a city bargains from, as nobody outside sees it."""
-    files = write_city(folder, name)
-    scenario = load(files.scenario)
-    estate = FileEstate(files.goods, City(name, scenario, LocalQuarters(scenario)))
+    estate = FileEstate(write_city(folder, name).goods, _city(folder, name))
     asked = [("power", "MW", True), ("power", "MW", False), ("crews", "1", name == "birch")]
     return estate.holding(asked, 0, (HOUR_NS,) * periods)
 
@@ -501,6 +499,49 @@ async def test_what_is_promised_to_one_city_is_not_promised_to_another(tmp_path:
         counted = [desk_of(one).book.taken_at(0)["power"] for one in (ash, cedar)]
         assert sum(counted) == pytest.approx(18.0)
         assert all(held.state is State.BOUND for held in desk_of(birch).all())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "more", "reason"),
+    [
+        ([], {}, Reason.SCENARIO_INVALID),
+        ([POWER, POWER], {}, Reason.SCENARIO_INVALID),
+        ([POWER], {"periods_ns": ()}, Reason.SCENARIO_INVALID),
+        ([POWER], {"start_ns": -1}, Reason.SCENARIO_INVALID),
+        ([Wanted("cedar", "power", gives=True)], {}, Reason.UNKNOWN_MEMBER),
+        ([Wanted("birch", "horses", gives=True)], {}, Reason.UNKNOWN_VARIABLE),
+        ([Wanted("birch", "crews", gives=False)], {}, Reason.UNKNOWN_VARIABLE),
+        ([POWER], {"address": "127.0.0.1:1"}, Reason.UNREACHABLE),
+        ([POWER], {"address": "shared"}, Reason.UNSUPPORTED),
+    ],
+)
+@told
+async def test_who_seeks_what_can_not_be_had_is_told_why(
+    tmp_path: Path, wanted: list[Wanted], more: dict[str, Any], reason: Reason
+) -> None:
+    aid = options_of(tmp_path, "ash")
+    desk = AidDesk("ash", aid.at(_city(tmp_path, "ash"), no_run))
+    settings = {"start_ns": 0, "periods_ns": PERIODS, "purpose": PURPOSE, **more}
+    address = settings.pop("address", "127.0.0.1:1")
+    async with AsyncExitStack() as stack:
+        if address == "shared":  # a city that shares, and gives no aid
+            files = write_city(tmp_path, "birch")
+            options = BrokerOptions(
+                city="birch", export=files.policy, city_scenario=files.scenario, grace_s=0.1
+            )
+            broker = await stack.enter_async_context(BrokerServer(options))
+            address = broker.address
+        link = replace(LINKED, connect_timeout_s=0.3)
+        with pytest.raises(FederationError) as caught:
+            await seek(desk, wanted, {"birch": address}, **settings, link=link)
+    assert caught.value.reason is reason
+    assert desk.all() == ()
+    desk.close()
+
+
+def _city(folder: Path, name: str) -> City:
+    scenario = load(write_city(folder, name).scenario)
+    return City(name, scenario, LocalQuarters(scenario))
 
 
 @told

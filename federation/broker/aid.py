@@ -78,7 +78,11 @@ class AidService(aid_pb2_grpc.AidServicer):
                 self._link(),
             )
             return aid_pb2.SeekResponse(
-                commitments=[self._told(desk.held(id_)) for id_ in agreement.commitments],
+                commitments=[
+                    self._told(held)
+                    for id_ in agreement.commitments
+                    if (held := desk.book.held.get(id_)) is not None
+                ],
                 cost_usd=agreement.cost_usd,
                 bound_usd=agreement.bound_usd,
                 gap=agreement.gap,

@@ -180,14 +180,21 @@ def _check_text(text: str) -> None:
         raise TwinError(Reason.WRONG_SHAPE, f"{text[:40]!r} is no name and no sentence")
 
 
-def markdown() -> str:
-    """The table of what crosses the border, for a person."""
-    of: dict[tuple[str, str], list[str]] = {}
+def markdown(sizes: Mapping[str, int] | None = None) -> str:
+    """The table of what crosses the border, for a person; `sizes` are bytes by kind."""
+    of: dict[str, dict[str, list[str]]] = {}
     for name, kind in KINDS.items():
         message, _, field = name.rpartition(".")
-        of.setdefault((message, kind), []).append(field)
-    rows = [f"| `{message}` | {', '.join(some)} | {kind} |" for (message, kind), some in of.items()]
-    return "\n".join(["| message | fields | what it is |", "|---|---|---|", *rows])
+        of.setdefault(kind, {}).setdefault(message.rpartition(".")[2], []).append(field)
+    told = {} if sizes is None else sizes
+    rows = [
+        f"| {kind} | "
+        + "; ".join(f"`{message}`: {', '.join(some)}" for message, some in where.items())
+        + (" |" if sizes is None else f" | {told.get(kind, 0):,} |")
+        for kind, where in of.items()
+    ]
+    more = ("", "") if sizes is None else (" bytes |", "---|")
+    return "\n".join([f"| what it is | fields |{more[0]}", f"|---|---|{more[1]}", *rows])
 
 
 if __name__ == "__main__":
