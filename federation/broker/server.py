@@ -63,6 +63,7 @@ from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.peer.city import City
 from federation.peer.gate import Gate, GateOptions
+from federation.peer.parlour import Parlour
 from federation.peer.policy import now
 from federation.peer.quarters import ServiceQuarters, errand_of
 from federation.peer.standing import PolicyFile
@@ -166,14 +167,14 @@ class BrokerOptions:
     """The policy by which it serves the city to its peers; without one it serves nothing."""
     city_scenario: Path | None = None
     """The scenario that what-ifs of peers run, and whose live run they may look at."""
-    aid: AidOptions | None = None
-    """How the city gives and takes aid; not at all without."""
     clock: Callable[[], datetime] = now
     """What the wall clock shows, by which the policy is judged."""
     health_port: int = 0
     """Where health is told in the clear as well, at the same host; 0: nowhere."""
     parallel_futures: int = 8
     """How many futures of runs are tried at a time, for all who ask."""
+    aid: AidOptions | None = None
+    """How the city gives and takes aid; not at all without."""
 
 
 class BrokerServer:
@@ -325,20 +326,18 @@ class BrokerServer:
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
         city = City(options.city, scenario, quarters, options.planner)
         record = RunRecord(options.city, scenario.name, self.store, self._live)
-        file, parlour = PolicyFile(policy, _say, options.clock), None
-        if options.aid is not None:
-            from federation.peer.aid import AidDesk
-            from federation.peer.bargaining import Parlour
-
-            self.aid = AidDesk(options.city, options.aid.at(city, record.present))
-            parlour = Parlour(self.aid)
-        return Gate(
+        gate = Gate(
             city,
-            file,
+            PolicyFile(policy, _say, options.clock),
             record,
             GateOptions(options.max_message_bytes, takes_claims),
-            parlour,
         )
+        if options.aid is not None:
+            from federation.peer.aid import AidDesk
+
+            self.aid = AidDesk(options.city, options.aid.at(city, record.present))
+            gate.parlour = Parlour(self.aid)
+        return gate
 
     async def _find_for_city(self, name: str, member: Member, errand: Errand) -> Link | None:
         """A member of the city where it is registered or has its address; else None."""

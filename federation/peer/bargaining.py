@@ -41,7 +41,6 @@ from federation.v1 import peer_pb2, peer_pb2_grpc
 from federation.wire import aid, caller, footing, secure, status
 from federation.wire.codec import encode_vector
 from federation.wire.link import LinkOptions, channel_options
-from federation.wire.malformed import Malformed
 from federation.wire.party import Part
 
 MOST_LINES = 64
@@ -257,61 +256,6 @@ def check_paid(city: str, paid_usd: float, cost_usd: float) -> None:
             f"the draft does not pay {city} what it costs it",
             {"city": city},
         )
-
-
-class Parlour:
-    """Where a city holds its conversations: so many with each city at a time."""
-
-    def __init__(self, desk: AidDesk) -> None:
-        self.desk = desk
-        self._open: dict[str, int] = {}
-
-    async def bargain(
-        self,
-        asker: str,
-        allow: Callable[[str, str], None],
-        requests: Any,
-        context: grpc.aio.ServicerContext[Request, Response],
-        do: Callable[[Callable[[], Response]], Response],
-    ) -> None:
-        """Answer one stream; `do` carries an answer's work out, in a thread."""
-        options = self.desk.options
-        if self._open.get(asker, 0) >= options.conversations:
-            raise ScenarioError(
-                Reason.PEER_LIMIT,
-                f"the limit conversations of this city: {options.conversations} at a time",
-                {"limit": "conversations"},
-            )
-        self._open[asker] = self._open.get(asker, 0) + 1
-        try:
-            conversation = Conversation(self.desk, asker, allow)
-            async with asyncio.timeout(options.deadline_s):
-                async for request in requests:
-                    if isinstance(request, Malformed):
-                        raise request.refusal
-
-                    def answer(request: Request = request) -> Response:
-                        return conversation.handle(request)
-
-                    await context.write(await asyncio.to_thread(do, answer))
-        except TimeoutError:
-            text = f"the conversation is over after {options.deadline_s:g} s"
-            raise ScenarioError(Reason.EXPIRED, text) from None
-        finally:
-            self._open[asker] -= 1
-            if not self._open[asker]:
-                del self._open[asker]
-
-    async def pledge(self, by: str, request: peer_pb2.PledgeRequest) -> peer_pb2.PledgeResponse:
-        """Hear what a city has signed, and answer with that and all that is open with it."""
-
-        def hear() -> tuple[Deed, ...]:
-            said = self.desk.hear(aid.decode_deeds(request.deeds), by)
-            more = self.desk.open_with(by)
-            return (*said, *(deed for deed in more if deed not in said))[: aid.MOST_DEEDS]
-
-        said = await asyncio.to_thread(hear)
-        return peer_pb2.PledgeResponse(deeds=[aid.encode_deed(deed) for deed in said])
 
 
 # -- the one that asks -----------------------------------------------------------------------

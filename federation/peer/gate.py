@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 
-from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.errors import FederationError, Reason, ScenarioError
 from federation.peer.city import City, CityRun, Path_, Rights
 from federation.peer.export import Export, Interior, Mode, export_of, may_begin, refusal
 from federation.peer.live import LiveCity, LiveRecord
+from federation.peer.parlour import Parlour, no_aid
 from federation.peer.policy import Decision, Limits, Policy, Question, Sort, Thing, decide
 from federation.peer.reader import Reader
 from federation.peer.standing import LOOK_S, PolicyFile
@@ -28,10 +29,6 @@ from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire import caller, codec, status
 from federation.wire.link import SERVICE, Errand
 from federation.wire.serve import ServeOptions, TwinService
-
-# Who gives no aid needs no solver.
-if TYPE_CHECKING:
-    from federation.peer.bargaining import Parlour
 
 READERS = 256
 """How many readers are served at a time; each may open sessions as its limits let it."""
@@ -162,15 +159,13 @@ class PeerService(TwinService):
 class Gate(peer_pb2_grpc.PeersServicer):
     """Serves a city to its peers. Its policy is that of `file`."""
 
+    parlour: Parlour | None = None
+    """Where the city bargains, if it does."""
+
     def __init__(
-        self,
-        city: City,
-        file: PolicyFile,
-        record: LiveRecord,
-        options: GateOptions,
-        parlour: Parlour | None = None,
+        self, city: City, file: PolicyFile, record: LiveRecord, options: GateOptions
     ) -> None:
-        self.city, self.options, self.parlour = city, options, parlour
+        self.city, self.options = city, options
         self._file, self._record = file, record
         self._services: dict[str, PeerService] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix=f"city-{city.name}")
@@ -381,7 +376,7 @@ class Gate(peer_pb2_grpc.PeersServicer):
         context: grpc.aio.ServicerContext[peer_pb2.BargainRequest, peer_pb2.BargainResponse],
     ) -> None:
         async with status.refusing(context):
-            parlour, service = self._parlour(), self._service(context)
+            parlour, service = self._hosted(), self._service(context)
             reader = service.reader
 
             def allow(good: str, purpose: str) -> None:
@@ -403,13 +398,12 @@ class Gate(peer_pb2_grpc.PeersServicer):
     ) -> peer_pb2.PledgeResponse:
         async with status.refusing(context):
             # what was promised is kept to whatever the policy has become; the signature counts
-            return await self._parlour().pledge(self._reader(context).city, request)
+            return await self._hosted().pledge(self._reader(context).city, request)
         raise AssertionError("abort raises")
 
-    def _parlour(self) -> Parlour:
+    def _hosted(self) -> Parlour:
         if self.parlour is None:
-            text = f"{self.city.name} neither gives nor takes aid"
-            raise TwinError(Reason.UNSUPPORTED, text, {"city": self.city.name})
+            raise no_aid(self.city.name)
         return self.parlour
 
 

@@ -53,12 +53,6 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "Bargain": "peer",
         "Pledge": "peer",
     },
-    "federation.v1.Aid": {
-        "Seek": "guard operator planner",
-        "ListCommitments": _READERS,
-        "Reconcile": "guard operator",
-        "Settle": "guard operator",
-    },
     "federation.v1.Plans": {"ListPlans": _READERS},
     "federation.v1.Control": {
         "SubmitAction": "guard operator",
@@ -73,6 +67,12 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "Answer": "operator",
         "GetAutonomy": _READERS,
         "SetLevel": "operator",
+    },
+    "federation.v1.Aid": {
+        "Seek": "guard operator planner",
+        "ListCommitments": _READERS,
+        "Reconcile": "guard operator",
+        "Settle": "guard operator",
     },
     "grpc.health.v1.Health": {"Check": _ALL, "List": _ALL, "Watch": _ALL},
     "grpc.reflection.v1alpha.ServerReflection": {
