@@ -325,17 +325,19 @@ class BrokerServer:
         )
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
         city = City(options.city, scenario, quarters, options.planner)
-        record = RunRecord(options.city, scenario.name, self.store, self._live)
         gate = Gate(
             city,
             PolicyFile(policy, _say, options.clock),
-            record,
+            RunRecord(options.city, scenario.name, self.store, self._live),
             GateOptions(options.max_message_bytes, takes_claims),
         )
         if options.aid is not None:
             from federation.peer.aid import AidDesk
 
-            self.aid = AidDesk(options.city, options.aid.at(city, record.present))
+            def present(member: str, variable: str) -> Vector | None:
+                return self.store.value(gate.live_run(), member, variable)
+
+            self.aid = AidDesk(options.city, options.aid.at(city, present))
             gate.parlour = Parlour(self.aid)
         return gate
 

@@ -209,6 +209,10 @@ class Gate(peer_pb2_grpc.PeersServicer):
             if self.parlour is not None:
                 await asyncio.to_thread(self.parlour.desk.tick)
 
+    def live_run(self) -> str:
+        """The city's run that goes on; fails with NOT_LIVE when there is none."""
+        return self._record.run()
+
     def drain(self) -> None:
         """Take no more frames."""
         for service in self._services.values():
