@@ -80,7 +80,7 @@ from federation.scenario.spec import (
     parse_addition,
 )
 from federation.scenario.study import cases
-from federation.twin import HOUR_NS, Vector
+from federation.twin import HOUR_NS, Fidelity, Vector
 from federation.v1 import (
     aid_pb2,
     aid_pb2_grpc,
