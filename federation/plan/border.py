@@ -29,8 +29,9 @@ from federation.twin import LinearBlock, Port, Vector
 DUST = 1e-6
 """Less than this of anything is nothing: the last digits of a solver."""
 
-USD_DIGITS, DIGITS = 4, 9
-"""Digits behind the point of what costs and quantities are told in."""
+USD_DIGITS, DIGITS = 2, 6
+"""Digits behind the point of what costs and quantities are told in: those of a solver that are
+sure (it holds bounds to 1e-7)."""
 
 
 @dataclass(frozen=True, slots=True)
