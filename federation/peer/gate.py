@@ -20,6 +20,7 @@ from federation.errors import FederationError, Reason, ScenarioError
 from federation.peer.city import City, CityRun, Path_, Rights
 from federation.peer.export import Export, Interior, Mode, export_of, may_begin, refusal
 from federation.peer.live import LiveCity, LiveRecord
+from federation.peer.parlour import Parlour, no_aid
 from federation.peer.policy import Decision, Limits, Policy, Question, Sort, Thing, decide
 from federation.peer.reader import Reader
 from federation.peer.standing import LOOK_S, PolicyFile
@@ -158,6 +159,9 @@ class PeerService(TwinService):
 class Gate(peer_pb2_grpc.PeersServicer):
     """Serves a city to its peers. Its policy is that of `file`."""
 
+    parlour: Parlour | None = None
+    """Where the city bargains, if it does."""
+
     def __init__(
         self, city: City, file: PolicyFile, record: LiveRecord, options: GateOptions
     ) -> None:
@@ -202,6 +206,12 @@ class Gate(peer_pb2_grpc.PeersServicer):
         while True:
             await asyncio.sleep(LOOK_S)
             self._file.look()
+            if self.parlour is not None:
+                await asyncio.to_thread(self.parlour.desk.tick)
+
+    def live_run(self) -> str:
+        """The city's run that goes on; fails with NOT_LIVE when there is none."""
+        return self._record.run()
 
     def drain(self) -> None:
         """Take no more frames."""
@@ -363,6 +373,42 @@ class Gate(peer_pb2_grpc.PeersServicer):
             found = decide(self.policy, asked, Thing(sort, request.name))
             return _answer(found, self.policy.version)
         raise AssertionError("abort raises")
+
+    async def Bargain(  # type: ignore[override]  # noqa: N802 - it reads and writes by itself
+        self,
+        request_iterator: object,
+        context: grpc.aio.ServicerContext[peer_pb2.BargainRequest, peer_pb2.BargainResponse],
+    ) -> None:
+        async with status.refusing(context):
+            parlour, service = self._hosted(), self._service(context)
+            reader = service.reader
+
+            def allow(good: str, purpose: str) -> None:
+                asked, name = self._file.question(reader, purpose), f"aid.{good}"
+                if not decide(self.policy, asked, Thing(Sort.FLEXIBILITY, name)).allowed:
+                    raise refusal(self.policy, asked, Sort.FLEXIBILITY, name)
+
+            def do(answer: Callable[[], peer_pb2.BargainResponse]) -> peer_pb2.BargainResponse:
+                service.budget.check(service.limits())
+                with service.budget.spending():
+                    return answer()
+
+            await parlour.bargain(reader.city, allow, request_iterator, context, do)
+
+    async def Pledge(  # noqa: N802
+        self,
+        request: peer_pb2.PledgeRequest,
+        context: grpc.aio.ServicerContext[peer_pb2.PledgeRequest, peer_pb2.PledgeResponse],
+    ) -> peer_pb2.PledgeResponse:
+        async with status.refusing(context):
+            # what was promised is kept to whatever the policy has become; the signature counts
+            return await self._hosted().pledge(self._reader(context).city, request)
+        raise AssertionError("abort raises")
+
+    def _hosted(self) -> Parlour:
+        if self.parlour is None:
+            raise no_aid(self.city.name)
+        return self.parlour
 
 
 _SORTS = {
