@@ -24,6 +24,7 @@ from federation.peer.policy import Decision, Limits, Policy, Question, Sort, Thi
 from federation.peer.reader import Reader
 from federation.peer.standing import LOOK_S, PolicyFile
 from federation.twin import HOUR_NS, Description, TimePolicy, Twin
+from federation.twin import Session as ModelSession
 from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire import caller, codec, status
 from federation.wire.link import SERVICE, Errand
@@ -150,6 +151,16 @@ class PeerService(TwinService):
             raise over_limit("steps", f"{limits.steps} in one session")
         with self.budget.spending():
             super()._advance(hosted, advance, response)
+
+    def _flexibility(
+        self, session: ModelSession, request: twin_pb2.FlexibilityRequest
+    ) -> twin_pb2.FlexibilityResponse:
+        limits = self.limits()
+        self.budget.check(limits)
+        if len(request.periods_ns) > limits.periods:
+            raise over_limit("periods", f"{limits.periods} in one horizon")
+        with self.budget.spending():
+            return super()._flexibility(session, request)
 
     def _build(self, opened: twin_pb2.SessionRequest.Open) -> Twin:
         return self._gate.build(self.reader, Errand.decode(opened.errand), self.limits())

@@ -173,7 +173,8 @@ class Resolution(Part):
 
     Sums and means are over the entities that the rule lets the reader have, in total or area by
     area; a group of fewer than `at_least` is not told at all. Of a window its `take` is told at
-    its end.
+    its end. Flexibility is told of each entity or in sums, in multiples of `round_to`, and what may
+    be asked for is the same throughout a window.
     """
 
     space: Literal["each", "sum", "mean", "max", "min"] = "each"
@@ -332,6 +333,7 @@ class Limits(Part):
     wall_s: Positive = Field(default=300.0, description="the same by the wall clock")
     per_min: Positive = 60.0
     horizon_h: Positive | None = Field(default=None, description="as the city's scenario")
+    periods: PositiveInt = Field(default=96, description="of the flexibility that it asks for")
 
 
 class Policy(Part):
