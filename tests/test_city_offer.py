@@ -148,7 +148,7 @@ def test_with_a_store_the_offer_still_brings_nearly_all_that_a_joint_plan_would(
 def test_quantities_are_told_in_steps_and_held_throughout_windows() -> None:
     told = offered(elm(4), edge(4, step=3.0, hours=2))
     tie = -told.coefficient[np.isin(told.row_index, [2, 3, 4, 5]) & (told.coefficient < 0)]
-    assert set(np.round(tie, 9)) == {3.0, 6.0, 9.0}
+    assert set(np.round(tie, 9)) == {3.0, 9.0}  # 6 lies between
     asked = join(
         {"elm": told, "ash": needy((100.0, 50.0, 0.0, 0.0))},
         [Coupling("elm", "plants_tie_sum", "ash", "import")],
@@ -160,12 +160,13 @@ def test_quantities_are_told_in_steps_and_held_throughout_windows() -> None:
 
 
 def test_what_is_on_or_off_stays_as_the_city_would_have_it_alone() -> None:
-    """The dear plant is off, as nobody in the city needs it: only the cheap megawatt is offered."""
-    blocks = elm(2, start_usd=300.0)
-    told = offered(blocks, edge(2))
-    port = told.ports[0].columns[0]
-    assert told.high[port].tolist() == [pytest.approx(1.0)] * 2
-    assert true_usd(blocks, told.high[port]) - true_usd(blocks, np.zeros(2)) == pytest.approx(40.0)
+    """The dear plant is off, as nobody in the city needs it: what is beyond the one cheap megawatt
+    would come from the homes, and costs what darkness costs."""
+    blocks = elm(1, start_usd=300.0)
+    told = offered(blocks, edge(1))
+    assert np.round(told.cost, 6).tolist() == [0.0, 20.0, 20.0 + 9 * 1000.0, 0.0]
+    with_start_usd = true_usd(blocks, np.array([5.0])) - true_usd(blocks, np.zeros(1))
+    assert with_start_usd == pytest.approx(20.0 + 300.0 + 4 * 80.0)
 
 
 def test_a_city_whose_own_model_has_no_answer_offers_nothing() -> None:
@@ -271,7 +272,11 @@ def test_an_offer_in_total_and_in_steps_is_what_the_rule_says(tmp_path: Path) ->
     ("rules", "rule"),
     [
         ("", "default"),
-        ("  - {name: no, effect: deny, who: [ash], what: {flexibility: ['*']}}\n" + TOGETHER, "no"),
+        (
+            "  - {name: none-of-it, effect: deny, who: [ash], what: {flexibility: ['*']}}\n"
+            + TOGETHER,
+            "none-of-it",
+        ),
         (TOGETHER.replace("what:", "purpose: [mutual-aid], what:"), "lines"),
         (TOGETHER.replace("plants.tie", "homes.come").replace("sum", "mean"), "default"),
     ],

@@ -15,8 +15,8 @@ are mixed apart: of a model without stores or ramps each period is a curve of it
 
 What is lost: whatever lies outside the mixes of the points that were found. Of one quantity that is
 nothing but what a step or `TOLERANCE` hides. Of several that depend on each other, such as the
-periods of a store, the points are those that the owner would choose at some hundred prices, and a
-plan may be kept from what lies between them. Columns that must be whole are as in the plan that the
+periods of a store, the points are those that the owner would choose at `PROBES` prices, and a plan
+may be kept from what lies between them. Columns that must be whole are as in the plan that the
 owner would make alone. What the owner spends when nothing crosses is not told: costs count from
 there.
 """
@@ -43,7 +43,7 @@ from federation.twin import LinearBlock, Port, Vector
 POINTS = 24
 """At most so many points tell of one quantity that depends on no other."""
 
-PROBES = 96
+PROBES = 192
 """At so many prices quantities are asked for that depend on each other."""
 
 TOLERANCE = 1e-3
@@ -100,7 +100,7 @@ def project(
         return None
     joined = join(blocks, couplings)
     ports = {edge: _port(blocks, edge) for edge in edges}
-    problem, quantities = _with_boundary(joined, ports)
+    problem, quantities = _with_boundary(_without_fixed(joined), ports)
     group = independent(problem)
     parts: list[tuple[Indices, list[Point]]] = []
     steps = np.array([np.nan if q.step is None else q.step for q in quantities])
@@ -114,6 +114,24 @@ def project(
             return None
         parts.append((places, points))
     return _block(ports, quantities, parts, doc)
+
+
+def _without_fixed(joined: Joined) -> Joined:
+    """The problem with what can't move in the limits of its rows, so that it joins nothing."""
+    entries = joined.low[joined.column_index] == joined.high[joined.column_index]
+    shift = np.bincount(
+        joined.row_index[entries],
+        joined.coefficient[entries] * joined.low[joined.column_index[entries]],
+        len(joined.row_low),
+    )
+    return replace(
+        joined,
+        row_low=joined.row_low - shift,
+        row_high=joined.row_high - shift,
+        row_index=joined.row_index[~entries],
+        column_index=joined.column_index[~entries],
+        coefficient=joined.coefficient[~entries],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,33 +310,33 @@ def _curve(part: _Part, step: float) -> list[Point]:
             return []
     found: dict[float, Point] = {}
 
-    def look(at: float) -> Point | None:
-        at = float(min(max(at if np.isnan(step) else np.rint(at / step) * step, low), high)) + 0.0
-        if at not in found:
-            told = part.point(np.array([at]))
-            if told is None:
-                return None
-            found[at] = told[0]
-        return found[at]
+    def look(at: float) -> list[Point]:
+        """Have the points at a quantity, or at the steps on both sides of it."""
+        sides = {at} if np.isnan(step) else {np.floor(at / step) * step, np.ceil(at / step) * step}
+        told = []
+        for side in sorted(float(min(max(side, low), high)) + 0.0 for side in sides):
+            if side not in found:
+                if (known := part.point(np.array([side]))) is None:
+                    continue
+                found[side] = known[0]
+            told.append(found[side])
+        return told
 
-    look(low)
-    look(high)
-    if low <= 0.0 <= high:
-        look(0.0)
+    for at in (low, high, *([0.0] if low <= 0.0 <= high else ())):
+        look(at)
     look(float(part.choice(np.zeros(1))[0]))
     known = sorted(found)
     spans = [(-np.inf, a, b) for a, b in pairwise(known)]
     while spans and len(found) < POINTS:
         _, a, b = heapq.heappop(spans)
         slope = (found[b].usd - found[a].usd) / (b - a)
-        at = look(float(part.choice(np.array([-slope]), np.array([a]), np.array([b]))[0]))
-        if at is None or not a < (y := float(at.quantity[0])) < b:
+        bend = float(part.choice(np.array([-slope]), np.array([a]), np.array([b]))[0])
+        inner = [p for p in look(bend) if a < p.quantity[0] < b]
+        below = [found[a].usd + slope * (float(p.quantity[0]) - a) - p.usd for p in inner]
+        if not below or max(below) <= TOLERANCE * _rise(found):
             continue
-        below = found[a].usd + slope * (y - a) - at.usd
-        if below <= TOLERANCE * _rise(found):
-            continue
-        heapq.heappush(spans, (-below, a, y))
-        heapq.heappush(spans, (-below, y, b))
+        for c, d in pairwise([a, *(float(p.quantity[0]) for p in inner), b]):
+            heapq.heappush(spans, (-max(below), c, d))
     return _counted([found[at] for at in sorted(found)])
 
 
@@ -329,22 +347,23 @@ def _rise(found: Mapping[float, Point]) -> float:
 
 def _mix(part: _Part, steps: Vector) -> list[Point]:
     """Points of quantities that depend on each other: what is the least and the most of each and
-    of all, nothing at all, and what the owner would choose at prices up to those of the ends."""
+    of all, nothing at all, and what the owner would choose at prices between those at which it
+    was seen to change its mind."""
     count = steps.size
     found: dict[tuple[float, ...], Point] = {}
-    most = np.zeros(count)
+    marginal: list[set[float]] = [{0.0} for _ in range(count)]
 
     def look(quantity: Vector) -> None:
-        nonlocal most
-        for way in (np.rint, np.floor, np.ceil) if not np.isnan(steps).all() else (np.rint,):
-            at = np.where(np.isnan(steps), quantity, way(quantity / steps + 0.0) * steps) + 0.0
-            key = tuple(at.tolist())
+        for way in (np.rint, np.floor, np.ceil):
+            at = np.where(np.isnan(steps), quantity, way(quantity / steps) * steps) + 0.0
+            key = tuple(np.round(at, 9).tolist())
             if key in found:
                 return
             told = part.point(at)
             if told is not None:
                 found[key] = told[0]
-                most = np.maximum(most, np.abs(told[1]))
+                for seen, usd in zip(marginal, told[1].tolist(), strict=True):
+                    seen.add(float(np.round(usd, 6)))
                 return
 
     look(np.zeros(count))
@@ -360,8 +379,16 @@ def _mix(part: _Part, steps: Vector) -> list[Point]:
     spread = qmc.Halton(count, scramble=False)
     spread.fast_forward(1)
     for share in spread.random(PROBES):
-        look(part.choice((2.0 * share - 1.0) * most))
+        usd = [_between(sorted(seen), s) for seen, s in zip(marginal, share, strict=True)]
+        look(part.choice(-np.array(usd)))
     return _counted(list(found.values()))
+
+
+def _between(levels: Sequence[float], share: float) -> float:
+    """A price between two that are next to each other, or beyond the last, by a number in 0..1."""
+    ends = [2.0 * levels[0] - 1.0, *levels, 2.0 * levels[-1] + 1.0]
+    cell = min(int(share * (len(ends) - 1)), len(ends) - 2)
+    return 0.5 * (ends[cell] + ends[cell + 1])
 
 
 def _counted(points: list[Point]) -> list[Point]:

@@ -22,21 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from federation.v1 import twin_pb2 as federation_dot_v1_dot_twin__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64\x65ration/v1/peer.proto\x12\rfederation.v1\"\xe4\x01\n\nAskRequest\x12,\n\x04sort\x18\x01 \x01(\x0e\x32\x1e.federation.v1.AskRequest.Sort\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\"\x88\x01\n\x04Sort\x12\x14\n\x10SORT_UNSPECIFIED\x10\x00\x12\x11\n\rSORT_VARIABLE\x10\x01\x12\x0e\n\nSORT_INPUT\x10\x02\x12\x0e\n\nSORT_EVENT\x10\x03\x12\x0f\n\x0bSORT_ACTION\x10\x04\x12\x14\n\x10SORT_FLEXIBILITY\x10\x05\x12\x10\n\x0cSORT_SESSION\x10\x06\"c\n\x0b\x41skResponse\x12\x12\n\nis_allowed\x18\x01 \x01(\x08\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x05\x32\x45\n\x05Peers\x12<\n\x03\x41sk\x12\x19.federation.v1.AskRequest\x1a\x1a.federation.v1.AskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64\x65ration/v1/peer.proto\x12\rfederation.v1\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\"\x8e\x02\n\nAskRequest\x12,\n\x04sort\x18\x01 \x01(\x0e\x32\x1e.federation.v1.AskRequest.Sort\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\x12(\n\x04mode\x18\x04 \x01(\x0e\x32\x1a.federation.v1.Errand.Mode\"\x88\x01\n\x04Sort\x12\x14\n\x10SORT_UNSPECIFIED\x10\x00\x12\x11\n\rSORT_VARIABLE\x10\x01\x12\x0e\n\nSORT_INPUT\x10\x02\x12\x0e\n\nSORT_EVENT\x10\x03\x12\x0f\n\x0bSORT_ACTION\x10\x04\x12\x14\n\x10SORT_FLEXIBILITY\x10\x05\x12\x10\n\x0cSORT_SESSION\x10\x06\"c\n\x0b\x41skResponse\x12\x12\n\nis_allowed\x18\x01 \x01(\x08\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x05\"k\n\x0bHearRequest\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12%\n\x06signed\x18\x02 \x01(\x0b\x32\x15.federation.v1.Signed\x12%\n\x06\x62undle\x18\x03 \x01(\x0b\x32\x15.federation.v1.Bundle\"_\n\x0cHearResponse\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.federation.v1.Receipt\x12&\n\x05\x64\x65sks\x18\x02 \x03(\x0b\x32\x17.federation.v1.DeskView2E\n\x05Peers\x12<\n\x03\x41sk\x12\x19.federation.v1.AskRequest\x1a\x1a.federation.v1.AskResponse2L\n\tPetitions\x12?\n\x04Hear\x12\x1a.federation.v1.HearRequest\x1a\x1b.federation.v1.HearResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'federation.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASKREQUEST']._serialized_start=44
-  _globals['_ASKREQUEST']._serialized_end=272
-  _globals['_ASKREQUEST_SORT']._serialized_start=136
-  _globals['_ASKREQUEST_SORT']._serialized_end=272
-  _globals['_ASKRESPONSE']._serialized_start=274
-  _globals['_ASKRESPONSE']._serialized_end=373
-  _globals['_PEERS']._serialized_start=375
-  _globals['_PEERS']._serialized_end=444
+  _globals['_ASKREQUEST']._serialized_start=70
+  _globals['_ASKREQUEST']._serialized_end=340
+  _globals['_ASKREQUEST_SORT']._serialized_start=204
+  _globals['_ASKREQUEST_SORT']._serialized_end=340
+  _globals['_ASKRESPONSE']._serialized_start=342
+  _globals['_ASKRESPONSE']._serialized_end=441
+  _globals['_HEARREQUEST']._serialized_start=443
+  _globals['_HEARREQUEST']._serialized_end=550
+  _globals['_HEARRESPONSE']._serialized_start=552
+  _globals['_HEARRESPONSE']._serialized_end=647
+  _globals['_PEERS']._serialized_start=649
+  _globals['_PEERS']._serialized_end=718
+  _globals['_PETITIONS']._serialized_start=720
+  _globals['_PETITIONS']._serialized_end=796
 # @@protoc_insertion_point(module_scope)

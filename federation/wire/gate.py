@@ -115,8 +115,8 @@ class Gate(grpc.aio.ServerInterceptor):
         if not certificates:
             raise unproven("NAMELESS", f"{rpc} is only for those who show a certificate")
         bearer = self._trust.bearer(certificates[0])
-        part = self.part_of(bearer.party)
-        if part is None or part not in TABLE.get(rpc, ()):
+        parts = self.parts_of(bearer.party)
+        if not parts or not parts <= TABLE.get(rpc, frozenset()):
             allowed = " or ".join(sorted(TABLE.get(rpc, ()))) or "nobody"
             raise ScenarioError(
                 Reason.NOT_AUTHORISED,
@@ -125,16 +125,19 @@ class Gate(grpc.aio.ServerInterceptor):
             )
         return bearer
 
-    def part_of(self, party: Party) -> Part | None:
-        """The part that somebody plays here; None for who has no business here at all.
+    def parts_of(self, party: Party) -> frozenset[Part]:
+        """The parts that somebody plays here, who may do what all of them may; none for who has no
+        business here at all.
 
-        Of another city nobody is heard but its broker, and by our broker alone.
+        Of another city nobody is heard but its broker and its guard, and by our broker alone. Its
+        guard is a guard as well as a peer, so it opens no sessions.
         """
         own = self._trust.party
         if party.city == own.city:
-            return party.part
-        is_peer = party.part is Part.BROKER and own.part is Part.BROKER
-        return Part.PEER if is_peer else None
+            return frozenset({party.part})
+        if own.part is not Part.BROKER or party.part not in (Part.BROKER, Part.GUARD):
+            return frozenset()
+        return frozenset({Part.PEER, party.part} - {Part.BROKER})
 
     async def _watched(self, bearer: Bearer, work: Awaitable[Any]) -> Any:
         task = asyncio.current_task()
