@@ -130,6 +130,7 @@ def command_broker(options: argparse.Namespace) -> int:
                 city=options.city,
                 export=options.export,
                 city_scenario=options.scenario,
+                guard=options.guard,
             )
         )
     )
@@ -324,6 +325,12 @@ def parser() -> argparse.ArgumentParser:
     )
     broker.add_argument(
         "--scenario", type=Path, metavar="FILE", help="the scenario of the city that is served"
+    )
+    broker.add_argument(
+        "--guard",
+        default="",
+        metavar="ADDRESS",
+        help="where `multitwin control` hears what peers ask of actuators (nobody does)",
     )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)

@@ -28,6 +28,7 @@ from federation.v1 import (
     control_pb2_grpc,
     scenario_pb2,
     scenario_pb2_grpc,
+    twin_pb2,
 )
 from federation.wire import codec, footing, secure, status
 from federation.wire.credentials import Identity
@@ -255,22 +256,37 @@ class LiveView:
                     + clock.round_trip_duration.ToNanoseconds() / 2
                 ) / 1e9
 
-    async def desks(self) -> Desks:
-        """What is in force, asked of every twin itself."""
+    async def looks(self) -> dict[str, twin_pb2.ReadDeskResponse | FederationError]:
+        """What every twin says is in force there, or why it can't be asked."""
         names = tuple(self._hands)
         answers = await asyncio.gather(
-            *(self._hands[name].look() for name in names), return_exceptions=True
+            *(self._hands[name].look(self.run, name) for name in names), return_exceptions=True
         )
+        found: dict[str, twin_pb2.ReadDeskResponse | FederationError] = {}
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, FederationError):
+                raise answer
+            found[name] = answer
+        return found
+
+    def hand(self, member: str) -> Hand:
+        """What acts on a twin under the identity of the view."""
+        return self._hands[member]
+
+    async def desks(self) -> Desks:
+        """What is in force, asked of every twin itself."""
+        return self.told(await self.looks())
+
+    def told(self, answers: Mapping[str, twin_pb2.ReadDeskResponse | FederationError]) -> Desks:
+        """What is in force, of what every twin has said."""
         holdings: dict[Place, Holding] = {}
         seats: dict[str, Seat] = {}
         stops: dict[str, tuple[str, ...]] = {}
         silent: dict[str, str] = {}
-        for name, answer in zip(names, answers, strict=True):
+        for name, answer in answers.items():
             if isinstance(answer, FederationError):
                 silent[name] = str(answer)
                 continue
-            if isinstance(answer, BaseException):
-                raise answer
             if answer.stops:
                 stops[name] = tuple(f"{stop.by}: {stop.reason}" for stop in answer.stops)
             views = [view for view in answer.desks if (view.run, view.member) == (self.run, name)]

@@ -242,6 +242,9 @@ class What(Part):
     events: tuple[Dotted, ...] = Field(default=(), description="member.kind")
     actions: tuple[Dotted, ...] = Field(default=(), description="member.actuator")
     risk: tuple[Risk, ...] = Field(default=tuple(Risk), description="classes of actions")
+    acts: tuple[Literal["what-if", "live"], ...] = Field(
+        default=("what-if",), description="where the reader may act; live is on the city itself"
+    )
     flexibility: tuple[Dotted, ...] = Field(default=(), description="member.port")
     sessions: tuple[Literal["what-if", "live"], ...] = ()
     kinds: tuple[Pattern, ...] = ()
@@ -254,6 +257,8 @@ class What(Part):
             raise ValueError(
                 "say what: variables, inputs, events, actions, flexibility or sessions"
             )
+        if "acts" in self.model_fields_set and not self.actions:
+            raise ValueError("`acts` is where actions may be taken: say which with `actions`")
         return self
 
     def named(self, sort: Sort) -> tuple[str, ...]:
@@ -437,6 +442,8 @@ class Thing:
     risk: Risk = Risk.HIGH
     is_relayed: bool = False
     """The city has it from another one."""
+    is_live: bool = False
+    """Of an action: it is to be taken on the city itself and not in a what-if."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,8 +532,12 @@ def _decide(rules: Sequence[Rule], policy: Policy, asked: Question, thing: Thing
 
 
 def _is_about(rule: Rule, thing: Thing, policy: Policy) -> bool:
-    if thing.sort is Sort.ACTION and thing.risk not in rule.what.risk:
-        return False
+    if thing.sort is Sort.ACTION:
+        if thing.risk not in rule.what.risk:
+            return False
+        # what is denied is denied everywhere
+        if not rule.denies and ("live" if thing.is_live else "what-if") not in rule.what.acts:
+            return False
     if thing.is_relayed and not (rule.relay or rule.denies):
         return False
     if thing.entity is None or not rule.what.is_selective:

@@ -37,9 +37,10 @@ class City:
 class Hand:
     """Orders of one identity to one process. Fails with UNREACHABLE, and as the contract says.
 
-    A city is told of a bundle what is its own part, and of no other member's. Where no `request` is given, its id is made of the bundle, the member and what is asked, so
-    that whoever takes over from a caller that died asks the same again. Over TLS the process has
-    to be that of the twin with this name, or of any twin when there is none.
+    A city is told of a bundle what is its own part, and of no other member's. Where no `request` is
+    given, its id is made of the bundle, the member and what is asked, so that whoever takes over
+    from a caller that died asks the same again. Over TLS the process has to be that of the twin
+    with this name, or of any twin when there is none; or the broker of the city.
     """
 
     def __init__(
