@@ -169,9 +169,7 @@ def test_a_broker_that_is_revoked_loses_its_sessions_and_is_told_why(
     bounded(story)
 
 
-def test_a_twin_that_is_revoked_while_it_is_a_member_is_put_out(
-    quick: None, tmp_path: Path
-) -> None:
+def test_a_member_that_is_revoked_is_put_out(quick: None, tmp_path: Path) -> None:
     """Its stream ends and its lease goes within seconds, though it would go on for ever; what it
     says later is refused, and it does not get in again."""
     own = city(tmp_path / "shelby")
