@@ -13,6 +13,7 @@ from pathlib import Path
 from federation import telemetry
 from federation.acting import add_acting
 from federation.certs import add_certs
+from federation.checking import add_check
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.exporting import add_policy
 from federation.loop import run
@@ -373,6 +374,7 @@ def parser() -> argparse.ArgumentParser:
     add_acting(commands)
     add_policy(commands)
     add_certs(commands)
+    add_check(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")

@@ -198,6 +198,7 @@ def test_a_member_that_is_revoked_is_put_out(quick: None, tmp_path: Path) -> Non
             assert ended.state == scenario_pb2.Run.STATE_FAILED
             assert (ended.error.reason, ended.error.metadata["member"]) == ("MEMBER_LOST", "dams")
             assert "revoked" in ended.error.message
+            gate_.set()
             assert await members() == {"weather", "town"}
             # what the twin does now is no part of anything: nobody asks it, and it can't ask
             with guise(stolen):
