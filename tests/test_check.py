@@ -20,11 +20,11 @@ from federation.errors import FederationError, Reason
 from federation.twin import Description, LinearBlock, Step, Twin, Variable
 from federation.wire.serve import ServeOptions, serving
 from tests.cities import BIRCH_POLICY, write_birch
-from tests.kills import serving_process
 from tests.test_peers import city, free_ports
-from tests.test_wire import Reservoirs, bounded
+from tests.test_wire import ROOT, Reservoirs, bounded, process
 from tests.works import Plants
 
+RAW = str(ROOT / "tests" / "rawtwin.py")
 SERVED = ServeOptions(grace_s=0.1, max_sessions=3)
 
 
@@ -206,7 +206,7 @@ def test_a_defect_of_a_model_is_found_by_the_check_that_is_about_it(
 
 def test_a_twin_that_was_written_without_care_for_bad_input_is_told_so() -> None:
     """The raw twin of the tests: good enough for a broker that asks for nothing bad."""
-    with serving_process("tests/rawtwin.py") as address:
+    with process(RAW, "--port", "0") as (_, address):
         found: list[Finding] = []
 
         async def story() -> None:
@@ -229,7 +229,7 @@ def test_a_twin_that_was_written_without_care_for_bad_input_is_told_so() -> None
 def test_the_command_says_it_for_people_and_for_programs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with serving_process("tests/rawtwin.py") as address:
+    with process(RAW, "--port", "0") as (_, address):
         assert main(["check", address, "--json", "--only", "repeats answers"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["passed"]

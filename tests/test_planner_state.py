@@ -17,7 +17,7 @@ from federation.plan.dispatch import Control, Course, DispatchPlan, DispatchPlan
 from federation.twin import HOUR_NS, Planner, Session, StepInput, Vector
 from tests.test_plan import feeders
 
-GRID = Family("grid", "assign", ("a", "b", "c", "d", "e"))
+GRID = Family("grid", "assign", ("f0", "f1", "f2", "f3", "f4"))
 SERVE = Control("grid", "serve", "feeder", "1", ("a", "b"), 0.0, 1.0, 1.0)
 
 
