@@ -266,6 +266,46 @@ def test_the_guard_of_a_neighbour_acts_on_both_cities_as_on_members_of_its_own(
     bounded(story)
 
 
+def test_a_loop_of_ash_sees_birch_as_a_member_of_its_run_and_acts_there(tmp_path: Path) -> None:
+    """Over both brokers: what its view tells of desks and seats is enough to carry a bundle."""
+
+    async def story() -> None:
+        options = BrokerOptions(city="ash", grace_s=0.1)
+        async with birch(tmp_path) as at, BrokerServer(options) as ash:
+            document = f"""
+name: ash-looks
+region: ash
+horizon_h: 100
+members:
+  neighbour:
+    address: "{at.broker.address}"
+    peer: {{session: live, purpose: mutual-aid, city: birch}}
+couplings: []
+pace: {{factor: 600}}
+"""
+            own = parse(document)
+            live, task = await ash.begin(own, case_of(own), None, document=document)
+            async with LiveView(ash.address, live.name, ASH_GUARD) as view:
+                (actuator,) = view.descriptions["neighbour"].actuators
+                assert actuator.name == "grid_shed"
+                desks = await view.desks()
+                assert not desks.silent
+                what = replace(shed(at), run=live.name)
+                journal = FileJournal(tmp_path / "intents.jsonl")
+                ended = await carry_out(
+                    Task(what, desks.seats, WINDOW_NS), ASH_GUARD, journal, within_s=10
+                )
+                assert ended.stage is Stage.COMMITTED, ended
+                await at.given(("S1", 2.0))
+                held = (await view.desks()).holdings
+                assert held["neighbour", "grid_shed", "S1"].value == 2.0
+                journal.close()
+            await live.cancel()
+            await asyncio.wait([task])
+
+    bounded(story)
+
+
 def vars_of(city: City) -> tuple[str, str, str]:
     return city.name, city.purpose, city.claim
 
