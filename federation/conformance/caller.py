@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -100,8 +100,11 @@ class Graded:
             await session.open(seed)
             try:
                 yield session
-            finally:
-                await session.close()
+            except BaseException:
+                with suppress(BrokenError, FederationError):  # what was found first counts
+                    await session.close()
+                raise
+            await session.close()
 
     def instants_ns(self, count: int) -> list[int]:
         """When a service with a period makes its first steps."""
@@ -119,13 +122,21 @@ class Stream:
     async def ask(self, *frames: twin_pb2.SessionRequest) -> list[twin_pb2.SessionResponse]:
         """Send frames one by one, and hear as many answers, in the order of the frames."""
         for frame in frames:
-            await self._call.write(frame)
+            await self._write(frame)
         return await self.hear(frames)
 
     async def together(self, *frames: twin_pb2.SessionRequest) -> list[twin_pb2.SessionResponse]:
         """The same in one message."""
-        await self._call.write(twin_pb2.SessionRequest(frames=frames))
+        await self._write(twin_pb2.SessionRequest(frames=frames))
         return await self.hear(frames)
+
+    async def _write(self, message: twin_pb2.SessionRequest) -> None:
+        try:
+            await self._call.write(message)
+        except grpc.aio.AioRpcError as error:
+            raise BrokenError(f"the stream was lost: {status.from_rpc(error, 'it')}") from None
+        except asyncio.InvalidStateError:
+            raise BrokenError("the stream was lost") from None
 
     async def hear(
         self, frames: Sequence[twin_pb2.SessionRequest]
