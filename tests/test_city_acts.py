@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 from federation.broker.server import BrokerOptions, BrokerServer
@@ -23,14 +24,17 @@ from federation.errors import FederationError, Reason
 from federation.planners import planner
 from federation.scenario.spec import parse
 from federation.twin import MINUTE_NS, Action, StepInput
-from federation.v1 import peer_pb2_grpc, twin_pb2
+from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire.caller import claim
 from federation.wire.credentials import Identity, Keyring, Role
 from federation.wire.enrol import keep_name
 from federation.wire.link import Errand, Link
 from federation.wire.orders import City, Hand
+from federation.wire.party import Part
 from federation.wire.serve import ServeOptions, new_server, serving, start_server
 from tests.cities import BIRCH, BIRCH_POLICY, Clinic, Grid, write_birch
+from tests.guises import broker_of, guise, served_as
+from tests.guises import city as certified
 from tests.test_broker import _gone
 from tests.test_peers import ASH, case_of, free_ports, wire_to
 from tests.test_wire import bounded
@@ -640,6 +644,90 @@ def test_without_a_guard_a_city_refuses_to_be_acted_on(tmp_path: Path) -> None:
                 assert error.reason is (Reason.UNREACHABLE if guard else Reason.NOT_LIVE)
                 await live.cancel()
                 await asyncio.wait([task])
+
+    bounded(story)
+
+
+class Heard(peer_pb2_grpc.PetitionsServicer):
+    """A guard that says yes to everything, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[peer_pb2.HearRequest] = []
+
+    async def Hear(  # noqa: N802
+        self,
+        request: peer_pb2.HearRequest,
+        context: grpc.aio.ServicerContext[peer_pb2.HearRequest, peer_pb2.HearResponse],
+    ) -> peer_pb2.HearResponse:
+        self.requests.append(request)
+        return peer_pb2.HearResponse(receipt=twin_pb2.Receipt(phase="selected"))
+
+
+def test_between_cities_that_show_certificates_the_guard_is_who_its_certificate_says(
+    tmp_path: Path,
+) -> None:
+    """Its claim is not looked at; the broker reaches its own guard under its own identity."""
+    birch_, ash_ = (certified(tmp_path / name, name) for name in ("birch", "ash"))
+    for twin in ("grid", "clinic"):
+        birch_.issue(Part.TWIN, twin)
+    guard_home = ash_.folder / "guard" / "loop"
+    for home, other in ((birch_.folder / "broker" / "main", ash_), (guard_home, birch_)):
+        (home / "peers").mkdir()
+        there = home / "peers" / f"{other.city}.crt"
+        there.write_bytes((other.folder / "ca.crt").read_bytes())
+
+    async def story() -> None:
+        files = write_birch(tmp_path, POLICY)
+        async with AsyncExitStack() as stack:
+            heard = Heard()
+            with guise(birch_.folder / "guard" / "loop"):
+                server = new_server(1 << 20)
+                peer_pb2_grpc.add_PetitionsServicer_to_server(heard, server)
+                guard, _ = await start_server(server, (SERVICE,), "127.0.0.1", 0)
+                stack.push_async_callback(server.stop, None)
+            options = BrokerOptions(
+                city="birch", export=files[1], city_scenario=files[0], grace_s=0.1, guard=guard
+            )
+            broker = await stack.enter_async_context(broker_of(birch_.folder, options))
+            for name, twin in (("grid", Grid), ("clinic", Clinic)):
+                home = birch_.folder / "twin" / name
+                await stack.enter_async_context(served_as(home, name, twin, broker.address))
+            await broker.members_ready(["grid", "clinic"], 10)
+            own = parse(BIRCH + "pace: {factor: 60}\n")
+            live, task = await broker.begin(own, case_of(own, 11), None)
+            stack.push_async_callback(asyncio.wait, [task])
+            stack.push_async_callback(live.cancel)
+            what = Bundle(
+                "b1",
+                "runs/ash-1",
+                (Setpoint("neighbour", "grid_shed", "S1", 2.0, MINUTE_NS),),
+                Priority.AUTONOMOUS,
+                0,
+                1 << 60,
+                "ash-loop",
+            )
+            with guise(guard_home):
+                city = City("birch", "mutual-aid", "spiffe://cedar/guard/thief")
+                ash = Hand(broker.address, ASH_GUARD, city=city)
+            async with ash:
+                await ash.select(what, "neighbour", 1, WINDOW_NS)
+            (request,) = heard.requests
+            assert request.reader == "spiffe://ash/guard/loop"
+            assert request.bundle.id == "ash:b1"
+            assert [(s.member, s.actuator) for s in request.bundle.setpoints] == [("grid", "shed")]
+            assert request.bundle.basis == what.digest()
+            # nobody of ash but its broker and its guard is heard at all
+            for part, person in ((Part.OPERATOR, "ann"), (Part.PLANNER, "pat")):
+                home = ash_.folder / part / person
+                (home / "peers").mkdir()
+                there = home / "peers" / "birch.crt"
+                there.write_bytes((birch_.folder / "ca.crt").read_bytes())
+                with guise(home):
+                    hand = Hand(broker.address, ASH_GUARD, city=city)
+                async with hand:
+                    error = await refusal(hand.select(what, "neighbour", 1, WINDOW_NS))
+                assert error.reason is Reason.NOT_AUTHORISED
+            assert len(heard.requests) == 1
 
     bounded(story)
 

@@ -266,17 +266,17 @@ class Gate(peer_pb2_grpc.PeersServicer):
         if mode == "live":
             run = self._record.run()
             rights = Rights(self._interior_of(run), standing, mode)
-            self._note(rights, reader)
+            self._note(rights.export, reader)
             return LiveCity(rights, self._record, run, policy.patience_s)
         rights = Rights(self.city.interior(path), standing, mode)
-        self._note(rights, reader)
+        self._note(rights.export, reader)
         horizon_ns = None if limits.horizon_h is None else round(limits.horizon_h * HOUR_NS)
         return CityRun(self.city, rights, path, horizon_ns)
 
-    def _note(self, rights: Rights, reader: Reader) -> None:
-        for declaration in rights.export.declared:
+    def _note(self, export: Export, reader: Reader, does: str = "sees") -> None:
+        for declaration in export.declared:
             self._file.say(
-                f"{reader} sees more by the emergency {declaration.emergency}, which "
+                f"{reader} {does} more by the emergency {declaration.emergency}, which "
                 f"{declaration.by} has declared: {declaration.why}"
             )
 
@@ -443,8 +443,13 @@ class Gate(peer_pb2_grpc.PeersServicer):
 
         def look() -> Standing:
             asked = self._file.question(reader, purpose)
-            _check_may_begin(self.policy, asked, "live")
-            export = self._export(service, Errand(purpose, is_live=True))
+            if petition.what == "release":  # is heard from those who have lost their rights, too
+                export = Export(_Nothing(self.city.name).describe())
+            else:
+                _check_may_begin(self.policy, asked, "live")
+                export = self._export(service, Errand(purpose, is_live=True))
+            if petition.what == "select":
+                self._note(export, reader, "may do")
             refuse = partial(refusal, self.policy, asked, is_live=True)
             return Standing(reader, self._record.run(), export, refuse)
 

@@ -50,8 +50,8 @@ TOLERANCE = 1e-3
 """Where the curve between two points is below their chord by less than this share of all that it
 rises, it is told as the chord."""
 
-SEARCH_S = 60.0
-"""How long whole numbers are looked for; wall time. What is found by then counts."""
+NODES = 200
+"""In so many nodes whole numbers are looked for. What is found by then counts."""
 
 SNAP = 1e-6
 """By what share of a step a quantity may miss a multiple of it: the last digits of a solver."""
@@ -244,7 +244,7 @@ class _Part:
             return
         engine = self._engine
         make_whole(engine, whole.astype(np.int64))
-        engine.setOptionValue("time_limit", SEARCH_S)
+        engine.setOptionValue("mip_max_nodes", NODES)
         engine.run()
         status = engine.getInfo().primal_solution_status
         if status != highspy.SolutionStatus.kSolutionStatusFeasible:
@@ -252,7 +252,6 @@ class _Part:
         values = np.rint(np.array(engine.getSolution().col_value)[whole])
         make_whole(engine, whole.astype(np.int64), whole=False)
         engine.changeColsBounds(whole.size, whole, values, values)
-        engine.setOptionValue("time_limit", np.inf)
         engine.clearSolver()
 
     def choice(self, usd: Vector, low: Vector | None = None, high: Vector | None = None) -> Vector:
