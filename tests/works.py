@@ -80,7 +80,7 @@ def plants_block(
 
 def homes_block(periods: int) -> LinearBlock:
     """They want 9 MW and lose 1,000 dollars per megawatt-hour that is not there."""
-    columns = {}
+    columns: dict[str, tuple[float, float, float]] = {}
     rows: dict[str, tuple[float, Mapping[str, float], float]] = {}
     for t in range(periods):
         columns |= {f"come{t}": (0.0, HOMES_MW, 0.0), f"dark{t}": (0.0, HOMES_MW, 1000.0)}

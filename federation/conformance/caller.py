@@ -115,7 +115,9 @@ class Graded:
 class Stream:
     """A stream of frames, to each of which one answer comes."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[object, object]) -> None:
+    def __init__(
+        self, call: grpc.aio.StreamStreamCall[twin_pb2.SessionRequest, twin_pb2.SessionResponse]
+    ) -> None:
         self._call = call
         self._answers: list[twin_pb2.SessionResponse] = []
 

@@ -44,7 +44,8 @@ def _sound(graded: Graded) -> str:
     ):
         twice = sorted({name for name in all_names if all_names.count(name) > 1})
         wrong += [f"{what} {name} stands there twice" for name in twice]
-    for name, kind in [(x.name, x.kind) for x in (*d.variables, *d.actuators)]:
+    kinds = [(v.name, v.kind) for v in d.variables] + [(a.name, a.kind) for a in d.actuators]
+    for name, kind in kinds:
         if kind != SYSTEM and not d.ids(kind):
             wrong.append(f"{name} is over {kind}, of which there is no entity")
     for p in d.parameters:
@@ -71,7 +72,8 @@ async def describes_itself(graded: Graded) -> str:
 async def knows_its_units(graded: Graded) -> str:
     d = graded.description
     wrong = []
-    for name, unit in [(x.name, x.unit) for x in (*d.variables, *d.parameters, *d.actuators)]:
+    units = [(v.name, v.unit) for v in d.variables] + [(p.name, p.unit) for p in d.parameters]
+    for name, unit in (*units, *((a.name, a.unit) for a in d.actuators)):
         try:
             parse_unit(unit)
         except FederationError as error:
@@ -441,6 +443,7 @@ async def gives_nobody_what_it_does_not_export(graded: Graded) -> str:
         purpose=graded.errand.purpose, path=[city, "elsewhere"], mode=graded.errand.mode
     )
     told = ["a request that came through it"]
+    calls: list[tuple[twin_pb2.Errand, Sequence[tuple[str, str]], tuple[Reason, ...]]]
     calls = [(looped, graded.metadata, (Reason.PATH_LOOP,))]
     if graded.metadata:  # over TLS nobody can be nobody
         calls.append((graded.errand, (), (Reason.NOT_EXPORTED, Reason.NOT_AUTHENTICATED)))

@@ -212,9 +212,8 @@ def translated(told: Bundle, order: twin_pb2.Order, present: Standing) -> Bundle
     export, member = present.export, order.member
     if len(told.setpoints) + len(told.conditions) > MOST_SETPOINTS:
         raise ScenarioError(Reason.SCENARIO_INVALID, f"a bundle has {MOST_SETPOINTS} parts at most")
-    if told.run != order.run or any(
-        each.member != member for each in (*told.setpoints, *told.conditions)
-    ):
+    meant = {s.member for s in told.setpoints} | {c.member for c in told.conditions}
+    if told.run != order.run or not meant <= {member}:
         raise ScenarioError(
             Reason.SCENARIO_INVALID,
             f"a city is told its own part of a bundle: what is for {member} in {order.run}",

@@ -12,7 +12,7 @@ Handler = Any
 """gRPC's own named tuple of what an RPC is read, done and written with; it has no public type."""
 
 
-class Wrapping(grpc.aio.ServerInterceptor, ABC):  # type: ignore[misc]
+class Wrapping(grpc.aio.ServerInterceptor, ABC):
     """Has each RPC handled by what `wrap` makes of its handler."""
 
     def __init__(self) -> None:
