@@ -694,7 +694,8 @@ def test_between_cities_that_show_certificates_the_guard_is_who_its_certificate_
                 await stack.enter_async_context(served_as(home, name, twin, broker.address))
             await broker.members_ready(["grid", "clinic"], 10)
             own = parse(BIRCH + "pace: {factor: 60}\n")
-            live, task = await broker.begin(own, case_of(own, 11), None)
+            with guise(birch_.folder / "broker" / "main"):
+                live, task = await broker.begin(own, case_of(own, 11), None)
             stack.push_async_callback(asyncio.wait, [task])
             stack.push_async_callback(live.cancel)
             what = Bundle(
