@@ -23,7 +23,7 @@ from federation.core.ledger import ActionRecord
 from federation.errors import FederationError, Reason
 from federation.planners import planner
 from federation.scenario.spec import parse
-from federation.twin import MINUTE_NS, Action, StepInput
+from federation.twin import MINUTE_NS, NOTHING, Action, StepInput, Twin
 from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire.caller import claim
 from federation.wire.credentials import Identity, Keyring, Role
@@ -103,7 +103,7 @@ class Birch:
     view: LiveView
     guard: Guard
     policy: Path
-    grid: str
+    places: Mapping[str, str]
     notes: list[tuple[str, str]]
 
     @property
@@ -136,10 +136,20 @@ class Birch:
 
 @asynccontextmanager
 async def birch(
-    folder: Path, policy: str = POLICY, rules: str = RULES, minutes_per_s: int = 10
+    folder: Path,
+    policy: str = POLICY,
+    rules: str = RULES,
+    minutes_per_s: int = 10,
+    more: Mapping[str, type[Twin]] = NOTHING,
 ) -> AsyncIterator[Birch]:
+    """`more` are members besides its grid and its clinic, of classes of `tests.cities`."""
     async with AsyncExitStack() as stack:
         files = write_birch(folder, policy)
+        members = "".join(
+            f'  {n}: {{class: "tests.cities:{t.__name__}"}}\n' for n, t in more.items()
+        )
+        document = BIRCH.replace("couplings:", f"{members}couplings:")
+        files[0].write_text(document, encoding="utf-8")
         (port,) = free_ports(1)
         options = BrokerOptions(
             city="birch",
@@ -152,13 +162,14 @@ async def birch(
         broker = await stack.enter_async_context(BrokerServer(options))
         served = ServeOptions(grace_s=0.1, keyring=TWINS)
         places: dict[str, str] = {}
-        for name, twin in (("grid", Grid), ("clinic", Clinic)):
+        twins: dict[str, type[Twin]] = {"grid": Grid, "clinic": Clinic, **more}
+        for name, twin in twins.items():
             at, description = await stack.enter_async_context(serving(twin, name, served))
             stay = keep_name(broker.address, name, at, description, lambda _: None)
             stack.push_async_callback(_gone, asyncio.create_task(stay))
             places[name] = at
-        await broker.members_ready(["grid", "clinic"], 10)
-        long = BIRCH.replace("horizon_h: 2", "horizon_h: 200")
+        await broker.members_ready(twins, 10)
+        long = document.replace("horizon_h: 2", "horizon_h: 200")
         own = parse(f"{long}pace: {{factor: {60 * minutes_per_s}}}\n")
         live, task = await broker.begin(own, case_of(own, 11), None, document=long)
         stack.push_async_callback(asyncio.wait, [task])
@@ -174,7 +185,7 @@ async def birch(
         peer_pb2_grpc.add_PetitionsServicer_to_server(PetitionService(petitions), server)
         await start_server(server, (SERVICE,), "127.0.0.1", port)
         stack.push_async_callback(server.stop, 0.1)
-        here = Birch(broker, view, guard, files[1], places["grid"], notes)
+        here = Birch(broker, view, guard, files[1], places, notes)
         async with asyncio.timeout(10):
             while view.settled_ns < 2 * MINUTE_NS:
                 await view.changed()
@@ -540,6 +551,35 @@ def test_when_the_line_is_cut_between_the_stages_nothing_is_half_applied(tmp_pat
     bounded(story)
 
 
+def test_what_one_member_refuses_is_undone_at_the_others(tmp_path: Path) -> None:
+    """Two grids in one bundle: the second is stopped between the stages."""
+    policy = POLICY.replace("actions: [grid.shed], entities: ['S*']", "actions: ['*.shed']")
+    own = RULES[RULES.index("  grid.shed:") : RULES.index("values:")]
+    rules = RULES.replace("values:", own.replace("grid", "other") + "values:")
+    rules = rules.replace("of birch}", "of birch, other: another utility}")
+
+    async def story() -> None:
+        async with birch(tmp_path, policy, rules, more={"other": Grid}) as at, at.hand() as ash:
+            epoch = await epoch_of(ash)
+            one = shed(at)
+            second = replace(one.setpoints[0], actuator="other_shed")
+            what = replace(one, setpoints=(*one.setpoints, second))
+            await ash.select(what, "neighbour", epoch, WINDOW_NS)
+            async with Hand(at.places["other"], KIM) as kim:
+                await kim.halt("storm")
+            error = await refusal(ash.operate(what, "neighbour", epoch))
+            assert error.reason is Reason.HALTED
+            (desk,) = (await ash.look("runs/ash-1", "neighbour")).desks
+            assert not desk.in_force
+            assert [(b.bundle, b.phase) for b in desk.bundles] == [("b1", "over")]
+            await at.minutes(3)
+            # at most for the step that came in between
+            assert at.told() in ([], [("S1", 2.0), ("S1", 0.0)])
+            assert "ash:b1" not in at.guard.snapshot()["memory"]["open"]
+
+    bounded(story)
+
+
 async def reached(hand: Hand, what: Bundle, epoch: int) -> FederationError:
     """What a city says as soon as it can be asked again."""
     async with asyncio.timeout(10):
@@ -570,7 +610,7 @@ def test_a_right_that_ends_between_the_stages_ends_the_bundle(tmp_path: Path) ->
 
 def test_the_owners_stop_ends_what_a_neighbour_has_set_and_refuses_more(tmp_path: Path) -> None:
     async def story() -> None:
-        async with birch(tmp_path) as at, at.hand() as ash, Hand(at.grid, KIM) as kim:
+        async with birch(tmp_path) as at, at.hand() as ash, Hand(at.places["grid"], KIM) as kim:
             await put(ash, shed(at, "b1", lease_min=100))
             await at.given(("S1", 2.0))
             stop = await kim.halt("storm")
@@ -590,7 +630,7 @@ def test_the_owners_stop_ends_what_a_neighbour_has_set_and_refuses_more(tmp_path
 
 def test_a_person_of_the_owner_is_above_a_neighbour(tmp_path: Path) -> None:
     async def story() -> None:
-        async with birch(tmp_path) as at, at.hand() as ash, Hand(at.grid, KIM) as kim:
+        async with birch(tmp_path) as at, at.hand() as ash, Hand(at.places["grid"], KIM) as kim:
             (desk,) = (await kim.look()).desks
             person = Bundle(
                 "kim-1",
