@@ -580,14 +580,16 @@ def test_a_loop_hears_what_neighbours_ask_and_believes_none_that_it_does_not_kno
     release = twin_pb2.Bundle(id="ash:b1", priority=3)
 
     async def story() -> None:
-        async with at_work(terms_of(tmp_path, 4)) as stage:
-            async with secure.channel(stage.address, None) as channel:
-                stub: peer_pb2_grpc.PetitionsAsyncStub = peer_pb2_grpc.PetitionsStub(channel)
-                for signed in (twin_pb2.Signed(), stranger.sign(order)):
-                    reader = "spiffe://ash/guard/g1"
-                    asked = peer_pb2.HearRequest(reader=reader, signed=signed, bundle=release)
-                    error = await refused(stub.Hear(asked, timeout=10))
-                    assert error.reason is Reason.NOT_AUTHORISED
+        async with (
+            at_work(terms_of(tmp_path, 4)) as stage,
+            secure.channel(stage.address, None) as channel,
+        ):
+            stub: peer_pb2_grpc.PetitionsAsyncStub = peer_pb2_grpc.PetitionsStub(channel)
+            for signed in (twin_pb2.Signed(), stranger.sign(order)):
+                reader = "spiffe://ash/guard/g1"
+                asked = peer_pb2.HearRequest(reader=reader, signed=signed, bundle=release)
+                error = await refused(stub.Hear(asked, timeout=10))
+                assert error.reason is Reason.NOT_AUTHORISED
 
     bounded(story)
 
