@@ -568,7 +568,7 @@ def test_what_one_member_refuses_is_undone_at_the_others(tmp_path: Path) -> None
             async with Hand(at.places["other"], KIM) as kim:
                 await kim.halt("storm")
             error = await refusal(ash.operate(what, "neighbour", epoch))
-            assert error.reason is Reason.HALTED
+            assert error.reason is Reason.BUNDLE_OVER  # a stop undoes what was selected
             (desk,) = (await ash.look("runs/ash-1", "neighbour")).desks
             assert not desk.in_force
             assert [(b.bundle, b.phase) for b in desk.bundles] == [("b1", "over")]
