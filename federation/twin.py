@@ -52,6 +52,20 @@ class Risk(StrEnum):
     HIGH = "high"
 
 
+class Fidelity(StrEnum):
+    """How closely a model follows what it stands for; each value of it is that good."""
+
+    UNSTATED = "unstated"
+    RECORDED = "recorded"
+    """What was measured or logged, played back."""
+    SURROGATE = "surrogate"
+    """Fitted to data or to a finer model, without the laws behind them."""
+    REDUCED = "reduced"
+    """The laws of its domain, with parts taken together or effects left out."""
+    DETAILED = "detailed"
+    """The laws of its domain, component by component."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entity:
     """A thing that a twin models. Coordinates are WGS84 degrees, NaN if it has no place."""
@@ -156,6 +170,7 @@ class Description:
     kpis: tuple[str, ...] = ()
     doc: str = ""
     data_hash: str = ""
+    fidelity: Fidelity = Fidelity.UNSTATED
 
     @cached_property
     def _ids(self) -> dict[str, tuple[str, ...]]:

@@ -484,6 +484,8 @@ couplings:
 
 
 def test_in_a_ring_of_three_brokers_a_write_arrives_at_each_once(tmp_path: Path) -> None:
+    """LEVEL45 8."""
+
     async def story() -> None:
         async with ring(tmp_path, "leave-out") as brokers, talkers(brokers["ash"]):
             scenario = parse(from_ash(brokers))
@@ -682,7 +684,10 @@ def test_where_the_run_of_the_city_has_not_come_yet_values_are_held_and_marked(
 def test_a_city_goes_on_alone_when_the_line_is_down_and_both_agree_when_it_is_back(
     tmp_path: Path,
 ) -> None:
-    """The values of the neighbour are marked as stale meanwhile; nothing of them is lost."""
+    """The values of the neighbour are marked as stale meanwhile; nothing of them is lost.
+
+    LEVEL45 12.
+    """
     files = write_birch(tmp_path, live_policy(1))
 
     async def story() -> None:

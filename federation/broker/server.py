@@ -79,7 +79,7 @@ from federation.scenario.spec import (
     parse_addition,
 )
 from federation.scenario.study import cases
-from federation.twin import HOUR_NS
+from federation.twin import HOUR_NS, Fidelity
 from federation.v1 import (
     broker_pb2,
     broker_pb2_grpc,
@@ -487,6 +487,7 @@ class BrokerServer:
                     time.time_ns(),
                     tuple((*figure, units[figure]) for figure in figures),
                     tuple((a.source, a.target, a.delay_ns) for a in experiment.wiring.actuations),
+                    fidelities=tuple((n, d.fidelity) for n, d in experiment.descriptions.items()),
                 ),
                 (
                     write_case(case),
@@ -866,6 +867,7 @@ class BrokerServer:
                 time.time_ns(),
                 like.figures,
                 like.delays,
+                fidelities=like.fidelities,
             ),
             items,
         )
@@ -977,6 +979,11 @@ class BrokerServer:
         values = read_results(run.results, scenario_pb2.Run()).stale_values
         return frozenset((stale.member, stale.variable) for stale in values)
 
+    def _fidelities(self, run: Run) -> Mapping[str, Fidelity]:
+        live = self._live.get(run.name)
+        now = {} if live is None else {n: d.fidelity for n, d in live.descriptions.items()}
+        return dict(run.fidelities) | now
+
     async def why(self, name: str) -> control_pb2.WhyResponse:
         """What a run waits for or, when it has ended, what its time went to."""
         run = await self.find(name)
@@ -1019,13 +1026,13 @@ class BrokerServer:
                 self.store.snapshot, name, members=members, variables=variables
             )
             told_ns = run.settled_ns
-            stale = self._stale(run)
+            stale, fidelities = self._stale(run), self._fidelities(run)
             yield self._checked(
                 broker_pb2.WatchResponse(
                     cursor=f"{prefix}{after}",
                     snapshot=True,
                     time_ns=run.settled_ns,
-                    entries=[_encode(stored, stale) for stored in found],
+                    entries=[_encode(stored, fidelities, stale) for stored in found],
                 )
             )
         while True:
@@ -1034,9 +1041,10 @@ class BrokerServer:
                 self.store.entries, name, after, members=members, variables=variables
             )
             response = broker_pb2.WatchResponse()
+            fidelities = self._fidelities(run)
             size = 0
             for stored in found:
-                message = _encode(stored)
+                message = _encode(stored, fidelities)
                 if size and size + message.ByteSize() > CHUNK_BYTES:
                     yield response
                     response, size = broker_pb2.WatchResponse(), 0
@@ -1098,7 +1106,8 @@ class BrokerServer:
         response = broker_pb2.QueryHistoryResponse()
         if request.buckets == 0:
             found = await asyncio.to_thread(self.store.history, *where, request.start_ns, end_ns)
-            response.entries.extend(map(_encode, found))
+            fidelities = self._fidelities(run)
+            response.entries.extend(_encode(stored, fidelities) for stored in found)
         else:
             outline = await asyncio.to_thread(
                 partial(self.store.outline, entity=entity),
@@ -1341,13 +1350,19 @@ def _instant(unix_ns: int) -> Timestamp:
     return found
 
 
-def _encode(stored: Stored, stale: Collection[tuple[str, str]] = ()) -> broker_pb2.LedgerEntry:
+def _encode(
+    stored: Stored,
+    fidelities: Mapping[str, Fidelity],
+    stale: Collection[tuple[str, str]] = (),
+) -> broker_pb2.LedgerEntry:
     """An entry for a reader; a value that is stale by now is told as such."""
     entry = stored.entry
     if isinstance(entry, Record) and (entry.owner, entry.variable) in stale:
         entry = entry._replace(quality=Quality.STALE)
     message = codec.encode_entry(entry)
     message.receive_time.FromNanoseconds(stored.receive_ns)
+    if isinstance(entry, Record) and entry.quality is not Quality.SUBSTITUTED:
+        message.fidelity = codec.encode_fidelity(fidelities.get(entry.owner, Fidelity.UNSTATED))
     return message
 
 

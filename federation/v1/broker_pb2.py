@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x65ration/v1/broker.proto\x12\rfederation.v1\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"u\n\x0fRegisterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\"7\n\x10RegisterResponse\x12#\n\x05lease\x18\x01 \x01(\x0b\x32\x14.federation.v1.Lease\"J\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1d\n\x0cRenewRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"4\n\rRenewResponse\x12#\n\x05lease\x18\x01 \x01(\x0b\x32\x14.federation.v1.Lease\"\x1d\n\x0cLeaveRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse\"\x14\n\x12ListMembersRequest\"=\n\x13ListMembersResponse\x12&\n\x07members\x18\x01 \x03(\x0b\x32\x15.federation.v1.Member\"\xb2\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x35\n\x12remaining_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x0f\n\x07members\x18\x03 \x03(\t\x12\x11\n\tvariables\x18\x04 \x03(\t\"o\n\rWatchResponse\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0f\n\x07time_ns\x18\x03 \x01(\x03\x12+\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1a.federation.v1.LedgerEntry\"\xa7\x01\n\x13QueryHistoryRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x10\n\x08variable\x18\x03 \x01(\t\x12\x10\n\x08start_ns\x18\x04 \x01(\x03\x12\x13\n\x06\x65nd_ns\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07\x62uckets\x18\x06 \x01(\x05\x12\x13\n\x06\x65ntity\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\t\n\x07_end_nsB\t\n\x07_entity\"\x81\x02\n\x14QueryHistoryResponse\x12+\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1a.federation.v1.LedgerEntry\x12;\n\x07\x62uckets\x18\x02 \x03(\x0b\x32*.federation.v1.QueryHistoryResponse.Bucket\x1a\x7f\n\x06\x42ucket\x12\x10\n\x08start_ns\x18\x01 \x01(\x03\x12\x0e\n\x06\x65nd_ns\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12\r\n\x05\x66irst\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x0c\x12\x0b\n\x03low\x18\x06 \x01(\x0c\x12\x0c\n\x04high\x18\x07 \x01(\x0c\x12\x0c\n\x04mean\x18\x08 \x01(\x0c\"\xfa\x05\n\x0bLedgerEntry\x12\x0f\n\x07time_ns\x18\x01 \x01(\x03\x12\r\n\x05micro\x18\x02 \x01(\x05\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0e\n\x06member\x18\x04 \x01(\t\x12\x30\n\x0creceive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x05value\x18\x06 \x01(\x0b\x32 .federation.v1.LedgerEntry.ValueH\x00\x12;\n\noccurrence\x18\x07 \x01(\x0b\x32%.federation.v1.LedgerEntry.OccurrenceH\x00\x12\x31\n\x05order\x18\x08 \x01(\x0b\x32 .federation.v1.LedgerEntry.OrderH\x00\x1a}\n\x05Value\x12-\n\x06values\x18\x01 \x01(\x0b\x32\x1d.federation.v1.VariableValues\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x33\n\x07quality\x18\x03 \x01(\x0e\x32\".federation.v1.LedgerEntry.Quality\x1a\x9a\x01\n\nOccurrence\x12#\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x14.federation.v1.Event\x12;\n\x03via\x18\x02 \x03(\x0b\x32..federation.v1.LedgerEntry.Occurrence.ViaEntry\x1a*\n\x08ViaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a?\n\x05Order\x12%\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x15.federation.v1.Action\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"r\n\x07Quality\x12\x17\n\x13QUALITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cQUALITY_GOOD\x10\x01\x12\x10\n\x0cQUALITY_HELD\x10\x02\x12\x17\n\x13QUALITY_SUBSTITUTED\x10\x03\x12\x11\n\rQUALITY_STALE\x10\x04\x42\x07\n\x05\x65ntry2\xd2\x03\n\x06\x42roker\x12K\n\x08Register\x12\x1e.federation.v1.RegisterRequest\x1a\x1f.federation.v1.RegisterResponse\x12\x42\n\x05Renew\x12\x1b.federation.v1.RenewRequest\x1a\x1c.federation.v1.RenewResponse\x12\x42\n\x05Leave\x12\x1b.federation.v1.LeaveRequest\x1a\x1c.federation.v1.LeaveResponse\x12T\n\x0bListMembers\x12!.federation.v1.ListMembersRequest\x1a\".federation.v1.ListMembersResponse\x12\x44\n\x05Watch\x12\x1b.federation.v1.WatchRequest\x1a\x1c.federation.v1.WatchResponse0\x01\x12W\n\x0cQueryHistory\x12\".federation.v1.QueryHistoryRequest\x1a#.federation.v1.QueryHistoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x65ration/v1/broker.proto\x12\rfederation.v1\x1a\x18\x66\x65\x64\x65ration/v1/twin.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xae\x01\n\x0fRegisterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12\x0e\n\x06schema\x18\x07 \x01(\x05\x12\'\n\x07profile\x18\x08 \x01(\x0b\x32\x16.federation.v1.Profile\"\x92\x01\n\x07Profile\x12)\n\x08\x66idelity\x18\x01 \x01(\x0e\x32\x17.federation.v1.Fidelity\x12\'\n\x04time\x18\x02 \x01(\x0b\x32\x19.federation.v1.TimePolicy\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12!\n\x04\x61rea\x18\x04 \x01(\x0b\x32\x13.federation.v1.Area\"P\n\x04\x41rea\x12\x10\n\x08west_deg\x18\x01 \x01(\x01\x12\x11\n\tsouth_deg\x18\x02 \x01(\x01\x12\x10\n\x08\x65\x61st_deg\x18\x03 \x01(\x01\x12\x11\n\tnorth_deg\x18\x04 \x01(\x01\"7\n\x10RegisterResponse\x12#\n\x05lease\x18\x01 \x01(\x0b\x32\x14.federation.v1.Lease\"J\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1d\n\x0cRenewRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"4\n\rRenewResponse\x12#\n\x05lease\x18\x01 \x01(\x0b\x32\x14.federation.v1.Lease\"\x1d\n\x0cLeaveRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse\"p\n\x12ListMembersRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12!\n\x04\x61rea\x18\x02 \x01(\x0b\x32\x13.federation.v1.Area\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\x15\n\rmax_period_ns\x18\x04 \x01(\x03\"=\n\x13ListMembersResponse\x12&\n\x07members\x18\x01 \x03(\x0b\x32\x15.federation.v1.Member\"\xdb\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06\x64omain\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x35\n\x12remaining_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x07profile\x18\t \x01(\x0b\x32\x16.federation.v1.Profile\"O\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x0f\n\x07members\x18\x03 \x03(\t\x12\x11\n\tvariables\x18\x04 \x03(\t\"o\n\rWatchResponse\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0f\n\x07time_ns\x18\x03 \x01(\x03\x12+\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1a.federation.v1.LedgerEntry\"\xa7\x01\n\x13QueryHistoryRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\x10\n\x08variable\x18\x03 \x01(\t\x12\x10\n\x08start_ns\x18\x04 \x01(\x03\x12\x13\n\x06\x65nd_ns\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07\x62uckets\x18\x06 \x01(\x05\x12\x13\n\x06\x65ntity\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\t\n\x07_end_nsB\t\n\x07_entity\"\x81\x02\n\x14QueryHistoryResponse\x12+\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1a.federation.v1.LedgerEntry\x12;\n\x07\x62uckets\x18\x02 \x03(\x0b\x32*.federation.v1.QueryHistoryResponse.Bucket\x1a\x7f\n\x06\x42ucket\x12\x10\n\x08start_ns\x18\x01 \x01(\x03\x12\x0e\n\x06\x65nd_ns\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12\r\n\x05\x66irst\x18\x04 \x01(\x0c\x12\x0c\n\x04last\x18\x05 \x01(\x0c\x12\x0b\n\x03low\x18\x06 \x01(\x0c\x12\x0c\n\x04high\x18\x07 \x01(\x0c\x12\x0c\n\x04mean\x18\x08 \x01(\x0c\"\xa5\x06\n\x0bLedgerEntry\x12\x0f\n\x07time_ns\x18\x01 \x01(\x03\x12\r\n\x05micro\x18\x02 \x01(\x05\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0e\n\x06member\x18\x04 \x01(\t\x12\x30\n\x0creceive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x05value\x18\x06 \x01(\x0b\x32 .federation.v1.LedgerEntry.ValueH\x00\x12;\n\noccurrence\x18\x07 \x01(\x0b\x32%.federation.v1.LedgerEntry.OccurrenceH\x00\x12\x31\n\x05order\x18\x08 \x01(\x0b\x32 .federation.v1.LedgerEntry.OrderH\x00\x12)\n\x08\x66idelity\x18\t \x01(\x0e\x32\x17.federation.v1.Fidelity\x1a}\n\x05Value\x12-\n\x06values\x18\x01 \x01(\x0b\x32\x1d.federation.v1.VariableValues\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x33\n\x07quality\x18\x03 \x01(\x0e\x32\".federation.v1.LedgerEntry.Quality\x1a\x9a\x01\n\nOccurrence\x12#\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x14.federation.v1.Event\x12;\n\x03via\x18\x02 \x03(\x0b\x32..federation.v1.LedgerEntry.Occurrence.ViaEntry\x1a*\n\x08ViaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a?\n\x05Order\x12%\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x15.federation.v1.Action\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"r\n\x07Quality\x12\x17\n\x13QUALITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cQUALITY_GOOD\x10\x01\x12\x10\n\x0cQUALITY_HELD\x10\x02\x12\x17\n\x13QUALITY_SUBSTITUTED\x10\x03\x12\x11\n\rQUALITY_STALE\x10\x04\x42\x07\n\x05\x65ntry2\xd2\x03\n\x06\x42roker\x12K\n\x08Register\x12\x1e.federation.v1.RegisterRequest\x1a\x1f.federation.v1.RegisterResponse\x12\x42\n\x05Renew\x12\x1b.federation.v1.RenewRequest\x1a\x1c.federation.v1.RenewResponse\x12\x42\n\x05Leave\x12\x1b.federation.v1.LeaveRequest\x1a\x1c.federation.v1.LeaveResponse\x12T\n\x0bListMembers\x12!.federation.v1.ListMembersRequest\x1a\".federation.v1.ListMembersResponse\x12\x44\n\x05Watch\x12\x1b.federation.v1.WatchRequest\x1a\x1c.federation.v1.WatchResponse0\x01\x12W\n\x0cQueryHistory\x12\".federation.v1.QueryHistoryRequest\x1a#.federation.v1.QueryHistoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,48 +36,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEDGERENTRY_OCCURRENCE_VIAENTRY']._loaded_options = None
   _globals['_LEDGERENTRY_OCCURRENCE_VIAENTRY']._serialized_options = b'8\001'
-  _globals['_REGISTERREQUEST']._serialized_start=136
-  _globals['_REGISTERREQUEST']._serialized_end=253
-  _globals['_REGISTERRESPONSE']._serialized_start=255
-  _globals['_REGISTERRESPONSE']._serialized_end=310
-  _globals['_LEASE']._serialized_start=312
-  _globals['_LEASE']._serialized_end=386
-  _globals['_RENEWREQUEST']._serialized_start=388
-  _globals['_RENEWREQUEST']._serialized_end=417
-  _globals['_RENEWRESPONSE']._serialized_start=419
-  _globals['_RENEWRESPONSE']._serialized_end=471
-  _globals['_LEAVEREQUEST']._serialized_start=473
-  _globals['_LEAVEREQUEST']._serialized_end=502
-  _globals['_LEAVERESPONSE']._serialized_start=504
-  _globals['_LEAVERESPONSE']._serialized_end=519
-  _globals['_LISTMEMBERSREQUEST']._serialized_start=521
-  _globals['_LISTMEMBERSREQUEST']._serialized_end=541
-  _globals['_LISTMEMBERSRESPONSE']._serialized_start=543
-  _globals['_LISTMEMBERSRESPONSE']._serialized_end=604
-  _globals['_MEMBER']._serialized_start=607
-  _globals['_MEMBER']._serialized_end=785
-  _globals['_WATCHREQUEST']._serialized_start=787
-  _globals['_WATCHREQUEST']._serialized_end=866
-  _globals['_WATCHRESPONSE']._serialized_start=868
-  _globals['_WATCHRESPONSE']._serialized_end=979
-  _globals['_QUERYHISTORYREQUEST']._serialized_start=982
-  _globals['_QUERYHISTORYREQUEST']._serialized_end=1149
-  _globals['_QUERYHISTORYRESPONSE']._serialized_start=1152
-  _globals['_QUERYHISTORYRESPONSE']._serialized_end=1409
-  _globals['_QUERYHISTORYRESPONSE_BUCKET']._serialized_start=1282
-  _globals['_QUERYHISTORYRESPONSE_BUCKET']._serialized_end=1409
-  _globals['_LEDGERENTRY']._serialized_start=1412
-  _globals['_LEDGERENTRY']._serialized_end=2174
-  _globals['_LEDGERENTRY_VALUE']._serialized_start=1702
-  _globals['_LEDGERENTRY_VALUE']._serialized_end=1827
-  _globals['_LEDGERENTRY_OCCURRENCE']._serialized_start=1830
-  _globals['_LEDGERENTRY_OCCURRENCE']._serialized_end=1984
-  _globals['_LEDGERENTRY_OCCURRENCE_VIAENTRY']._serialized_start=1942
-  _globals['_LEDGERENTRY_OCCURRENCE_VIAENTRY']._serialized_end=1984
-  _globals['_LEDGERENTRY_ORDER']._serialized_start=1986
-  _globals['_LEDGERENTRY_ORDER']._serialized_end=2049
-  _globals['_LEDGERENTRY_QUALITY']._serialized_start=2051
-  _globals['_LEDGERENTRY_QUALITY']._serialized_end=2165
-  _globals['_BROKER']._serialized_start=2177
-  _globals['_BROKER']._serialized_end=2643
+  _globals['_REGISTERREQUEST']._serialized_start=137
+  _globals['_REGISTERREQUEST']._serialized_end=311
+  _globals['_PROFILE']._serialized_start=314
+  _globals['_PROFILE']._serialized_end=460
+  _globals['_AREA']._serialized_start=462
+  _globals['_AREA']._serialized_end=542
+  _globals['_REGISTERRESPONSE']._serialized_start=544
+  _globals['_REGISTERRESPONSE']._serialized_end=599
+  _globals['_LEASE']._serialized_start=601
+  _globals['_LEASE']._serialized_end=675
+  _globals['_RENEWREQUEST']._serialized_start=677
+  _globals['_RENEWREQUEST']._serialized_end=706
+  _globals['_RENEWRESPONSE']._serialized_start=708
+  _globals['_RENEWRESPONSE']._serialized_end=760
+  _globals['_LEAVEREQUEST']._serialized_start=762
+  _globals['_LEAVEREQUEST']._serialized_end=791
+  _globals['_LEAVERESPONSE']._serialized_start=793
+  _globals['_LEAVERESPONSE']._serialized_end=808
+  _globals['_LISTMEMBERSREQUEST']._serialized_start=810
+  _globals['_LISTMEMBERSREQUEST']._serialized_end=922
+  _globals['_LISTMEMBERSRESPONSE']._serialized_start=924
+  _globals['_LISTMEMBERSRESPONSE']._serialized_end=985
+  _globals['_MEMBER']._serialized_start=988
+  _globals['_MEMBER']._serialized_end=1207
+  _globals['_WATCHREQUEST']._serialized_start=1209
+  _globals['_WATCHREQUEST']._serialized_end=1288
+  _globals['_WATCHRESPONSE']._serialized_start=1290
+  _globals['_WATCHRESPONSE']._serialized_end=1401
+  _globals['_QUERYHISTORYREQUEST']._serialized_start=1404
+  _globals['_QUERYHISTORYREQUEST']._serialized_end=1571
+  _globals['_QUERYHISTORYRESPONSE']._serialized_start=1574
+  _globals['_QUERYHISTORYRESPONSE']._serialized_end=1831
+  _globals['_QUERYHISTORYRESPONSE_BUCKET']._serialized_start=1704
+  _globals['_QUERYHISTORYRESPONSE_BUCKET']._serialized_end=1831
+  _globals['_LEDGERENTRY']._serialized_start=1834
+  _globals['_LEDGERENTRY']._serialized_end=2639
+  _globals['_LEDGERENTRY_VALUE']._serialized_start=2167
+  _globals['_LEDGERENTRY_VALUE']._serialized_end=2292
+  _globals['_LEDGERENTRY_OCCURRENCE']._serialized_start=2295
+  _globals['_LEDGERENTRY_OCCURRENCE']._serialized_end=2449
+  _globals['_LEDGERENTRY_OCCURRENCE_VIAENTRY']._serialized_start=2407
+  _globals['_LEDGERENTRY_OCCURRENCE_VIAENTRY']._serialized_end=2449
+  _globals['_LEDGERENTRY_ORDER']._serialized_start=2451
+  _globals['_LEDGERENTRY_ORDER']._serialized_end=2514
+  _globals['_LEDGERENTRY_QUALITY']._serialized_start=2516
+  _globals['_LEDGERENTRY_QUALITY']._serialized_end=2630
+  _globals['_BROKER']._serialized_start=2642
+  _globals['_BROKER']._serialized_end=3108
 # @@protoc_insertion_point(module_scope)

@@ -74,8 +74,9 @@ class BrokerServicer:
     def Register(self, request, context):
         """Asks for a name. The lease that comes back is the right to be heard under it for a time.
 
-        Fails with SCENARIO_INVALID on a bad name or address, and with NAME_LEASED while another
-        process holds the name (metadata `name`, `address`,
+        Fails with SCENARIO_INVALID on a bad name or address, with SCHEMA_INCOMPATIBLE on a twin of
+        another contract or a profile that contradicts itself (metadata `field`), and with NAME_LEASED
+        while another process holds the name (metadata `name`, `address`,
         `expires_in_ns`). The same process, told by its incarnation, may register again: it gets a
         new lease and the one before is void.
         """
@@ -101,7 +102,10 @@ class BrokerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMembers(self, request, context):
-        """Lists the members whose leases hold, by name.
+        """Lists the members that are heard of, by name: a third of the lease is the beat at which they
+        renew it, and one that missed two beats is not listed, though its name is still its own.
+
+        Fails with SCENARIO_INVALID on an area that is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

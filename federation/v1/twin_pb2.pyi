@@ -22,6 +22,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Fidelity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FidelityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fidelity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIDELITY_UNSPECIFIED: _Fidelity.ValueType  # 0
+    """Not said, or not known."""
+    FIDELITY_RECORDED: _Fidelity.ValueType  # 1
+    """What was measured or logged, played back."""
+    FIDELITY_SURROGATE: _Fidelity.ValueType  # 2
+    """Fitted to data or to a finer model, without the laws behind them."""
+    FIDELITY_REDUCED: _Fidelity.ValueType  # 3
+    """The laws of its domain, with parts taken together or effects left out."""
+    FIDELITY_DETAILED: _Fidelity.ValueType  # 4
+    """The laws of its domain, component by component."""
+
+class Fidelity(_Fidelity, metaclass=_FidelityEnumTypeWrapper):
+    """How closely a model follows what it stands for. Each value that it publishes has this fidelity."""
+
+FIDELITY_UNSPECIFIED: Fidelity.ValueType  # 0
+"""Not said, or not known."""
+FIDELITY_RECORDED: Fidelity.ValueType  # 1
+"""What was measured or logged, played back."""
+FIDELITY_SURROGATE: Fidelity.ValueType  # 2
+"""Fitted to data or to a finer model, without the laws behind them."""
+FIDELITY_REDUCED: Fidelity.ValueType  # 3
+"""The laws of its domain, with parts taken together or effects left out."""
+FIDELITY_DETAILED: Fidelity.ValueType  # 4
+"""The laws of its domain, component by component."""
+Global___Fidelity: _TypeAlias = Fidelity  # noqa: Y015
+
 @_typing.final
 class Errand(_message.Message):
     """On what errand a broker comes to a twin. Twins that are models of their own ignore it; to a twin
@@ -162,6 +194,7 @@ class Description(_message.Message):
     KPIS_FIELD_NUMBER: _builtins.int
     DOC_FIELD_NUMBER: _builtins.int
     DATA_HASH_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model, such as `energy`."""
     version: _builtins.str
@@ -172,6 +205,8 @@ class Description(_message.Message):
     """What the model covers and what it leaves out."""
     data_hash: _builtins.str
     """A hash of the data that the model was built from; empty if it has none."""
+    fidelity: Global___Fidelity.ValueType
+    """How closely the model follows what it stands for."""
     @_builtins.property
     def entities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entity]:
         """All entities. Their order within a kind is the order of every vector over that kind."""
@@ -210,10 +245,11 @@ class Description(_message.Message):
         kpis: _abc.Iterable[_builtins.str] | None = ...,
         doc: _builtins.str = ...,
         data_hash: _builtins.str = ...,
+        fidelity: Global___Fidelity.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actuators", b"actuators", "data_hash", b"data_hash", "doc", b"doc", "domain", b"domain", "entities", b"entities", "kpis", b"kpis", "model", b"model", "parameters", b"parameters", "time", b"time", "variables", b"variables", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actuators", b"actuators", "data_hash", b"data_hash", "doc", b"doc", "domain", b"domain", "entities", b"entities", "fidelity", b"fidelity", "kpis", b"kpis", "model", b"model", "parameters", b"parameters", "time", b"time", "variables", b"variables", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,6 +29,7 @@ from federation.twin import (
     DeskStep,
     Entity,
     Event,
+    Fidelity,
     LinearBlock,
     Operated,
     Parameter,
@@ -99,11 +100,19 @@ _RISKS = {
     Risk.MEDIUM: twin_pb2.Actuator.RISK_MEDIUM,
     Risk.HIGH: twin_pb2.Actuator.RISK_HIGH,
 }
+_FIDELITIES = {
+    Fidelity.UNSTATED: twin_pb2.FIDELITY_UNSPECIFIED,
+    Fidelity.RECORDED: twin_pb2.FIDELITY_RECORDED,
+    Fidelity.SURROGATE: twin_pb2.FIDELITY_SURROGATE,
+    Fidelity.REDUCED: twin_pb2.FIDELITY_REDUCED,
+    Fidelity.DETAILED: twin_pb2.FIDELITY_DETAILED,
+}
+_FIDELITY_OF = {number: fidelity for fidelity, number in _FIDELITIES.items()}
+
 _RISK_OF = {number: risk for risk, number in _RISKS.items()}
 
 
 def encode_description(description: Description) -> twin_pb2.Description:
-    time = description.time
     return twin_pb2.Description(
         model=description.model,
         version=description.version,
@@ -131,12 +140,7 @@ def encode_description(description: Description) -> twin_pb2.Description:
             )
             for variable in description.variables
         ],
-        time=twin_pb2.TimePolicy(
-            period_ns=time.period_ns,
-            offset_ns=time.offset_ns,
-            wakes_on_input=time.wakes_on_input,
-            can_redo=time.can_redo,
-        ),
+        time=encode_time(description.time),
         parameters=[
             twin_pb2.Parameter(
                 name=parameter.name,
@@ -168,7 +172,32 @@ def encode_description(description: Description) -> twin_pb2.Description:
         kpis=description.kpis,
         doc=description.doc,
         data_hash=description.data_hash,
+        fidelity=encode_fidelity(description.fidelity),
     )
+
+
+def encode_time(time: TimePolicy) -> twin_pb2.TimePolicy:
+    return twin_pb2.TimePolicy(
+        period_ns=time.period_ns,
+        offset_ns=time.offset_ns,
+        wakes_on_input=time.wakes_on_input,
+        can_redo=time.can_redo,
+    )
+
+
+def decode_time(message: twin_pb2.TimePolicy) -> TimePolicy:
+    return TimePolicy(
+        message.period_ns, message.offset_ns, message.wakes_on_input, message.can_redo
+    )
+
+
+def encode_fidelity(fidelity: Fidelity) -> twin_pb2.Fidelity.ValueType:
+    return _FIDELITIES[fidelity]
+
+
+def decode_fidelity(number: twin_pb2.Fidelity.ValueType) -> Fidelity:
+    """One of a later version is one that we do not know."""
+    return _FIDELITY_OF.get(number, Fidelity.UNSTATED)
 
 
 def decode_description(message: twin_pb2.Description) -> Description:
@@ -188,12 +217,7 @@ def decode_description(message: twin_pb2.Description) -> Description:
             for entity in message.entities
         ),
         variables=tuple(_decode_variable(variable) for variable in message.variables),
-        time=TimePolicy(
-            message.time.period_ns,
-            message.time.offset_ns,
-            message.time.wakes_on_input,
-            message.time.can_redo,
-        ),
+        time=decode_time(message.time),
         parameters=tuple(
             Parameter(
                 parameter.name,
@@ -225,6 +249,7 @@ def decode_description(message: twin_pb2.Description) -> Description:
         kpis=tuple(message.kpis),
         doc=message.doc,
         data_hash=message.data_hash,
+        fidelity=decode_fidelity(message.fidelity),
     )
 
 
