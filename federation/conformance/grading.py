@@ -14,6 +14,10 @@ from federation.errors import FederationError, Reason, ScenarioError
 from federation.wire import codec
 
 
+CONNECT_S = 5.0
+"""How long a service may take to be there."""
+
+
 class Grade(StrEnum):
     """What came of a check."""
 
@@ -45,7 +49,7 @@ async def grade(address: str, asked: Asked = NOBODY, only: Collection[str] = ())
     findings = []
     async with graded.channel:
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(CONNECT_S):
                 await graded.channel.channel_ready()
         except TimeoutError:
             raise ScenarioError(
