@@ -15,8 +15,9 @@ import pytest
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.control.actuation import FileJournal, Seat, Stage, Task, carry_out
 from federation.control.guard import Guard
-from federation.control.petitions import SERVICE, Petitions, PetitionService
+from federation.control.petitions import SERVICE, Petitions, PetitionService, give_way
 from federation.control.rules import parse as parse_rules
+from federation.control.situation import Mode
 from federation.control.view import LiveView
 from federation.core.bundle import Bundle, Condition, Priority, Setpoint
 from federation.core.ledger import ActionRecord
@@ -654,6 +655,27 @@ def test_a_person_of_the_owner_is_above_a_neighbour(tmp_path: Path) -> None:
             (seen,) = (await ash.look("runs/ash-1", "neighbour")).desks
             assert not seen.in_force
             assert not seen.bundles
+
+    bounded(story)
+
+
+def test_the_owners_recovery_plan_finds_no_neighbour_in_its_way(tmp_path: Path) -> None:
+    """What passed before does not begin any more, and what is in force is undone."""
+
+    async def story() -> None:
+        async with birch(tmp_path) as at, at.hand() as ash:
+            await put(ash, shed(at, "b1", lease_min=100))
+            await at.given(("S1", 2.0))
+            epoch = await epoch_of(ash)
+            second = shed(at, "b2", {"S2": 1.0})
+            await ash.select(second, "neighbour", epoch, WINDOW_NS)
+            at.guard.mode = Mode.RECOVERY
+            error = await refusal(ash.operate(second, "neighbour", epoch))
+            assert (error.reason, error.metadata["limit"]) == (Reason.OUTSIDE_ENVELOPE, "recovery")
+            assert await give_way(at.view) == ("ash:b1",)
+            await at.given(("S1", 2.0), ("S1", 0.0))
+            more = ash.select(shed(at, "b3"), "neighbour", epoch, WINDOW_NS)
+            assert (await refusal(more)).metadata["limit"] == "recovery"
 
     bounded(story)
 

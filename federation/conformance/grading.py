@@ -13,7 +13,6 @@ from federation.conformance.checks import CHECKS, describes_itself
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.wire import codec
 
-
 CONNECT_S = 5.0
 """How long a service may take to be there."""
 

@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 
 from federation.control.guard import Guard
-from federation.control.situation import Refusal
+from federation.control.situation import Mode, Refusal
 from federation.control.view import Desks, LiveView
 from federation.core.bundle import Bundle, Priority
 from federation.core.desk import Phase, Receipt
 from federation.errors import FederationError, Reason, ScenarioError
-from federation.peer.acts import inner_id
+from federation.peer.acts import inner_id, is_inner_id
 from federation.peer.reader import SCHEME, Reader
 from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire import codec
@@ -111,6 +111,10 @@ class Petitions:
             domain = self._view.descriptions[member].domain
             permit(known, what, domain, Priority.AUTONOMOUS)
         self._check_seats(bundle, desks, order.epoch)
+        if what != "select" and self._guard().mode is Mode.RECOVERY:
+            await self._release(bundle.id, members_of(bundle))
+            text = "the recovery plan is in force, and what passed before must not begin any more"
+            raise ScenarioError(Reason.OUTSIDE_ENVELOPE, text, {"limit": "recovery"})
         match what:
             case "select":
                 return await self._select(bundle, order.select.window_ns, looks, desks)
@@ -216,6 +220,23 @@ class Petitions:
             if (view.run, view.member) == (self._view.run, name)
         ]
         return peer_pb2.HearResponse(desks=views)
+
+
+async def give_way(view: LiveView) -> tuple[str, ...]:
+    """Undo all that neighbours have selected or set, so that the recovery plan finds nothing in
+    its way; which bundles. What can't be reached ends with its window or lease."""
+    found = [
+        (name, known.bundle)
+        for name, answer in (await view.looks()).items()
+        if not isinstance(answer, FederationError)
+        for desk in answer.desks
+        if (desk.run, desk.member) == (view.run, name)
+        for known in desk.bundles
+        if known.phase != Phase.OVER and is_inner_id(known.bundle)
+    ]
+    work = [view.hand(name).release(view.run, name, bundle) for name, bundle in found]
+    await asyncio.gather(*work, return_exceptions=True)
+    return tuple(sorted({bundle for _, bundle in found}))
 
 
 def members_of(bundle: Bundle) -> tuple[str, ...]:

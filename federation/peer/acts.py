@@ -260,8 +260,13 @@ def translated(told: Bundle, order: twin_pb2.Order, present: Standing) -> Bundle
 
 
 def inner_id(reader: Reader, bundle: str) -> str:
-    """The id that a neighbour's bundle has in the city."""
+    """The id that a neighbour's bundle has in the city. No bundle of the city's own has a colon."""
     return f"{reader.city}:{bundle}"
+
+
+def is_inner_id(bundle: str) -> bool:
+    """Whether a bundle is a neighbour's."""
+    return ":" in bundle
 
 
 def _named(reader: Reader) -> Reader:
