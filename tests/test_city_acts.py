@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from federation.__main__ import main
 from federation.broker.server import BrokerOptions, BrokerServer
 from federation.control.actuation import FileJournal, Seat, Stage, Task, carry_out
 from federation.control.guard import Guard
@@ -488,6 +489,20 @@ def test_what_was_decided_on_a_state_that_has_moved_is_refused(tmp_path: Path) -
             await at.given(("S1", 2.0))
 
     bounded(story)
+
+
+def test_a_dry_run_tells_what_may_be_set_in_what_ifs_from_what_may_be_set_in_the_city(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenario, policy = write_birch(tmp_path, POLICY)
+    asked = ["policy", "explain", str(policy), "--as", "ash", "--purpose", "mutual-aid"]
+    assert main([*asked, "--what", "grid.shed", "--scenario", str(scenario)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "grid.shed" in line]
+    told = {(row[1], row[2] == "(live)", rule) for row in rows for rule in row if "-the-" in rule}
+    assert told == {
+        ("grid.shed", True, "shed-in-the-south"),
+        ("grid.shed", False, "what-ifs-of-the-north"),
+    }
 
 
 # -- again, late, and half ------------------------------------------------------------------------
