@@ -15,6 +15,7 @@ from federation.acting import add_acting
 from federation.aiding import add_aid, add_aid_options, aid_options
 from federation.asking import add_plan
 from federation.certs import add_certs
+from federation.checking import add_check
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.exporting import add_policy
 from federation.loop import run
@@ -133,6 +134,7 @@ def command_broker(options: argparse.Namespace) -> int:
                 export=options.export,
                 city_scenario=options.scenario,
                 aid=aid_options(options),
+                guard=options.guard,
             )
         )
     )
@@ -341,6 +343,12 @@ def parser() -> argparse.ArgumentParser:
         "--scenario", type=Path, metavar="FILE", help="the scenario of the city that is served"
     )
     add_aid_options(broker)
+    broker.add_argument(
+        "--guard",
+        default="",
+        metavar="ADDRESS",
+        help="where `multitwin control` hears what peers ask of actuators (nobody does)",
+    )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
 
@@ -385,6 +393,7 @@ def parser() -> argparse.ArgumentParser:
     add_policy(commands)
     add_aid(commands)
     add_certs(commands)
+    add_check(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")

@@ -39,12 +39,13 @@ from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import parse
 from federation.scenario.study import cases
 from federation.twin import HOUR_NS, MINUTE_NS, Step, Twin
-from federation.v1 import autonomy_pb2, control_pb2
+from federation.v1 import autonomy_pb2, control_pb2, peer_pb2, peer_pb2_grpc, twin_pb2
+from federation.wire import secure
 from federation.wire.credentials import Identity, Keyring, Role
 from federation.wire.orders import Hand
 from federation.wire.serve import ServeOptions, serving
 from tests.lowland import SCENARIO, Polder, Reservoir, Sky, warden
-from tests.test_broker import Services, client
+from tests.test_broker import Services, client, refused
 from tests.test_wire import bounded
 
 DOCUMENT = SCENARIO + "pace: {factor: 1000000}\n"  # a paced run takes one step at a time
@@ -323,9 +324,9 @@ def test_at_level_3_it_advises_and_what_it_advised_is_scored_by_what_came_of_it(
             pump = stage.loop.ladder.standings[Key("polder", "pump", "Ann")]
             assert len(pump.regrets) == 1
             assert pump.regrets[0] <= 0.0  # it was better than what people did
-            with pytest.raises(ScenarioError) as refused:  # it is not her water
+            with pytest.raises(ScenarioError) as caught:  # it is not her water
                 await set_level(stage.address, gate, 4, CISKA)
-            assert refused.value.reason is Reason.NOT_AUTHORISED
+            assert caught.value.reason is Reason.NOT_AUTHORISED
             assert (await set_level(stage.address, gate, 4, WIM)).level == 4
             assert not (await stage.loop.view.desks()).holdings
 
@@ -551,9 +552,9 @@ def test_a_level_is_set_once_for_a_request_also_by_another_life_of_the_loop(
                     now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
                 levels = {(s.twin, s.action): s.level for s in now.standings}
                 assert levels == {pump[:2]: 4, gate[:2]: 4}  # nothing was done again
-                with pytest.raises(ScenarioError) as refused:
+                with pytest.raises(ScenarioError) as caught:
                     await set_level(address, gate, 4, WIM, "r1")
-                assert refused.value.reason is Reason.REQUEST_DIFFERS
+                assert caught.value.reason is Reason.REQUEST_DIFFERS
                 for level, code in (("5", 3), ("3", 0)):  # 5 is not earned
                     asked = await asyncio.create_subprocess_exec(
                         *(sys.executable, "-m", "federation", "level", "reservoir", "gate", level),
@@ -564,6 +565,31 @@ def test_a_level_is_set_once_for_a_request_also_by_another_life_of_the_loop(
                 async with asking(address) as stub:
                     now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
                 assert {s.level for s in now.standings} == {3, 4}
+
+    bounded(story)
+
+
+def test_a_loop_hears_what_neighbours_ask_and_believes_none_that_it_does_not_know(
+    tmp_path: Path,
+) -> None:
+    """At the address at which it serves people; what a city's broker brings there is in
+    `test_city_acts`."""
+    stranger = Identity.generate("g1")
+    order = twin_pb2.Order(request="r", run="runs/ash-1", member="polder", city="lowland")
+    order.release.bundle = "b1"
+    release = twin_pb2.Bundle(id="ash:b1", priority=3)
+
+    async def story() -> None:
+        async with (
+            at_work(terms_of(tmp_path, 4)) as stage,
+            secure.channel(stage.address, None) as channel,
+        ):
+            stub: peer_pb2_grpc.PetitionsAsyncStub = peer_pb2_grpc.PetitionsStub(channel)
+            for signed in (twin_pb2.Signed(), stranger.sign(order)):
+                reader = "spiffe://ash/guard/g1"
+                asked = peer_pb2.HearRequest(reader=reader, signed=signed, bundle=release)
+                error = await refused(stub.Hear(asked, timeout=10))
+                assert error.reason is Reason.NOT_AUTHORISED
 
     bounded(story)
 
@@ -680,9 +706,9 @@ def test_a_decision_is_made_again_from_its_record(tmp_path: Path) -> None:
             other = await again(stage.broker.address, moved, terms.rules)
             assert not other.is_same
             moved["basis"]["versions"]["polder"] = "polder 0"
-            with pytest.raises(ScenarioError) as refused:
+            with pytest.raises(ScenarioError) as caught:
                 await again(stage.broker.address, moved, terms.rules)
-            assert refused.value.reason is Reason.DESCRIPTION_DIFFERS
+            assert caught.value.reason is Reason.DESCRIPTION_DIFFERS
 
     bounded(story)
 

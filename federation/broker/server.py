@@ -61,6 +61,7 @@ from federation.broker.why import read_results
 from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.peer.acts import GuardAt
 from federation.peer.city import City
 from federation.peer.gate import Gate, GateOptions
 from federation.peer.parlour import Parlour
@@ -167,6 +168,9 @@ class BrokerOptions:
     """The policy by which it serves the city to its peers; without one it serves nothing."""
     city_scenario: Path | None = None
     """The scenario that what-ifs of peers run, and whose live run they may look at."""
+    guard: str = ""
+    """Where the city's own guard hears what peers ask of its actuators; without one they may ask
+    for nothing."""
     clock: Callable[[], datetime] = now
     """What the wall clock shows, by which the policy is judged."""
     health_port: int = 0
@@ -270,8 +274,11 @@ class BrokerServer:
         control_pb2_grpc.add_ControlServicer_to_server(_Control(self), server)
         services = SERVICES
         if options.export is not None:
+            guard = GuardAt(options.guard) if options.guard else None
+            if guard is not None:
+                stack.push_async_callback(guard.close)
             self.gate = gate = await asyncio.to_thread(
-                self._open_gate, options.export, asyncio.get_running_loop()
+                self._open_gate, options.export, asyncio.get_running_loop(), guard
             )
             services += PEER_SERVICES
             gate.register(server)
@@ -302,7 +309,9 @@ class BrokerServer:
 
     # -- the city, for its peers ---------------------------------------------------------
 
-    def _open_gate(self, policy: Path, loop: asyncio.AbstractEventLoop) -> Gate:
+    def _open_gate(
+        self, policy: Path, loop: asyncio.AbstractEventLoop, guard: GuardAt | None
+    ) -> Gate:
         """The door of the city; fails as its policy and its scenario do."""
         options = self.options
         if not options.city or options.city_scenario is None:
@@ -330,6 +339,7 @@ class BrokerServer:
             PolicyFile(policy, _say, options.clock),
             RunRecord(options.city, scenario.name, self.store, self._live),
             GateOptions(options.max_message_bytes, takes_claims),
+            guard,
         )
         if options.aid is not None:
             from federation.peer.aid import AidDesk
@@ -430,17 +440,23 @@ class BrokerServer:
         """End leases whose time is over, and runs whose members may not be heard any more.
 
         A member that lost its lease has as long again to come back, in the same life of its
-        process: a broker that was too busy to hear it renew must not end its own runs.
+        process: a broker that was too busy to hear it renew must not end its own runs. One whose
+        certificate was revoked is put out at once.
         """
         away_s: dict[tuple[str, str], float] = {}
         loop = asyncio.get_running_loop()
+        trust = footing.serving_trust()
         while True:
             await asyncio.sleep(LOOK_S)
             service.expire()
+            revoked = () if trust is None else service.put_out(trust)
             self.note_roster()
             for live in list(self._live.values()):
                 for name, lease in list(live.leases.items()):
                     key = (live.name, name)
+                    if lease.id in {gone.id for gone in revoked}:
+                        live.lose(name, "its certificate was revoked")
+                        continue
                     holder = self._lease(lease.member.name)
                     if holder is None:
                         gone_s = loop.time() - away_s.setdefault(key, loop.time())

@@ -10,6 +10,7 @@ from federation.control import actuation, audit
 from federation.control.actuation import Ended, FileJournal, Stage, Task
 from federation.control.autonomy import Breached
 from federation.control.mandate import Mandate
+from federation.control.petitions import give_way
 from federation.control.proposal import State
 from federation.control.situation import Forecast, Mode, Verdict
 from federation.control.view import Observation
@@ -104,6 +105,9 @@ class Deeds:
                 self._mandate.climb(Breached(key, refusal.rule))
         if verdict.fallback is None:
             return
+        if given_way := await give_way(self._mandate.view):
+            detail = {"bundles": list(given_way)}
+            self._mandate.note(audit.Noted("neighbours give way", detail, decision))
         # what the loop holds passes to its recovery plan, and back
         await self.carry_out(
             decision, replace(verdict.fallback, author=self._mandate.keys.optimiser.name)

@@ -75,6 +75,30 @@ class Guard:
         self._memory.note(case.bundle, case.changes)
         return Verdict(self.mode, good=True, passed=True)
 
+    def admit(self, bundle: Bundle, situation: Situation) -> tuple[Refusal, ...]:
+        """Judge what a neighbour's guard asks for; it passes when there is nothing to refuse.
+
+        Whose it is has been checked before, and no rules of ours bound who made it; else it is held
+        to all limits that a decision of the loop is held to, after whatever either was let do. What
+        is refused says nothing of the loop, so nothing is switched. While the recovery plan is in
+        force nothing passes.
+        """
+        breaches = self._observe(situation)
+        if breaches or self.mode is Mode.RECOVERY:
+            return (*breaches, Refusal("recovery", "the recovery plan is, or will be, in force"))
+        try:
+            submission = Submission(bundle, self.rules.version)
+            case = self._limits.case(submission, situation, None, self._memory)
+            refusals = tuple(self._limits.judge(case, but=("authority",)))
+        except Exception as error:  # as above
+            text = f"can't be judged: {type(error).__name__}: {error}"
+            return (Refusal("form", text),)
+        if bundle.priority != Priority.AUTONOMOUS:
+            refusals = (Refusal("authority", f"a neighbour has no priority {bundle.priority!r}"),)
+        if not refusals:
+            self._memory.note(bundle, case.changes)
+        return refusals
+
     def silence(self, situation: Situation, why: str) -> Verdict:
         """No decision came in time: the last one that passed stands for a while, if it may."""
         breaches = self._observe(situation)
@@ -100,6 +124,12 @@ class Guard:
         Until it is told, the guard reckons with both.
         """
         self._memory.settle(bundle, effect_ns)
+
+    def forget(self, bundle: str) -> None:
+        """Note that a bundle was undone: that it never took effect, unless it is known that it did
+        before. Until `settle` or this is told, it is reckoned with."""
+        if bundle in self._memory.open:
+            self._memory.settle(bundle, None)
 
     def change_rules(self, rules: Rules) -> None:
         """Judge by these from now on; what was decided under others is refused.

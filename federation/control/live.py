@@ -26,6 +26,7 @@ from federation.control.loop import Decision, Loop
 from federation.control.mandate import Keys, Mandate, Terms
 from federation.control.merit import Merit
 from federation.control.outlook import Outlook
+from federation.control.petitions import Petitions
 from federation.control.proposal import Answer, Told
 from federation.control.rules import Rules
 from federation.control.stages import LiveStages
@@ -116,6 +117,9 @@ class LiveLoop:
             self._deeds = Deeds(mandate)
             await stack.enter_async_context(self._deeds.at_work())
             self._consent = Consent(mandate, self._outlook, self._deeds)
+            self.petitions = Petitions(
+                self.view, lambda: mandate.guard, mandate.keys.keyring, mandate.noted
+            )
             self._stages = LiveStages(
                 mandate,
                 self._outlook,

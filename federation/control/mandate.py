@@ -204,6 +204,11 @@ class Mandate:
         """Put an entry on record. Raises what the disk does."""
         self.trail.append(entry, self.unix_s())
 
+    def noted(self, what: str, detail: Mapping[str, Any], about: str) -> None:
+        """Put on record what is no decision of the loop, and keep what the guard knows by now."""
+        self.note(audit.Noted(what, dict(detail), about))
+        self.save()
+
     def grantees(self) -> tuple[Grantee, ...]:
         """What autonomy is granted for, as long as this operator is on duty."""
         return tuple(k for k in self.ladder.standings if k.operator == self.terms.operator)

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from federation.v1 import twin_pb2 as _twin_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
@@ -69,22 +70,26 @@ class AskRequest(_message.Message):
     SORT_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     PURPOSE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     sort: Global___AskRequest.Sort.ValueType
     """What kind of thing."""
     name: _builtins.str
     """Its name."""
     purpose: _builtins.str
     """What for; may be empty."""
+    mode: _twin_pb2.Errand.Mode.ValueType
+    """Of an actuator: to set it in what kind of session; a live one is the city itself."""
     def __init__(
         self,
         *,
         sort: Global___AskRequest.Sort.ValueType = ...,
         name: _builtins.str = ...,
         purpose: _builtins.str = ...,
+        mode: _twin_pb2.Errand.Mode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "purpose", b"purpose", "sort", b"sort"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "name", b"name", "purpose", b"purpose", "sort", b"sort"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -715,3 +720,69 @@ class PledgeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PledgeResponse: _TypeAlias = PledgeResponse  # noqa: Y015
+
+@_typing.final
+class HearRequest(_message.Message):
+    """One stage of a petition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READER_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    reader: _builtins.str
+    """Whose guard asks: the neighbour's identity, as the broker has proof of it."""
+    @_builtins.property
+    def signed(self) -> _twin_pb2.Signed:
+        """The order as the neighbour's guard has signed it, of any kind that a city takes."""
+
+    @_builtins.property
+    def bundle(self) -> _twin_pb2.Bundle:
+        """What it comes to in the city: the bundle under the city's own names, whose `basis` is the digest
+        of the bundle that the neighbour has signed. For Release its id is enough; unset for ReadDesk.
+        """
+
+    def __init__(
+        self,
+        *,
+        reader: _builtins.str = ...,
+        signed: _twin_pb2.Signed | None = ...,
+        bundle: _twin_pb2.Bundle | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "signed", b"signed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "reader", b"reader", "signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HearRequest: _TypeAlias = HearRequest  # noqa: Y015
+
+@_typing.final
+class HearResponse(_message.Message):
+    """What came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    DESKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> _twin_pb2.Receipt:
+        """The answer of the twin that decides; unset for ReadDesk."""
+
+    @_builtins.property
+    def desks(self) -> _containers.RepeatedCompositeFieldContainer[_twin_pb2.DeskView]:
+        """For ReadDesk, the desks of the city's twins."""
+
+    def __init__(
+        self,
+        *,
+        receipt: _twin_pb2.Receipt | None = ...,
+        desks: _abc.Iterable[_twin_pb2.DeskView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desks", b"desks", "receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HearResponse: _TypeAlias = HearResponse  # noqa: Y015

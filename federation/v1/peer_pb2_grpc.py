@@ -213,3 +213,86 @@ class Peers:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PetitionsStub:
+    """What neighbours ask of a city's actuators, for the city's own guard to confirm or refuse. The guard
+    serves it, and the city's broker calls it, which has held the request to the export policy before.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Hear = channel.unary_unary(
+                '/federation.v1.Petitions/Hear',
+                request_serializer=federation_dot_v1_dot_peer__pb2.HearRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_peer__pb2.HearResponse.FromString,
+                _registered_method=True)
+
+
+class PetitionsServicer:
+    """What neighbours ask of a city's actuators, for the city's own guard to confirm or refuse. The guard
+    serves it, and the city's broker calls it, which has held the request to the export policy before.
+    """
+
+    def Hear(self, request, context):
+        """Does one stage of a petition at every twin of the city that it concerns, or none of it. The same
+        again gets the same answer.
+
+        Fails as the RPC of `Twin` does that the neighbour has called. What the owners' rules refuse is
+        OUTSIDE_ENVELOPE, with the class of the rule as metadata (`limit`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PetitionsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Hear': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hear,
+                    request_deserializer=federation_dot_v1_dot_peer__pb2.HearRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_peer__pb2.HearResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'federation.v1.Petitions', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('federation.v1.Petitions', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Petitions:
+    """What neighbours ask of a city's actuators, for the city's own guard to confirm or refuse. The guard
+    serves it, and the city's broker calls it, which has held the request to the export policy before.
+    """
+
+    @staticmethod
+    def Hear(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Petitions/Hear',
+            federation_dot_v1_dot_peer__pb2.HearRequest.SerializeToString,
+            federation_dot_v1_dot_peer__pb2.HearResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

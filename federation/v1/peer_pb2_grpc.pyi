@@ -158,3 +158,55 @@ class PeersServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_PeersServicer_to_server(servicer: PeersServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class PetitionsStub:
+    """What neighbours ask of a city's actuators, for the city's own guard to confirm or refuse. The guard
+    serves it, and the city's broker calls it, which has held the request to the export policy before.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> PetitionsAsyncStub: ...
+    Hear: _grpc.UnaryUnaryMultiCallable[_peer_pb2.HearRequest, _peer_pb2.HearResponse]
+    """Does one stage of a petition at every twin of the city that it concerns, or none of it. The same
+    again gets the same answer.
+
+    Fails as the RPC of `Twin` does that the neighbour has called. What the owners' rules refuse is
+    OUTSIDE_ENVELOPE, with the class of the rule as metadata (`limit`).
+    """
+
+@_typing.type_check_only
+class PetitionsAsyncStub(PetitionsStub):
+    """What neighbours ask of a city's actuators, for the city's own guard to confirm or refuse. The guard
+    serves it, and the city's broker calls it, which has held the request to the export policy before.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Hear: _aio.UnaryUnaryMultiCallable[_peer_pb2.HearRequest, _peer_pb2.HearResponse]  # type: ignore[assignment]
+    """Does one stage of a petition at every twin of the city that it concerns, or none of it. The same
+    again gets the same answer.
+
+    Fails as the RPC of `Twin` does that the neighbour has called. What the owners' rules refuse is
+    OUTSIDE_ENVELOPE, with the class of the rule as metadata (`limit`).
+    """
+
+class PetitionsServicer(metaclass=_abc_1.ABCMeta):
+    """What neighbours ask of a city's actuators, for the city's own guard to confirm or refuse. The guard
+    serves it, and the city's broker calls it, which has held the request to the export policy before.
+    """
+
+    @_abc_1.abstractmethod
+    def Hear(
+        self,
+        request: _peer_pb2.HearRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.HearResponse, _abc.Awaitable[_peer_pb2.HearResponse]]:
+        """Does one stage of a petition at every twin of the city that it concerns, or none of it. The same
+        again gets the same answer.
+
+        Fails as the RPC of `Twin` does that the neighbour has called. What the owners' rules refuse is
+        OUTSIDE_ENVELOPE, with the class of the rule as metadata (`limit`).
+        """
+
+def add_PetitionsServicer_to_server(servicer: PetitionsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

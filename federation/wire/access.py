@@ -19,14 +19,16 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         # a session may carry actions of its run, so nobody but who coordinates the run opens one
         "Session": "broker peer",
         "Flexibility": "broker planner peer",
-        "Select": "guard",
-        "Operate": "guard",
-        "Confirm": "guard",
+        # of another city its broker and its guard are peers, at our broker alone; what it lets them
+        # ask for, and what our guard says to it, is not for this table
+        "Select": "guard peer",
+        "Operate": "guard peer",
+        "Confirm": "guard peer",
         # towards safety: a person needs no guard for it
-        "Release": "guard operator",
+        "Release": "guard operator peer",
         "Halt": "guard operator",
         "Lift": "operator",
-        "ReadDesk": _READERS,
+        "ReadDesk": f"{_READERS} peer",
         "Decide": "twin",
     },
     "federation.v1.Broker": {
@@ -53,6 +55,7 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "Bargain": "peer",
         "Pledge": "peer",
     },
+    "federation.v1.Petitions": {"Hear": "broker"},
     "federation.v1.Plans": {"ListPlans": _READERS},
     "federation.v1.Control": {
         "SubmitAction": "guard operator",
@@ -89,6 +92,7 @@ SERVED_BY: Mapping[str, frozenset[Part]] = {
     "federation.v1.Aid": frozenset({Part.BROKER}),
     "federation.v1.Control": frozenset({Part.BROKER}),
     "federation.v1.Autonomy": frozenset({Part.GUARD}),
+    "federation.v1.Petitions": frozenset({Part.GUARD}),
 }
 """The part that a process must play to serve this at all."""
 
