@@ -155,6 +155,13 @@ def command_why(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_outages(options: argparse.Namespace) -> int:
+    from federation.broker.client import print_outages
+
+    run(print_outages(options.broker, options.run))
+    return 0
+
+
 def command_member_list(options: argparse.Namespace) -> int:
     from federation.broker.client import print_members
 
@@ -356,6 +363,10 @@ def parser() -> argparse.ArgumentParser:
     why.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")
     broker_option(why)
     why.set_defaults(do=command_why)
+
+    absent = commands.add_parser("outages", help="when a run went on without somebody")
+    run_argument(absent)
+    absent.set_defaults(do=command_outages)
 
     _member_commands(
         commands.add_parser("member", help="find members; let them join, leave and be replaced")

@@ -412,7 +412,7 @@ def test_an_empty_policy_shares_nothing_with_anybody() -> None:
 def interior() -> Interior:
     descriptions = {"grid": Grid().describe(), "clinic": Clinic().describe()}
     unfed = {("grid", "tie"): (0,), ("clinic", "power"): ()}
-    return Interior("birch", descriptions, (), unfed)
+    return Interior("birch", descriptions, {}, unfed)
 
 
 def seen_by(

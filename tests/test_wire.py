@@ -263,7 +263,7 @@ def some(what: st.SearchStrategy[object]) -> st.SearchStrategy[tuple[object, ...
 
 
 told = st.dictionaries(ids, words, max_size=3).map(lambda found: tuple(sorted(found.items())))
-events = st.builds(Event, ids, instants, words, words, text, some(ids), told)
+events = st.builds(Event, ids, instants, words, words, text, some(ids), told, some(words))
 actions = st.builds(Action, words, words, words, finite, text)
 step_inputs = st.builds(
     StepInput,
@@ -272,6 +272,8 @@ step_inputs = st.builds(
     st.dictionaries(words, vectors, max_size=3),
     st.dictionaries(words, st.dictionaries(indices, some(ids), max_size=3), max_size=3),
     some(actions),
+    seen_ns=st.none() | instants,
+    missed_since_ns=st.none() | instants,
 )
 step_results = st.builds(
     StepResult,
@@ -282,6 +284,7 @@ step_results = st.builds(
     some(events),
     some(actions),
     st.none() | instants,
+    seen_ns=st.none() | instants,
 )
 descriptions = st.builds(
     Description,
@@ -291,7 +294,16 @@ descriptions = st.builds(
     entities=some(st.builds(Entity, text, words, text, st.floats(), st.floats())),
     variables=some(
         st.builds(
-            Variable, words, words, text, st.sampled_from(Causality), finite, bounds, bounds, text
+            Variable,
+            words,
+            words,
+            text,
+            st.sampled_from(Causality),
+            finite,
+            bounds,
+            bounds,
+            text,
+            some(words),
         )
     ),
     time=st.builds(TimePolicy, instants, instants, st.booleans(), st.booleans()),

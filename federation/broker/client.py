@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import grpc
 import numpy as np
 
+from federation.broker import outages
 from federation.broker.why import words
 from federation.core.waits import instant
 from federation.errors import Reason
@@ -178,6 +179,14 @@ def _operator() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"user {os.getuid()}"
+
+
+async def print_outages(broker: str, run: str) -> None:
+    """Write when a run went on without somebody, a line for each time."""
+    async with asking(broker) as channel:
+        stub: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
+        answer = await stub.ListOutages(broker_pb2.ListOutagesRequest(run=run))
+    print(outages.words(answer))
 
 
 async def print_history(

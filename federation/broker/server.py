@@ -32,10 +32,11 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from federation.broker import outages
 from federation.broker.aid import AidService
 from federation.broker.branches import Attempt, Branches, Tried
 from federation.broker.cuts import Cuts
-from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, substitute_of
+from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, options_to, substitute_of
 from federation.broker.live import TURN_WITHIN_S, LiveRun, entrance
 from federation.broker.memory import (
     Added,
@@ -337,7 +338,7 @@ class BrokerServer:
         gate = Gate(
             city,
             PolicyFile(policy, _say, options.clock),
-            RunRecord(options.city, scenario.name, self.store, self._live),
+            RunRecord(options.city, scenario.name, self.store, self._live, loop),
             GateOptions(options.max_message_bytes, takes_claims),
             guard,
         )
@@ -712,10 +713,10 @@ class BrokerServer:
 
     def _finder(self, places: Mapping[str, Place], leases: dict[str, Lease]) -> Find:
         """Finds a member, or a substitute, where it is registered at the time."""
-        options = replace(self._link_options(), connect_timeout_s=CONNECT_AGAIN_S)
 
         async def find(name: str) -> Link:
             place = places[name]
+            options = options_to(place.errand, self._link_options(), again=True)
             address, expects = place.address, place.expects
             if address is None:
                 lease = self._leased(place.name)
@@ -953,7 +954,9 @@ class BrokerServer:
         Notes the leases of those that are found by their names. Over TLS a member has to be whom
         its lease names, the broker of the city that it is or, at an address of its own, itself.
         """
-        options = self._link_options()
+        options = {
+            name: options_to(place.errand, self._link_options()) for name, place in places.items()
+        }
         addresses = self._addresses(places, leases)
 
         def expects(name: str) -> Party | None:
@@ -962,7 +965,7 @@ class BrokerServer:
 
         results = await asyncio.gather(
             *(
-                Link.connect(address, name, options, expects(name), places[name].errand)
+                Link.connect(address, name, options[name], expects(name), places[name].errand)
                 for name, address in addresses.items()
             ),
             return_exceptions=True,
@@ -1119,6 +1122,14 @@ class BrokerServer:
                 "the limit",
                 {"bytes": str(size)},
             )
+
+    async def outages(
+        self, request: broker_pb2.ListOutagesRequest
+    ) -> broker_pb2.ListOutagesResponse:
+        """When a run went on without somebody; fails as `ListOutages` says."""
+        run = await self.find(request.run)
+        found = await asyncio.to_thread(outages.outages, self.store, run.name)
+        return broker_pb2.ListOutagesResponse(outages=map(outages.encode, found))
 
     async def history(
         self, request: broker_pb2.QueryHistoryRequest
@@ -1557,6 +1568,17 @@ class _Broker(BrokerService):
     ) -> broker_pb2.QueryHistoryResponse:
         async with refusing(context):
             return await self._broker.history(request)
+        raise AssertionError("abort raises")
+
+    async def ListOutages(  # noqa: N802
+        self,
+        request: broker_pb2.ListOutagesRequest,
+        context: grpc.aio.ServicerContext[
+            broker_pb2.ListOutagesRequest, broker_pb2.ListOutagesResponse
+        ],
+    ) -> broker_pb2.ListOutagesResponse:
+        async with refusing(context):
+            return await self._broker.outages(request)
         raise AssertionError("abort raises")
 
 

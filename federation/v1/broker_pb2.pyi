@@ -623,6 +623,128 @@ class QueryHistoryResponse(_message.Message):
 Global___QueryHistoryResponse: _TypeAlias = QueryHistoryResponse  # noqa: Y015
 
 @_typing.final
+class ListOutagesRequest(_message.Message):
+    """Asks when somebody was not heard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's name, `runs/{run}`."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOutagesRequest: _TypeAlias = ListOutagesRequest  # noqa: Y015
+
+@_typing.final
+class ListOutagesResponse(_message.Message):
+    """When somebody was not heard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outage]:
+        """In the order of their beginnings."""
+
+    def __init__(
+        self,
+        *,
+        outages: _abc.Iterable[Global___Outage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outages", b"outages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOutagesResponse: _TypeAlias = ListOutagesResponse  # noqa: Y015
+
+@_typing.final
+class Outage(_message.Message):
+    """A span of a run in which it went on without a member; or in which another city, that looks at
+    the run, went on without it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    IS_READER_FIELD_NUMBER: _builtins.int
+    START_NS_FIELD_NUMBER: _builtins.int
+    END_NS_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    LATE_VALUES_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """The member; of a city that looks at the run, who it is."""
+    is_reader: _builtins.bool
+    """True for a city that looks at the run."""
+    start_ns: _builtins.int
+    """The first instant that whoever was alone went on from alone: of this run, which for a city that
+    looks at it are the same instants.
+    """
+    end_ns: _builtins.int
+    """The first instant at which all was well again; unset while it is not."""
+    quality: Global___LedgerEntry.Quality.ValueType
+    """How the values were marked meanwhile; unset for a city that looks at the run."""
+    why: _builtins.str
+    """Why, in a sentence."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the outage was noticed, by this broker's clock; of a city that looks at the run, when it
+        was last heard before, if that is known.
+        """
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was heard again, by this broker's clock; unset while it is not."""
+
+    @_builtins.property
+    def variables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The variables whose values were held, or of which the city that looks at the run had none."""
+
+    @_builtins.property
+    def late_values(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
+        """Values of instants of the outage that came when it was over, in the order of their instants.
+        The run did not go by them; they are what was so.
+        """
+
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        is_reader: _builtins.bool = ...,
+        start_ns: _builtins.int = ...,
+        end_ns: _builtins.int | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        quality: Global___LedgerEntry.Quality.ValueType = ...,
+        why: _builtins.str = ...,
+        variables: _abc.Iterable[_builtins.str] | None = ...,
+        late_values: _abc.Iterable[Global___LedgerEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns", "end_ns", b"end_ns", "end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns", "end_ns", b"end_ns", "end_time", b"end_time", "is_reader", b"is_reader", "late_values", b"late_values", "peer", b"peer", "quality", b"quality", "start_ns", b"start_ns", "start_time", b"start_time", "variables", b"variables", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end_ns: _TypeAlias = _typing.Literal["end_ns"]  # noqa: Y015
+    _WhichOneofArgType__end_ns: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_ns) -> _WhichOneofReturnType__end_ns | None: ...
+
+Global___Outage: _TypeAlias = Outage  # noqa: Y015
+
+@_typing.final
 class LedgerEntry(_message.Message):
     """One entry of a run's ledger. Entries are ordered by time, iteration, rank, and then values
     before events before actions.

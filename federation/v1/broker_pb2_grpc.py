@@ -65,6 +65,11 @@ class BrokerStub:
                 request_serializer=federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.FromString,
                 _registered_method=True)
+        self.ListOutages = channel.unary_unary(
+                '/federation.v1.Broker/ListOutages',
+                request_serializer=federation_dot_v1_dot_broker__pb2.ListOutagesRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_broker__pb2.ListOutagesResponse.FromString,
+                _registered_method=True)
 
 
 class BrokerServicer:
@@ -132,6 +137,16 @@ class BrokerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOutages(self, request, context):
+        """Lists when members of a run were not heard, and when other cities that look at it were not:
+        both ends of a line tell of the same instants.
+
+        Fails with RUN_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BrokerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,6 +179,11 @@ def add_BrokerServicer_to_server(servicer, server):
                     servicer.QueryHistory,
                     request_deserializer=federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.FromString,
                     response_serializer=federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.SerializeToString,
+            ),
+            'ListOutages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOutages,
+                    request_deserializer=federation_dot_v1_dot_broker__pb2.ListOutagesRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_broker__pb2.ListOutagesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -329,6 +349,33 @@ class Broker:
             '/federation.v1.Broker/QueryHistory',
             federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.SerializeToString,
             federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOutages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Broker/ListOutages',
+            federation_dot_v1_dot_broker__pb2.ListOutagesRequest.SerializeToString,
+            federation_dot_v1_dot_broker__pb2.ListOutagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,12 @@ class BrokerStub:
     record, with SCENARIO_INVALID on an empty span or too many buckets, and with
     MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
     """
+    ListOutages: _grpc.UnaryUnaryMultiCallable[_broker_pb2.ListOutagesRequest, _broker_pb2.ListOutagesResponse]
+    """Lists when members of a run were not heard, and when other cities that look at it were not:
+    both ends of a line tell of the same instants.
+
+    Fails with RUN_NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class BrokerAsyncStub(BrokerStub):
@@ -110,6 +116,12 @@ class BrokerAsyncStub(BrokerStub):
     Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
     record, with SCENARIO_INVALID on an empty span or too many buckets, and with
     MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
+    """
+    ListOutages: _aio.UnaryUnaryMultiCallable[_broker_pb2.ListOutagesRequest, _broker_pb2.ListOutagesResponse]  # type: ignore[assignment]
+    """Lists when members of a run were not heard, and when other cities that look at it were not:
+    both ends of a line tell of the same instants.
+
+    Fails with RUN_NOT_FOUND.
     """
 
 class BrokerServicer(metaclass=_abc_1.ABCMeta):
@@ -185,6 +197,18 @@ class BrokerServicer(metaclass=_abc_1.ABCMeta):
         Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
         record, with SCENARIO_INVALID on an empty span or too many buckets, and with
         MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
+        """
+
+    @_abc_1.abstractmethod
+    def ListOutages(
+        self,
+        request: _broker_pb2.ListOutagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_broker_pb2.ListOutagesResponse, _abc.Awaitable[_broker_pb2.ListOutagesResponse]]:
+        """Lists when members of a run were not heard, and when other cities that look at it were not:
+        both ends of a line tell of the same instants.
+
+        Fails with RUN_NOT_FOUND.
         """
 
 def add_BrokerServicer_to_server(servicer: BrokerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

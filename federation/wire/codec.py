@@ -137,6 +137,7 @@ def encode_description(description: Description) -> twin_pb2.Description:
                 low=_unless(variable.low, -math.inf),
                 high=_unless(variable.high, math.inf),
                 doc=variable.doc,
+                via=variable.via,
             )
             for variable in description.variables
         ],
@@ -270,6 +271,7 @@ def _decode_variable(variable: twin_pb2.Variable) -> Variable:
         variable.low if variable.HasField("low") else -math.inf,
         variable.high if variable.HasField("high") else math.inf,
         variable.doc,
+        tuple(variable.via),
     )
 
 
@@ -307,6 +309,10 @@ def write_step_input(message: twin_pb2.StepInput, given: StepInput) -> None:
         message.actions.append(encode_action(action))
     if given.desk is not None:
         _write_desk(message.desk, given.desk)
+    if given.seen_ns is not None:
+        message.seen_ns = given.seen_ns
+    if given.missed_since_ns is not None:
+        message.missed_since_ns = given.missed_since_ns
 
 
 def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
@@ -334,6 +340,8 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
         causes,
         tuple(map(decode_action, message.actions)),
         _decode_desk(message.desk) if message.HasField("desk") else None,
+        message.seen_ns if message.HasField("seen_ns") else None,
+        message.missed_since_ns if message.HasField("missed_since_ns") else None,
     )
 
 
@@ -362,6 +370,8 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
         _write_desk(message.desk, result.desk)
     if result.held:
         message.held = result.held
+    if result.seen_ns is not None:
+        message.seen_ns = result.seen_ns
 
 
 def encode_results(results: Iterable[StepResult]) -> bytes:
@@ -393,6 +403,7 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
         message.next_ns if message.HasField("next_ns") else None,
         _decode_desk(message.desk) if message.HasField("desk") else None,
         message.held,
+        message.seen_ns if message.HasField("seen_ns") else None,
     )
 
 
@@ -405,6 +416,7 @@ def encode_event(event: Event) -> twin_pb2.Event:
         text=event.text,
         causes=event.causes,
         through=dict(event.through),
+        via=event.via,
     )
 
 
@@ -417,6 +429,7 @@ def decode_event(message: twin_pb2.Event) -> Event:
         message.text,
         tuple(message.causes),
         tuple(sorted(message.through.items())),
+        tuple(message.via),
     )
 
 
@@ -695,6 +708,12 @@ _QUALITIES = {
     Quality.SUBSTITUTED: broker_pb2.LedgerEntry.QUALITY_SUBSTITUTED,
     Quality.STALE: broker_pb2.LedgerEntry.QUALITY_STALE,
 }
+
+
+def encode_quality(quality: Quality) -> broker_pb2.LedgerEntry.Quality.ValueType:
+    return _QUALITIES[quality]
+
+
 _QUALITY_OF = {number: quality for quality, number in _QUALITIES.items()}
 
 

@@ -233,6 +233,8 @@ def happening(entry: EventRecord | ActionRecord, receive_ns: int) -> tuple[objec
         event = entry.event
         what, kind, entity = EVENT, event.kind, event.entity
         body: tuple[object, ...] = (event.id, event.time_ns, event.text, event.causes, entry.via)
+        if event.via:
+            body = (*body, event.via)
     else:
         action = entry.action
         what, kind, entity = ACTION, action.actuator, action.entity
@@ -247,8 +249,10 @@ def happened(number: int, what: str, data: bytes) -> Stored:
         bytes(chunks.unseal(data))
     )
     if what == EVENT:
-        id_, event_ns, text, causes, via = rest
-        event = Event(id_, event_ns, kind, entity, text, tuple(causes))
+        id_, event_ns, text, causes, via, *more = rest
+        event = Event(
+            id_, event_ns, kind, entity, text, tuple(causes), via=tuple(more[0]) if more else ()
+        )
         channels = tuple((cause, channel) for cause, channel in via)
         return Stored(number, receive_ns, EventRecord(time_ns, micro, rank, owner, event, channels))
     member, setpoint, cause, refusal = rest
