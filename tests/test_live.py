@@ -32,7 +32,7 @@ from federation.control.outlook import Outlook
 from federation.control.people import answer, asking, serving_people, set_level
 from federation.control.situation import NEVER, Mode
 from federation.control.trials import Trial
-from federation.control.turn import Made
+from federation.control.turn import Candidate, Known, Made
 from federation.control.view import Holding
 from federation.core.bundle import Priority, Setpoint
 from federation.errors import Reason, ScenarioError
@@ -444,6 +444,54 @@ def test_at_level_5_it_acts_renews_its_leases_and_obeys_a_stop_at_the_twins(
     assert acts[0]["state"] == "committed"
     assert told(terms, "observed")
     assert all(judged["passed"] for judged in told(terms, "judged"))
+
+
+def while_it_thinks(stage: Stage, until_ns: int) -> Callable[..., Any]:
+    """What is tried, with the run going on meanwhile up to an instant."""
+    try_all = Outlook.try_all
+
+    async def tried(outlook: Outlook, known: Known) -> dict[str, Candidate]:
+        found = await try_all(outlook, known)
+        stage.let(until_ns)
+        while stage.loop.view.settled_ns < until_ns:
+            await stage.loop.view.changed()
+        return found
+
+    return tried
+
+
+def test_level45_11_a_state_that_moves_while_the_loop_thinks_costs_a_turn_and_no_autonomy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            assert (await stage.decide(2)).outcome == "committed"
+            held = await stage.holding("reservoir", "main")
+            assert held is not None
+            with monkeypatch.context() as patch:
+                late_ns = 4 * HOUR_NS + 40 * MINUTE_NS
+                patch.setattr(Outlook, "try_all", while_it_thinks(stage, late_ns))
+                stage.loop.mandate.terms = replace(terms, moves_by=0.01)
+                moved = await stage.decide(4)
+            assert moved.verdict is not None
+            assert {r.rule.partition(":")[0] for r in moved.verdict.refusals} == {"conditions"}, moved
+            assert moved.outcome == "overtaken"
+            assert stage.loop.guard.mode is Mode.LOOP
+            renewed = await stage.holding("reservoir", "main")  # what is in force does not lapse
+            assert renewed is not None
+            assert (renewed.value, renewed.owner) == (held.value, "optimiser")
+            assert renewed.until_ns > held.until_ns
+            stage.loop.mandate.terms = terms
+            assert (await stage.decide(5)).outcome in ("committed", "nothing")
+            assert {s.level for s in stage.loop.ladder.standings.values()} == {5}
+
+    bounded(story)
+    verdicts = told(terms, "judged")
+    assert [v["passed"] for v in verdicts][:3] == [True, False, True]
+    assert all(v["mode"] == "loop" and not v["fallback"] for v in verdicts)
+    assert [a["state"] for a in told(terms, "acted")][:2] == ["committed", "committed"]
 
 
 def test_what_drifts_or_is_stale_takes_its_autonomy_away_before_it_decides(

@@ -79,6 +79,7 @@ class Merit:
             cost, *rest = growths
             alternative = rest[0] if rest else None
             grew = lived.growth(self._outlook.weights, until_ns)
-            is_good = made.verdict is not None and made.verdict.good
+            verdict = made.verdict
+            is_good = verdict is not None and (verdict.good or verdict.is_overtaken)
             for key in keys:
                 mandate.climb(Scored(key, made.id, cost, grew, alternative, is_good))

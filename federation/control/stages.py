@@ -14,7 +14,7 @@ from federation.control.loop import IN_FORCE, Comparison, Decision, Rating
 from federation.control.mandate import Mandate
 from federation.control.merit import Merit
 from federation.control.outlook import Outlook
-from federation.control.situation import Verdict
+from federation.control.situation import Mode, Verdict
 from federation.control.turn import Candidate, Known, Made
 from federation.control.view import Observation
 from federation.core.bundle import Bundle
@@ -136,7 +136,11 @@ class LiveStages:
         return bundle_of(self._mandate, self._made, candidate, basis)
 
     def _judge(self, bundle: Bundle, candidate: Candidate) -> Verdict:
-        return self._wait(self._deeds.judge(bundle, self._outlook.forecast_of(bundle, candidate)))
+        return self._wait(self._judged(bundle, candidate))
+
+    async def _judged(self, bundle: Bundle, candidate: Candidate) -> Verdict:
+        forecast = self._outlook.forecast_of(bundle, candidate)
+        return await self._deeds.judge(bundle, forecast, self._made.known)
 
     async def _follow(self, made: Made, candidate: Candidate) -> str:
         """Do what the level allows with what was decided, after it is on record."""
@@ -151,10 +155,12 @@ class LiveStages:
             return ""
         level = mandate.level_of(bundle)
         if verdict is not None and not verdict.passed:
-            made.outcome = "refused"
-            if level == 5:
+            made.outcome = "overtaken" if verdict.is_overtaken else "refused"
+            if verdict.mode is Mode.RECOVERY and level == 5:
                 made.outcome = "recovery"
                 await self._deeds.fall_back(made.id, verdict)
+            elif level == 5:
+                await self._go_on(made)
         elif level == 5:
             made.outcome = await self._deeds.carry_out(made.id, bundle)
         elif level == 4:
@@ -164,6 +170,21 @@ class LiveStages:
         made.is_shadow = made.outcome != "committed" and made.chosen != IN_FORCE
         mandate.save()
         return bundle.digest()
+
+    async def _go_on(self, made: Made) -> None:
+        """Keep what is in force from lapsing when nothing takes its place: on record as the bundle
+        that does so, since it is not what was decided."""
+        candidate = made.candidates[IN_FORCE]
+        bundle = self._bundle(candidate)
+        if made.chosen == IN_FORCE or bundle is None or self._mandate.level_of(bundle) < 5:
+            return
+        verdict = await self._judged(bundle, candidate)
+        self._mandate.judged(bundle.id, verdict)
+        if verdict.passed:
+            await self._deeds.carry_out(bundle.id, bundle)
+        elif verdict.mode is Mode.RECOVERY:
+            made.outcome = "recovery"
+            await self._deeds.fall_back(bundle.id, verdict)
 
     def _decided(self, made: Made) -> audit.Decided:
         mandate = self._mandate
