@@ -69,6 +69,16 @@ def bundle_of(
     )
 
 
+def is_anybody_free(mandate: Mandate, cut: Observation) -> bool:
+    """Whether there is a crew that could be sent; also when nothing is known of crews."""
+    repairs = mandate.view.scenario.repairs
+    readings = [
+        cut.readings.get(variable_of(work.busy)) for work in (repairs.work if repairs else ())
+    ]
+    busy = sum(float(reading.values.sum()) for reading in readings if reading is not None)
+    return repairs is None or repairs.crews - busy >= 1.0
+
+
 class _Crews:
     """The crews that repairs share, as they are at a cut: one that comes free a little later in a
     future is not free yet, and is sent when it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from federation.control import audit
@@ -136,11 +137,11 @@ class LiveStages:
         return bundle_of(self._mandate, self._made, candidate, basis)
 
     def _judge(self, bundle: Bundle, candidate: Candidate) -> Verdict:
-        return self._wait(self._judged(bundle, candidate))
+        return self._wait(self._judged(bundle, candidate, self._made.known))
 
-    async def _judged(self, bundle: Bundle, candidate: Candidate) -> Verdict:
-        forecast = self._outlook.forecast_of(bundle, candidate)
-        return await self._deeds.judge(bundle, forecast, self._made.known)
+    async def _judged(self, bundle: Bundle, candidate: Candidate, known: Known) -> Verdict:
+        forecast = self._outlook.forecast_of(bundle, candidate, known.until_ns)
+        return await self._deeds.judge(bundle, forecast, known)
 
     async def _follow(self, made: Made, candidate: Candidate) -> str:
         """Do what the level allows with what was decided, after it is on record."""
@@ -172,14 +173,16 @@ class LiveStages:
         return bundle.digest()
 
     async def _go_on(self, made: Made) -> None:
-        """Keep what is in force from lapsing when nothing takes its place: on record as the bundle
-        that does so, since it is not what was decided."""
-        candidate = made.candidates[IN_FORCE]
-        bundle = self._bundle(candidate)
-        if made.chosen == IN_FORCE or bundle is None or self._mandate.level_of(bundle) < 5:
+        """Keep from lapsing what is in force by now, as nothing takes its place: on record under
+        the bundle that does so, since it is not what was decided."""
+        mandate, candidate = self._mandate, made.candidates[IN_FORCE]
+        known = replace(made.known, desks=await mandate.view.desks())
+        basis = self._outlook.basis_of(known)
+        bundle = bundle_of(mandate, replace(made, known=known), candidate, basis)
+        if made.chosen == IN_FORCE or bundle is None or mandate.level_of(bundle) < 5:
             return
-        verdict = await self._judged(bundle, candidate)
-        self._mandate.judged(bundle.id, verdict)
+        verdict = await self._judged(bundle, candidate, known)
+        mandate.judged(bundle.id, verdict)
         if verdict.passed:
             await self._deeds.carry_out(bundle.id, bundle)
         elif verdict.mode is Mode.RECOVERY:
