@@ -174,9 +174,7 @@ class Guard:
             return False
         memory = replace(self._memory, now_ns=at_cut.time_ns)
         try:
-            return not self._limits.judge(
-                self._limits.case(submission, at_cut, forecast, memory)
-            )
+            return not self._limits.judge(self._limits.case(submission, at_cut, forecast, memory))
         except Exception:  # as above
             return False
 
