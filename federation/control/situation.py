@@ -49,8 +49,9 @@ class Situation:
     """What is so at one instant of a run, as those tell it who do not propose.
 
     `readings` are by member and output. `standing` is all that the priority array of a place
-    holds; a place that is not there is at its safe default. `reserved` is what has been selected
-    by others and may yet take effect.
+    holds; a place that is not there is at its safe default, unless its member is one of the
+    `silent`, of whom nobody knows what they hold. `reserved` is what has been selected by others
+    and may yet take effect.
     """
 
     run: str
@@ -58,6 +59,7 @@ class Situation:
     readings: Mapping[tuple[str, str], Reading] = field(default_factory=dict)
     standing: Mapping[Place, tuple[Standing, ...]] = field(default_factory=dict)
     reserved: tuple[Setpoint, ...] = ()
+    silent: tuple[str, ...] = ()
 
 
 class Series(NamedTuple):

@@ -22,6 +22,9 @@ from federation.core.bundle import Bundle
 
 _T = TypeVar("_T")
 
+LOOKS = 3
+"""How often twins that do not say what they hold are asked, before a decision does without."""
+
 
 class LiveStages:
     """For a turn in a thread of its own: what waits for others is done in the event loop."""
@@ -129,6 +132,10 @@ class LiveStages:
     async def _look(self, cut: Observation) -> Known:
         view = self._mandate.view
         desks = await view.desks()
+        for _ in range(LOOKS - 1):
+            if not desks.silent:
+                break
+            desks = await view.desks()
         until_ns = min(cut.time_ns + self._mandate.terms.ahead_ns, view.scenario.horizon_ns)
         return Known(cut, desks, until_ns)
 
