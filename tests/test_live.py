@@ -26,16 +26,17 @@ from federation.broker.server import BrokerOptions, BrokerServer
 from federation.control import audit, shelf
 from federation.control.again import again
 from federation.control.autonomy import Key, Standing
+from federation.control.deeds import Deeds
 from federation.control.live import LiveLoop
 from federation.control.loop import IN_FORCE, Rating
 from federation.control.mandate import Keys, Terms
 from federation.control.outlook import Outlook
 from federation.control.people import answer, asking, serving_people, set_level
-from federation.control.situation import NEVER, Mode
+from federation.control.situation import NEVER, Mode, Verdict
 from federation.control.trials import Trial
 from federation.control.turn import Candidate, Known, Made
 from federation.control.view import Desks, Holding, LiveView
-from federation.core.bundle import Priority, Setpoint
+from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import parse
 from federation.scenario.study import cases
@@ -501,6 +502,52 @@ def test_level45_11_a_state_that_moves_while_the_loop_thinks_costs_a_turn_and_no
     assert [a["state"] for a in told(terms, "acted")][:2] == ["committed", "committed"]
 
 
+def test_what_is_in_force_is_renewed_when_a_desk_refuses_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+    judge = Deeds.judge
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+
+            async def a_person_is_quicker(deeds: Deeds, *what: Any) -> Verdict:
+                verdict = await judge(deeds, *what)
+                if (await stage.holding("reservoir", "main")) == held:
+                    seat = (await stage.loop.view.desks()).seats["reservoir"]
+                    gate = Setpoint("reservoir", "gate", "main", 0.3, 3 * HOUR_NS)
+                    by_hand = Bundle(
+                        *("by-hand", stage.run, (gate,), Priority.OPERATOR),
+                        *(4 * HOUR_NS, 5 * HOUR_NS, "Wim"),
+                    )
+                    async with Hand(seat.address, WIM) as hand:
+                        await hand.select(by_hand, "reservoir", seat.epoch, HOUR_NS)
+                        await hand.operate(by_hand, "reservoir", seat.epoch)
+                        await hand.confirm(by_hand, "reservoir", seat.epoch)
+                return verdict
+
+            assert (await stage.decide(2)).outcome == "committed"
+            held = await stage.holding("reservoir", "main")
+            pump = await stage.holding("polder", "north")
+            assert pump is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(Deeds, "judge", a_person_is_quicker)
+                patch.setattr(Outlook, "_setpoints", wide_open)
+                beaten = await stage.decide(4)
+            assert beaten.outcome == "compensated"
+            gate = await stage.holding("reservoir", "main")
+            assert gate is not None
+            assert (gate.value, gate.owner) == (0.3, "Wim")
+            renewed = await stage.holding("polder", "north")
+            assert renewed is not None
+            assert renewed.until_ns > pump.until_ns
+
+    bounded(story)
+    _, beaten, renewal = told(terms, "acted")
+    assert "ACTUATOR_OWNED" in str(beaten["detail"])
+    assert renewal["state"] == "committed"
+
+
 def test_while_a_twin_does_not_say_what_it_holds_the_loop_does_not_act_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -766,6 +813,38 @@ def test_the_recovery_plan_takes_the_place_of_a_loop_in_trouble(
     assert expected[trouble] in {rule for rule, _ in refusals}
     (acted,) = told(terms, "acted")
     assert acted["state"] == "committed"
+
+
+def half_open(outlook: Outlook, name: str, trial: Trial) -> tuple[Setpoint, ...]:
+    gate = Setpoint("reservoir", "gate", "main", 0.5, 3 * HOUR_NS)
+    return () if name == IN_FORCE else (gate,)
+
+
+def test_good_decisions_bring_the_loop_back_and_cost_no_autonomy_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5, NARROW), moves_by=2.0)
+    terms.rules.write_text(terms.rules.read_text().replace("returns_after: 1", "returns_after: 2"))
+    monkeypatch.setattr(Outlook, "rated", plan_is_best)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            ladder = stage.loop.ladder
+            assert (await stage.decide(2)).outcome == "recovery"
+            assert {s.level for s in ladder.standings.values()} == {3}
+            ladder.standings = {key: Standing(5, 5) for key in ladder.standings}
+            monkeypatch.setattr(Outlook, "_setpoints", half_open)
+            waits = await stage.decide(3)
+            assert waits.verdict is not None
+            assert (waits.verdict.good, waits.outcome) == (True, "recovery")
+            assert (await stage.decide(4)).outcome == "committed"
+            held = await stage.holding("reservoir", "main")
+            assert held is not None
+            assert held.value == 0.5
+            assert stage.loop.guard.mode is Mode.LOOP
+            assert {s.level for s in ladder.standings.values()} == {5}
+
+    bounded(story)
 
 
 def test_a_proposal_that_nobody_answers_expires_by_itself_and_nothing_acts(tmp_path: Path) -> None:

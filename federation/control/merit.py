@@ -34,6 +34,8 @@ class Merit:
                     mandate.climb(Unusable(key, variable))
         if last is None or not last.ratings or known.cut.time_ns > last.known.until_ns:
             return  # nothing was predicted of now
+        if last.outcome == "recovery":
+            return  # nobody has foreseen what comes of the recovery plan
         then, now_ns = last.known.cut, known.cut.time_ns
         grew = self._outlook.weighted(known.cut) - self._outlook.weighted(then)
         was_done = last.chosen if last.outcome in ("committed", "nothing") else IN_FORCE

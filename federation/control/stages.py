@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from federation.control import audit
+from federation.control.actuation import Stage
 from federation.control.consent import Consent
 from federation.control.deeds import Deeds
 from federation.control.draft import bundle_of, limits_of
@@ -171,6 +172,8 @@ class LiveStages:
                 await self._go_on(made)
         elif level == 5:
             made.outcome = await self._deeds.carry_out(made.id, bundle)
+            if made.outcome != Stage.COMMITTED.value:
+                await self._go_on(made)
         elif level == 4:
             made.outcome = self._consent.propose(made, candidate)
         else:
