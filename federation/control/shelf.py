@@ -111,13 +111,13 @@ def _made(plain: Mapping[str, Any]) -> Made:
     }
     verdict = None
     if plain["verdict"] is not None:
-        mode, good, passed, refusals, is_overtaken = plain["verdict"]
+        mode, good, passed, refusals, *more = plain["verdict"]
         verdict = Verdict(
             Mode(mode),
             good,
             passed,
             tuple(Refusal(*r) for r in refusals),
-            is_overtaken=is_overtaken,
+            is_overtaken=bool(more and more[0]),  # earlier versions did not say
         )
     return Made(
         plain["id"],
