@@ -11,11 +11,20 @@ randomness and no key: time comes with the situation, signatures are checked by 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from federation.control.limits import Limits, Memory, Verify
 from federation.control.rules import Rules
-from federation.control.situation import Forecast, Mode, Refusal, Situation, Submission, Verdict
+from federation.control.situation import (
+    STAYS,
+    Forecast,
+    Mode,
+    Refusal,
+    Situation,
+    Submission,
+    Verdict,
+)
 from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.twin import MINUTE_NS, Description
 
@@ -51,9 +60,17 @@ class Guard:
         return self._limits.rules
 
     def judge(
-        self, submission: Submission, situation: Situation, forecast: Forecast | None = None
+        self,
+        submission: Submission,
+        situation: Situation,
+        forecast: Forecast | None = None,
+        at_cut: Situation | None = None,
     ) -> Verdict:
-        """Judge one decision. What can't even be judged is refused."""
+        """Judge one decision. What can't even be judged is refused.
+
+        `at_cut` is what was so at the cut that it was made on, as the same tell it who tell of
+        the `situation`; without it every refusal is a fault.
+        """
         breaches = self._observe(situation)
         refusals: tuple[Refusal, ...]
         try:
@@ -64,12 +81,18 @@ class Guard:
             refusals = (Refusal("form", text),)
         good = not refusals
         self._good_in_row = self._good_in_row + 1 if good and not breaches else 0
+        if not good and not breaches and self._was_good(submission, forecast, at_cut):
+            is_late = any(refusal.rule == "freshness" for refusal in refusals)
+            if self.mode is Mode.LOOP and (not is_late or self._stands(situation)):
+                return Verdict(self.mode, good, False, refusals, is_overtaken=True)
+            if not is_late:
+                return replace(self._recover(situation, good, refusals), is_overtaken=True)
         if not good or breaches:
             return self._recover(situation, good, (*refusals, *breaches))
         needed = self.rules.recovery.returns_after
         if self.mode is Mode.RECOVERY and self._good_in_row < needed:
             text = f"{self._good_in_row} of {needed} good decisions since the switch"
-            return self._recover(situation, True, (Refusal("recovery", text),))
+            return self._recover(situation, True, (Refusal(STAYS, text),))
         self.mode = Mode.LOOP
         self._last_good_ns = situation.time_ns
         self._memory.note(case.bundle, case.changes)
@@ -102,11 +125,9 @@ class Guard:
     def silence(self, situation: Situation, why: str) -> Verdict:
         """No decision came in time: the last one that passed stands for a while, if it may."""
         breaches = self._observe(situation)
-        grace_ns = round(self.rules.recovery.grace_min * MINUTE_NS)
-        lasts = self._last_good_ns >= 0 and situation.time_ns - self._last_good_ns <= grace_ns
         refusal = Refusal("silence", why)
         self._good_in_row = 0
-        if self.mode is Mode.LOOP and lasts and not breaches:
+        if self.mode is Mode.LOOP and self._stands(situation) and not breaches:
             return Verdict(self.mode, good=False, passed=False, refusals=(refusal,))
         return self._recover(situation, False, (refusal, *breaches))
 
@@ -168,6 +189,24 @@ class Guard:
         rules = self.rules
         self._memory.move_to(situation.time_ns, rules.longest_ns, rules.longest_lease_ns)
         return self._limits.monitor.observe(situation)
+
+    def _stands(self, situation: Situation) -> bool:
+        """Whether the last decision that passed may stand for want of another."""
+        grace_ns = round(self.rules.recovery.grace_min * MINUTE_NS)
+        return self._last_good_ns >= 0 and situation.time_ns - self._last_good_ns <= grace_ns
+
+    def _was_good(
+        self, submission: Submission, forecast: Forecast | None, at_cut: Situation | None
+    ) -> bool:
+        """Whether a decision breaks nothing as things stood at its cut, with all that has passed
+        by now."""
+        if at_cut is None or at_cut.time_ns != submission.bundle.cut_ns:
+            return False
+        memory = replace(self._memory, now_ns=at_cut.time_ns)
+        try:
+            return not self._limits.judge(self._limits.case(submission, at_cut, forecast, memory))
+        except Exception:  # as above
+            return False
 
     def _recover(self, situation: Situation, good: bool, refusals: tuple[Refusal, ...]) -> Verdict:
         """Switch to the recovery plan, or renew it; what passed before must not begin any more."""

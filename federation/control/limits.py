@@ -259,7 +259,11 @@ class Limits:
             yield Refusal("size", f"{count.at_most} bundles in {count.within_min:g} min")
 
     def _settled(self, case: Case) -> Iterator[Refusal]:
-        """What is in force must be known, and stay so, while the bundle may begin."""
+        """What is in force must be known, and stay so, while the bundle may begin: also where the
+        bundle sets nothing, since the limits on sums are about all that the rules are about."""
+        for member in sorted({name.partition(".")[0] for name in self.rules.actuators}):
+            if member in case.situation.silent:
+                yield Refusal(f"settled:{member}", f"nobody knows what is in force at {member}")
         reserved = {_place(s) for s in (*case.memory.reserved(), *case.situation.reserved)}
         for place in map(_place, case.bundle.setpoints):
             name = name_of(place)

@@ -155,14 +155,18 @@ class Mandate:
         return moved
 
     def looked_at(
-        self, submission: Submission, situation: Situation, forecast: Forecast
+        self,
+        submission: Submission,
+        situation: Situation,
+        forecast: Forecast,
+        at_cut: Situation | None = None,
     ) -> Verdict:
         """What the guard would say, who then knows nothing of it."""
         guard = Guard(
             self.rules, self.view.descriptions, self._is_proposed_by, self.keys.guard.name
         )
         guard.restore(self.guard.snapshot())
-        return guard.judge(submission, situation, forecast)
+        return guard.judge(submission, situation, forecast, at_cut)
 
     def submitted(self, bundle: Bundle) -> Submission:
         """A bundle as the optimiser proposes it."""

@@ -329,7 +329,10 @@ class LiveView:
             place: (Standing(held.value, held.priority, held.until_ns),)
             for place, held in desks.holdings.items()
         }
-        return Situation(self.run, observation.time_ns, observation.readings, standing)
+        silent = tuple(sorted(desks.silent))
+        return Situation(
+            self.run, observation.time_ns, observation.readings, standing, silent=silent
+        )
 
     @contextmanager
     def asking(self) -> Iterator[None]:
