@@ -12,8 +12,10 @@ from pathlib import Path
 
 from federation import telemetry
 from federation.acting import add_acting
+from federation.aiding import add_aid, add_aid_options, aid_options
 from federation.asking import add_plan
 from federation.certs import add_certs
+from federation.checking import add_check
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.exporting import add_policy
 from federation.loop import run
@@ -131,6 +133,8 @@ def command_broker(options: argparse.Namespace) -> int:
                 city=options.city,
                 export=options.export,
                 city_scenario=options.scenario,
+                aid=aid_options(options),
+                guard=options.guard,
             )
         )
     )
@@ -345,6 +349,13 @@ def parser() -> argparse.ArgumentParser:
     broker.add_argument(
         "--scenario", type=Path, metavar="FILE", help="the scenario of the city that is served"
     )
+    add_aid_options(broker)
+    broker.add_argument(
+        "--guard",
+        default="",
+        metavar="ADDRESS",
+        help="where `multitwin control` hears what peers ask of actuators (nobody does)",
+    )
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
 
@@ -391,7 +402,9 @@ def parser() -> argparse.ArgumentParser:
 
     add_acting(commands)
     add_policy(commands)
+    add_aid(commands)
     add_certs(commands)
+    add_check(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")
     history.add_argument("run", metavar="RUN", help="the run's name at its broker (runs/NAME)")

@@ -38,6 +38,7 @@ class _Kind(IntEnum):
     GENERATOR = 11
     MEMBER = 12
     NAMED = 13
+    SLICE = 14
 
 
 _PLAIN = "biufSU"
@@ -127,6 +128,8 @@ class _Writer:
         if kind is set or kind is frozenset:  # sorted, so that the same set gives the same bytes
             which = _Kind.SET if kind is set else _Kind.FROZENSET
             return which, self.pack(sorted(value))
+        if kind is slice:
+            return _Kind.SLICE, self.pack([value.start, value.stop, value.step])
         if kind is deque:
             return _Kind.DEQUE, self.pack([value.maxlen, list(value)])
         if kind is np.random.Generator:
@@ -188,6 +191,8 @@ class _Reader:
             return self._named(inside[0], Enum)[inside[1]]
         if kind is _Kind.NAMED:
             return self._named(inside[0], tuple)(*inside[1])
+        if kind is _Kind.SLICE:
+            return slice(*inside)
         if kind is _Kind.DEQUE:
             return deque(inside[1], inside[0])
         if kind is _Kind.SCALAR:

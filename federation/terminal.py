@@ -52,7 +52,7 @@ def broker_option(command: argparse.ArgumentParser) -> None:
     )
 
 
-_TALKING = {"broker", "control", "port", "members"}
+_TALKING = {"broker", "control", "port", "members", "service"}
 """Commands with one of these options talk to other processes."""
 
 

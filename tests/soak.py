@@ -239,6 +239,9 @@ async def one_run(channel: grpc.aio.Channel, text: str) -> tuple[int, str]:
 
 async def soak(minutes: float, twins: int, steps: int) -> int:
     started_s = time.monotonic()
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # ends its hosts
     looks: list[Look] = []
     runs = entries = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -302,8 +305,10 @@ def main() -> int:
     parser.add_argument("--twins", type=int, default=200, metavar="N", help="(200)")
     parser.add_argument("--steps", type=int, default=500, metavar="T", help="of a run (500)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    return loop.run(soak(options.minutes, options.twins, options.steps))
+    try:
+        return loop.run(soak(options.minutes, options.twins, options.steps))
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":

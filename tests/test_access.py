@@ -24,6 +24,7 @@ from federation.v1 import (
     autonomy_pb2_grpc,
     broker_pb2,
     control_pb2,
+    peer_pb2_grpc,
 )
 from federation.wire import access, footing, secure, status
 from federation.wire.authority import Authority
@@ -117,16 +118,24 @@ async def whole_city(folder: Path) -> AsyncIterator[dict[str, str]]:
             server = new_server(1 << 20)
             servicer: Any = autonomy_pb2_grpc.AutonomyServicer  # that knows no answer to anything
             autonomy_pb2_grpc.add_AutonomyServicer_to_server(servicer(), server)
-            loop, _ = await start_server(server, ("federation.v1.Autonomy",), "127.0.0.1", 0)
+            servicer = peer_pb2_grpc.PetitionsServicer
+            peer_pb2_grpc.add_PetitionsServicer_to_server(servicer(), server)
+            served = ("federation.v1.Autonomy", "federation.v1.Petitions")
+            loop, _ = await start_server(server, served, "127.0.0.1", 0)
             stack.push_async_callback(server.stop, None)
-        yield {"Broker": broker.address, "Twin": twin, "Autonomy": loop}
+        yield {"Broker": broker.address, "Twin": twin, "Guard": loop}
 
 
 SERVER_OF = {
     "Twin": ("Twin", Part.TWIN),
-    "Autonomy": ("Autonomy", Part.GUARD),
+    "Autonomy": ("Guard", Part.GUARD),
+    "Petitions": ("Guard", Part.GUARD),
 }
 """Where a service is asked for, unless it is at the broker."""
+
+
+NOT_OF_A_CITY = ("Halt", "Lift", "Decide")
+"""What a broker does not serve of `Twin`."""
 
 
 async def try_out(channel: Any, rpc: str) -> FederationError | None:
@@ -182,8 +191,35 @@ def test_every_part_can_call_what_the_readme_grants_it_and_nothing_else(
 
     bounded(story)
     assert tried == 7 * len(RPCS) - sum(
-        rpc.split("/")[1].endswith(("Twin", "Autonomy")) for rpc in RPCS
+        rpc.split("/")[1].endswith(("Twin", "Autonomy", "Petitions")) for rpc in RPCS
     )
+
+
+def test_the_guard_of_another_city_asks_for_what_a_guard_asks_and_opens_nothing(
+    shelby: Authority, millington: Authority
+) -> None:
+    home = millington.folder / "guard" / "loop"
+    (home / "peers").mkdir()
+    (home / "peers" / "shelby.crt").write_bytes((shelby.folder / "ca.crt").read_bytes())
+    twin = "/federation.v1.Twin/"
+
+    async def story() -> None:
+        async with whole_city(shelby.folder) as at:
+            with guise(home):
+                expected = footing.expected(Part.BROKER, city="shelby")
+                channel = secure.channel(at["Broker"], expected)
+            async with channel:
+                for rpc in RPCS:
+                    service, name = rpc.rsplit(".", 1)[1].split("/")
+                    if (service in SERVER_OF and service != "Twin") or name in NOT_OF_A_CITY:
+                        continue
+                    refusal = await try_out(channel, rpc)
+                    both = {Part.GUARD, Part.PEER} <= access.TABLE[rpc]
+                    assert (refusal is None) == both, (rpc, refusal)
+                assert await try_out(channel, twin + "Session") is not None
+                assert await try_out(channel, twin + "Select") is None
+
+    bounded(story)
 
 
 def test_only_a_broker_opens_sessions_and_only_a_guard_actuates() -> None:
@@ -192,7 +228,8 @@ def test_only_a_broker_opens_sessions_and_only_a_guard_actuates() -> None:
     for part in Part:
         assert access.may(part, twin + "Session") == (part in (Part.BROKER, Part.PEER))
         for rpc in ("Select", "Operate", "Confirm"):
-            assert access.may(part, twin + rpc) == (part is Part.GUARD)
+            # a peer asks our broker alone, for our guard to say yes or no (test_city_acts)
+            assert access.may(part, twin + rpc) == (part in (Part.GUARD, Part.PEER))
         for rpc in ("Register", "Renew", "Leave"):
             assert access.may(part, f"/federation.v1.Broker/{rpc}") == (part is Part.TWIN)
         assert access.may(part, "/federation.v1.Control/SubmitAction") == (
@@ -326,6 +363,7 @@ def test_keyrings_and_certificates_speak_of_the_same_parts() -> None:
         Part.OPERATOR,
         Part.PLANNER,
         Part.OBSERVER,
+        Part.PEER,
     }
     with pytest.raises(ValueError, match="no_such"):
         Role("no_such")

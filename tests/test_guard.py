@@ -264,6 +264,86 @@ def test_level45_11_a_decision_is_refused_when_the_state_has_moved() -> None:
     assert "p2 is at 0.7" in verdict.refusals[0].sentence
 
 
+def moved(desk: Desk) -> tuple[Submission, Verdict]:
+    """A decision, and what becomes of it when a street is flooded while it is being made."""
+    dry = Condition("water", "flood", "p2", 0.0, 0.5)
+    plan, at_cut = desk.plan((F1, 41.0), conditions=(dry,)), desk.town.situation()
+    desk.town.flood_m[2] = 0.7
+    desk.wait(1)
+    forecast = desk.town.forecast(plan.bundle)
+    verdict = desk.guard.judge(plan, desk.town.situation(), forecast, at_cut)
+    desk.town.flood_m[2] = 0.0
+    desk.wait(1)
+    return plan, desk.obey(plan, verdict)
+
+
+def test_level45_11_who_was_overtaken_by_the_world_is_refused_and_tries_again() -> None:
+    desk = Desk()
+    assert desk.ask((F5, 50.0)).passed
+    _, verdict = moved(desk)
+    assert (verdict.good, verdict.passed, verdict.is_overtaken) == (False, False, True)
+    assert rule_of(verdict) == ["conditions:water.flood"]
+    assert (verdict.mode, verdict.fallback, verdict.faults) == (Mode.LOOP, None, ())
+    assert desk.town.in_force(F5) == 50.0, "what passed stands"
+    assert desk.ask((F1, 41.0)).passed
+
+
+def test_who_is_wrong_at_the_cut_as_well_is_at_fault() -> None:
+    for wrong in (
+        ((F1, 91.0), {}),
+        ((F1, 41.0), {"conditions": (Condition("water", "flood", "p2", 5.0, 9.0),)}),
+        # and who rests on another cut than the one that was seen
+        ((F1, 41.0), {"conditions": (Condition("water", "flood", "p2", 0, 0.5),), "cut_ns": -1}),
+    ):
+        desk = Desk()
+        place, changes = wrong
+        plan, at_cut = desk.plan(place, **changes), desk.town.situation()
+        desk.town.flood_m[2] = 0.7
+        desk.wait(1)
+        forecast = desk.town.forecast(plan.bundle)
+        verdict = desk.guard.judge(plan, desk.town.situation(), forecast, at_cut)
+        assert verdict.mode is Mode.RECOVERY
+        assert verdict.faults
+        assert not verdict.is_overtaken
+
+
+def test_of_two_who_are_only_together_too_much_the_second_is_overtaken_by_the_first() -> None:
+    desk = Desk()
+    one, two = (desk.plan((("grid", "tie", tie), 1.0)) for tie in TIES)
+    at_cut = desk.town.situation()
+    assert desk.judge(one).passed
+    desk.wait(1)
+    forecast = desk.town.forecast(two.bundle)
+    verdict = desk.guard.judge(two, desk.town.situation(), forecast, at_cut)
+    assert rule_of(verdict) == ["exclusion:ring"]
+    assert (verdict.passed, verdict.is_overtaken, verdict.mode) == (False, True, Mode.LOOP)
+
+
+def test_level45_24_a_good_decision_that_comes_too_late_is_like_none() -> None:
+    for after_min, mode in ((2, Mode.LOOP), (4.5, Mode.RECOVERY)):
+        desk = Desk()
+        assert desk.ask((F5, 50.0)).passed
+        desk.wait(1)
+        plan, at_cut = desk.plan((F1, 41.0), life_min=1.5), desk.town.situation()
+        desk.wait(after_min)
+        forecast = desk.town.forecast(plan.bundle)
+        verdict = desk.guard.judge(plan, desk.town.situation(), forecast, at_cut)
+        assert rule_of(verdict) == ["freshness"]
+        assert verdict.mode is mode
+        assert bool(verdict.faults) is (mode is Mode.RECOVERY)
+
+
+def test_the_recovery_plan_is_renewed_by_who_is_overtaken_and_by_who_must_wait() -> None:
+    desk = Desk()
+    desk.ask((F1, 1e9))
+    _, verdict = moved(desk)
+    assert verdict.mode is Mode.RECOVERY
+    assert verdict.fallback is not None
+    assert verdict.faults == ()
+    waits = desk.ask((F1, 41.0))
+    assert (waits.good, waits.passed, waits.faults) == (True, False, ())
+
+
 def test_level45_12_nothing_begins_after_its_expiry() -> None:
     desk = Desk()
     plan = desk.plan((F1, 41.0), life_min=3)
@@ -295,6 +375,17 @@ def test_level45_17_what_a_person_holds_is_not_for_the_loop() -> None:
     desk = Desk()
     desk.town.hold(F5, 55.0, minutes=10)
     assert rule_of(desk.ask((F5, 41.0))) == ["settled:grid.feed"]
+
+
+def test_while_nobody_knows_what_a_twin_holds_nothing_is_set_anywhere() -> None:
+    desk = Desk()
+    plan, known = desk.plan((F5, 41.0)), desk.town.situation()
+    forecast = desk.town.forecast(plan.bundle)
+    silent = replace(known, silent=("clinic", "water"))
+    verdict = desk.guard.judge(plan, silent, forecast, known)
+    assert rule_of(verdict) == ["settled:water"], "the clinic has no actuator with a rule"
+    assert (verdict.passed, verdict.is_overtaken) == (False, True)
+    assert desk.judge(plan).passed
 
 
 def test_a_plan_that_would_leave_a_hospital_in_the_dark_is_refused() -> None:

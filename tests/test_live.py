@@ -26,25 +26,28 @@ from federation.broker.server import BrokerOptions, BrokerServer
 from federation.control import audit, shelf
 from federation.control.again import again
 from federation.control.autonomy import Key, Standing
+from federation.control.deeds import Deeds
 from federation.control.live import LiveLoop
+from federation.control.loop import IN_FORCE, Rating
 from federation.control.mandate import Keys, Terms
 from federation.control.outlook import Outlook
 from federation.control.people import answer, asking, serving_people, set_level
-from federation.control.situation import NEVER, Mode
+from federation.control.situation import NEVER, Mode, Verdict
 from federation.control.trials import Trial
-from federation.control.turn import Made
-from federation.control.view import Holding
-from federation.core.bundle import Priority, Setpoint
+from federation.control.turn import Candidate, Known, Made
+from federation.control.view import Desks, Holding, LiveView
+from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.errors import Reason, ScenarioError
 from federation.scenario.spec import parse
 from federation.scenario.study import cases
 from federation.twin import HOUR_NS, MINUTE_NS, Step, Twin
-from federation.v1 import autonomy_pb2, control_pb2
+from federation.v1 import autonomy_pb2, control_pb2, peer_pb2, peer_pb2_grpc, twin_pb2
+from federation.wire import secure
 from federation.wire.credentials import Identity, Keyring, Role
 from federation.wire.orders import Hand
 from federation.wire.serve import ServeOptions, serving
 from tests.lowland import SCENARIO, Polder, Reservoir, Sky, warden
-from tests.test_broker import Services, client
+from tests.test_broker import Services, client, refused
 from tests.test_wire import bounded
 
 DOCUMENT = SCENARIO + "pace: {factor: 1000000}\n"  # a paced run takes one step at a time
@@ -323,9 +326,9 @@ def test_at_level_3_it_advises_and_what_it_advised_is_scored_by_what_came_of_it(
             pump = stage.loop.ladder.standings[Key("polder", "pump", "Ann")]
             assert len(pump.regrets) == 1
             assert pump.regrets[0] <= 0.0  # it was better than what people did
-            with pytest.raises(ScenarioError) as refused:  # it is not her water
+            with pytest.raises(ScenarioError) as caught:  # it is not her water
                 await set_level(stage.address, gate, 4, CISKA)
-            assert refused.value.reason is Reason.NOT_AUTHORISED
+            assert caught.value.reason is Reason.NOT_AUTHORISED
             assert (await set_level(stage.address, gate, 4, WIM)).level == 4
             assert not (await stage.loop.view.desks()).holdings
 
@@ -446,6 +449,187 @@ def test_at_level_5_it_acts_renews_its_leases_and_obeys_a_stop_at_the_twins(
     assert all(judged["passed"] for judged in told(terms, "judged"))
 
 
+def wide_open(outlook: Outlook, name: str, trial: Trial) -> tuple[Setpoint, ...]:
+    gate = Setpoint("reservoir", "gate", "main", 0.9, HOUR_NS)
+    return () if name == IN_FORCE else (gate,)
+
+
+def while_it_thinks(stage: Stage, until_ns: int) -> Callable[..., Any]:
+    """What is tried, with the run going on meanwhile up to an instant."""
+    try_all = Outlook.try_all
+
+    async def tried(outlook: Outlook, known: Known) -> dict[str, Candidate]:
+        found = await try_all(outlook, known)
+        stage.let(until_ns)
+        while stage.loop.view.settled_ns < until_ns:
+            await stage.loop.view.changed()
+        return found
+
+    return tried
+
+
+def test_level45_11_a_state_that_moves_while_the_loop_thinks_costs_a_turn_and_no_autonomy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            assert (await stage.decide(2)).outcome == "committed"
+            held = await stage.holding("reservoir", "main")
+            assert held is not None
+            with monkeypatch.context() as patch:
+                late_ns = 4 * HOUR_NS + 20 * MINUTE_NS
+                patch.setattr(Outlook, "try_all", while_it_thinks(stage, late_ns))
+                patch.setattr(Outlook, "_setpoints", wide_open)
+                stage.loop.mandate.terms = replace(terms, moves_by=0.001)
+                moved = await stage.decide(4)
+            assert moved.verdict is not None
+            assert {r.rule for r in moved.verdict.refusals} == {"conditions:reservoir.level"}
+            assert moved.outcome == "overtaken"
+            assert stage.loop.guard.mode is Mode.LOOP
+            renewed = await stage.holding("reservoir", "main")  # what is in force does not lapse
+            assert renewed is not None
+            assert (renewed.value, renewed.owner) == (held.value, "optimiser")
+            assert renewed.until_ns > held.until_ns
+            stage.loop.mandate.terms = terms
+            assert (await stage.decide(5)).outcome in ("committed", "nothing")
+            assert {s.level for s in stage.loop.ladder.standings.values()} == {5}
+
+    bounded(story)
+    verdicts = told(terms, "judged")
+    assert [v["passed"] for v in verdicts][:3] == [True, False, True]
+    assert all(v["mode"] == "loop" and not v["fallback"] for v in verdicts)
+    assert [a["state"] for a in told(terms, "acted")][:2] == ["committed", "committed"]
+
+
+def test_what_is_in_force_is_renewed_when_a_desk_refuses_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+    judge = Deeds.judge
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+
+            async def a_person_is_quicker(deeds: Deeds, *what: Any) -> Verdict:
+                verdict = await judge(deeds, *what)
+                if (await stage.holding("reservoir", "main")) == held:
+                    seat = (await stage.loop.view.desks()).seats["reservoir"]
+                    gate = Setpoint("reservoir", "gate", "main", 0.3, 3 * HOUR_NS)
+                    by_hand = Bundle(
+                        *("by-hand", stage.run, (gate,), Priority.OPERATOR),
+                        *(4 * HOUR_NS, 5 * HOUR_NS, "Wim"),
+                    )
+                    async with Hand(seat.address, WIM) as hand:
+                        await hand.select(by_hand, "reservoir", seat.epoch, HOUR_NS)
+                        await hand.operate(by_hand, "reservoir", seat.epoch)
+                        await hand.confirm(by_hand, "reservoir", seat.epoch)
+                return verdict
+
+            assert (await stage.decide(2)).outcome == "committed"
+            held = await stage.holding("reservoir", "main")
+            pump = await stage.holding("polder", "north")
+            assert pump is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(Deeds, "judge", a_person_is_quicker)
+                patch.setattr(Outlook, "_setpoints", wide_open)
+                beaten = await stage.decide(4)
+            assert beaten.outcome == "compensated"
+            gate = await stage.holding("reservoir", "main")
+            assert gate is not None
+            assert (gate.value, gate.owner) == (0.3, "Wim")
+            renewed = await stage.holding("polder", "north")
+            assert renewed is not None
+            assert renewed.until_ns > pump.until_ns
+
+    bounded(story)
+    _, beaten, renewal = told(terms, "acted")
+    assert "ACTUATOR_OWNED" in str(beaten["detail"])
+    assert renewal["state"] == "committed"
+
+
+def test_while_a_twin_does_not_say_what_it_holds_the_loop_does_not_act_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+    desks = LiveView.desks
+
+    async def without_the_polder(view: LiveView) -> Desks:
+        found = await desks(view)
+        seats = {name: seat for name, seat in found.seats.items() if name != "polder"}
+        return replace(found, seats=seats, silent={"polder": "it does not answer"})
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            with monkeypatch.context() as patch:
+                patch.setattr(LiveView, "desks", without_the_polder)
+                made = await stage.decide(2)
+            assert made.outcome == "overtaken"
+            assert not (await stage.loop.view.desks()).holdings
+            assert (await stage.decide(3)).outcome == "committed"
+            assert {s.level for s in stage.loop.ladder.standings.values()} == {5}
+
+    bounded(story)
+    refused, passed = told(terms, "judged")
+    assert refused["refusals"] == [["settled:polder", "nobody knows what is in force at polder"]]
+    assert passed["passed"]
+
+
+def test_a_lease_that_ends_before_a_bundle_must_have_begun_is_renewed_in_time(
+    tmp_path: Path,
+) -> None:
+    short = RULES.replace("lease_min: 180", "lease_min: 70")
+    terms = replace(terms_of(tmp_path, 5, short), moves_by=2.0)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            assert (await stage.decide(2)).outcome == "committed"
+            ends_ns = [h.until_ns for h in (await stage.loop.view.desks()).holdings.values()]
+            made = await stage.decide(3)
+            assert made.outcome == "committed"
+            assert made.bundle is not None
+            assert made.bundle.expires_ns == min(ends_ns) - 1 < 3 * HOUR_NS + 50 * MINUTE_NS
+            renewed = (await stage.loop.view.desks()).holdings.values()
+            assert min(held.until_ns for held in renewed) > max(ends_ns)
+
+    bounded(story)
+    assert all(judged["passed"] for judged in told(terms, "judged"))
+
+
+def three_at_once(outlook: Outlook, name: str, trial: Trial) -> tuple[Setpoint, ...]:
+    """As in a future in which somebody comes free before the plan sends anybody."""
+    wanted = [("reservoir", "gate", "main", 0.6), ("polder", "pump", "south", 1.0)]
+    wanted.append(("polder", "pump", "north", 1.0))
+    return () if name == IN_FORCE else tuple(Setpoint(*each, 3 * HOUR_NS) for each in wanted)
+
+
+def plan_is_best(outlook: Outlook, candidate: Candidate, known: Known) -> Rating:
+    return Rating(candidate.name, (float(candidate.name == IN_FORCE),) * 2, {})
+
+
+def test_who_comes_free_only_later_is_not_sent_yet_and_nobody_is_while_all_are_engaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5), moves_by=2.0)
+    monkeypatch.setattr(Outlook, "_setpoints", three_at_once)
+    monkeypatch.setattr(Outlook, "rated", plan_is_best)
+
+    async def story() -> None:
+        async with at_work(terms, DOCUMENT.replace("crews: 100", "crews: 2")) as stage:
+            made = await stage.decide(2)
+            assert made.bundle is not None
+            sent = {s.entity: s.value for s in made.bundle.setpoints}
+            # of 2.0 the gate engages 0.2 as it is; who was sent first in the future, is so here
+            assert sent == {"main": 0.6, "south": 1.0, "north": pytest.approx(0.4)}
+            assert made.outcome == "committed"
+            later = await stage.decide(3)
+            assert set(later.candidates) == {IN_FORCE}
+            assert later.chosen == IN_FORCE
+
+    bounded(story)
+
+
 def test_what_drifts_or_is_stale_takes_its_autonomy_away_before_it_decides(
     tmp_path: Path,
 ) -> None:
@@ -551,9 +735,9 @@ def test_a_level_is_set_once_for_a_request_also_by_another_life_of_the_loop(
                     now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
                 levels = {(s.twin, s.action): s.level for s in now.standings}
                 assert levels == {pump[:2]: 4, gate[:2]: 4}  # nothing was done again
-                with pytest.raises(ScenarioError) as refused:
+                with pytest.raises(ScenarioError) as caught:
                     await set_level(address, gate, 4, WIM, "r1")
-                assert refused.value.reason is Reason.REQUEST_DIFFERS
+                assert caught.value.reason is Reason.REQUEST_DIFFERS
                 for level, code in (("5", 3), ("3", 0)):  # 5 is not earned
                     asked = await asyncio.create_subprocess_exec(
                         *(sys.executable, "-m", "federation", "level", "reservoir", "gate", level),
@@ -564,6 +748,31 @@ def test_a_level_is_set_once_for_a_request_also_by_another_life_of_the_loop(
                 async with asking(address) as stub:
                     now = await stub.GetAutonomy(autonomy_pb2.GetAutonomyRequest())
                 assert {s.level for s in now.standings} == {3, 4}
+
+    bounded(story)
+
+
+def test_a_loop_hears_what_neighbours_ask_and_believes_none_that_it_does_not_know(
+    tmp_path: Path,
+) -> None:
+    """At the address at which it serves people; what a city's broker brings there is in
+    `test_city_acts`."""
+    stranger = Identity.generate("g1")
+    order = twin_pb2.Order(request="r", run="runs/ash-1", member="polder", city="lowland")
+    order.release.bundle = "b1"
+    release = twin_pb2.Bundle(id="ash:b1", priority=3)
+
+    async def story() -> None:
+        async with (
+            at_work(terms_of(tmp_path, 4)) as stage,
+            secure.channel(stage.address, None) as channel,
+        ):
+            stub: peer_pb2_grpc.PetitionsAsyncStub = peer_pb2_grpc.PetitionsStub(channel)
+            for signed in (twin_pb2.Signed(), stranger.sign(order)):
+                reader = "spiffe://ash/guard/g1"
+                asked = peer_pb2.HearRequest(reader=reader, signed=signed, bundle=release)
+                error = await refused(stub.Hear(asked, timeout=10))
+                assert error.reason is Reason.NOT_AUTHORISED
 
     bounded(story)
 
@@ -632,6 +841,38 @@ def test_the_recovery_plan_takes_the_place_of_a_loop_in_trouble(
     assert acted["state"] == "committed"
 
 
+def half_open(outlook: Outlook, name: str, trial: Trial) -> tuple[Setpoint, ...]:
+    gate = Setpoint("reservoir", "gate", "main", 0.5, 3 * HOUR_NS)
+    return () if name == IN_FORCE else (gate,)
+
+
+def test_good_decisions_bring_the_loop_back_and_cost_no_autonomy_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = replace(terms_of(tmp_path, 5, NARROW), moves_by=2.0)
+    terms.rules.write_text(terms.rules.read_text().replace("returns_after: 1", "returns_after: 2"))
+    monkeypatch.setattr(Outlook, "rated", plan_is_best)
+
+    async def story() -> None:
+        async with at_work(terms) as stage:
+            ladder = stage.loop.ladder
+            assert (await stage.decide(2)).outcome == "recovery"
+            assert {s.level for s in ladder.standings.values()} == {3}
+            ladder.standings = {key: Standing(5, 5) for key in ladder.standings}
+            monkeypatch.setattr(Outlook, "_setpoints", half_open)
+            waits = await stage.decide(3)
+            assert waits.verdict is not None
+            assert (waits.verdict.good, waits.outcome) == (True, "recovery")
+            assert (await stage.decide(4)).outcome == "committed"
+            held = await stage.holding("reservoir", "main")
+            assert held is not None
+            assert held.value == 0.5
+            assert stage.loop.guard.mode is Mode.LOOP
+            assert {s.level for s in ladder.standings.values()} == {5}
+
+    bounded(story)
+
+
 def test_a_proposal_that_nobody_answers_expires_by_itself_and_nothing_acts(tmp_path: Path) -> None:
     terms = terms_of(tmp_path, 4)
 
@@ -680,9 +921,9 @@ def test_a_decision_is_made_again_from_its_record(tmp_path: Path) -> None:
             other = await again(stage.broker.address, moved, terms.rules)
             assert not other.is_same
             moved["basis"]["versions"]["polder"] = "polder 0"
-            with pytest.raises(ScenarioError) as refused:
+            with pytest.raises(ScenarioError) as caught:
                 await again(stage.broker.address, moved, terms.rules)
-            assert refused.value.reason is Reason.DESCRIPTION_DIFFERS
+            assert caught.value.reason is Reason.DESCRIPTION_DIFFERS
 
     bounded(story)
 

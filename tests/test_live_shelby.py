@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -17,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 import yaml
 
@@ -40,6 +40,9 @@ TWINS = {
 }
 PACE = 60.0
 """An hour of the run in a minute."""
+
+CYCLE_S = 10.0
+"""What a cycle of the loop may take on two processors that do nothing else."""
 
 
 class Service:
@@ -149,10 +152,11 @@ async def in_force(services: dict[str, str], run: str, guard: Identity) -> list[
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
     tmp_path: Path,
 ) -> None:
+    is_quiet = os.getloadavg()[0] < 1.0
     identities = keyring(tmp_path)
     rules = tmp_path / "rules.yaml"
     rules.write_text(
@@ -174,7 +178,7 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
                 *("--scenarios", str(SHELBY)),
             )
         )
-        (address,) = broker.wait_for(r"broker at (\S+)", 60)
+        (address,) = broker.wait_for(r"broker at (\S+)", 120)
         twins = {
             name: stack.enter_context(
                 command(
@@ -187,7 +191,7 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
             )
             for name, twin in TWINS.items()
         }
-        asyncio.run(asyncio.wait_for(registered(address), 120))
+        asyncio.run(asyncio.wait_for(registered(address), 300))
         services = {name: twin.wait_for(r" at (\S+:\d+)", 10)[0] for name, twin in twins.items()}
         start = [sys.executable, "-m", "federation", "start", str(SHELBY / "level5.yaml")]
         started = subprocess.run(
@@ -205,27 +209,40 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
                 *("--rules", str(rules), "--keyring", str(tmp_path / "keyring.yaml")),
                 *("--key", str(tmp_path / "guard.pem"), "--operator", "duty"),
                 *("--optimiser-key", str(tmp_path / "optimiser.pem"), "--state", str(state)),
-                *("--ahead-h", "48", "--measure", "plan"),
+                *("--ahead-h", "36", "--measure", "plan"),  # as the scenario's `rehearse_h`
                 *("--within-s", "120", "--stage-within-s", "40"),
             )
         )
-        turns = control.wait_for(r"^(.*committed; .*)$", 400, 2)
+        control.wait_for(r"^(.*committed; .*)$", 720, 2)
         held = asyncio.run(in_force(services, run, identities["guard"]))
         assert 0 < sum(value for value, _ in held) <= 12
         control.process.kill()
         print(*control.lines(), sep="\n")
         until_ns = max(end_ns for _, end_ns in held) + 30 * MINUTE_NS
         assert until_ns < 24 * HOUR_NS
-        asyncio.run(asyncio.wait_for(settled(address, run, until_ns), 180))
+        asyncio.run(asyncio.wait_for(settled(address, run, until_ns), 360))
         assert not asyncio.run(in_force(services, run, identities["guard"]))
         crews = asyncio.run(crews_at_work(address, run))
     assert max(count for _, count in crews) > 0
     assert crews[-1][1] == 0
     records = audit.read(state / "trail")
-    measured = [
+    assert {r["body"]["mode"] for r in records if r["kind"] == "judged"} == {"loop"}
+    turns = [
         r["body"]["detail"] for r in records if r["kind"] == "noted" and r["body"]["what"] == "turn"
     ]
-    cycles = [turn["wall_s"] for turn in measured]
-    assert len(turns) == 2
-    assert np.isfinite(cycles).all()
-    print(json.dumps({"cycles_s": cycles, "median_s": statistics.median(cycles)}))
+    figures = {
+        "outcomes": [turn["outcome"] or turn["why"] for turn in turns],
+        "cycles_s": [round(turn["wall_s"], 2) for turn in turns],
+        # until what was set has been seen in force: the twins' next step, at the pace of the run
+        "watched_s": [round(turn["watched_s"], 2) for turn in turns],
+        "median_s": statistics.median(turn["wall_s"] for turn in turns),
+        "median_without_watching_s": statistics.median(
+            turn["wall_s"] - turn["watched_s"] for turn in turns
+        ),
+        "was_quiet": is_quiet,
+        "load": os.getloadavg(),
+    }
+    print(json.dumps(figures))
+    assert figures["outcomes"].count("committed") >= 2
+    if is_quiet:
+        assert figures["median_without_watching_s"] <= CYCLE_S

@@ -580,6 +580,12 @@ def test_a_pattern_matches_as_its_plain_meaning_says(pattern: str, text: str) ->
         ("rules: []", Reason.POLICY_INVALID, 1, "version"),
         ("version: 1\nrules: [{name: x}]", Reason.POLICY_INVALID, 2, "who"),
         (
+            "version: 1\nrules:\n  - {name: x, who: [a], what: {inputs: [a.b], acts: [live]}}",
+            Reason.POLICY_INVALID,
+            3,
+            "say which with `actions`",
+        ),
+        (
             "version: 1\nrules:\n  - {name: x, who: [a], what: {}}",
             Reason.POLICY_INVALID,
             3,

@@ -14,9 +14,10 @@ from cryptography import x509
 
 from federation.errors import FederationError, Reason
 from federation.twin import MINUTE_NS, StepInput
-from federation.v1 import scenario_pb2
-from federation.wire import gate, status, trust
+from federation.v1 import broker_pb2, broker_pb2_grpc, scenario_pb2
+from federation.wire import footing, gate, secure, status, trust
 from federation.wire.link import Link
+from federation.wire.party import Part
 from tests.guises import (
     MEMBERS,
     asked_as,
@@ -166,3 +167,60 @@ def test_a_broker_that_is_revoked_loses_its_sessions_and_is_told_why(
                     assert time.monotonic() - began_s < 5.0
 
     bounded(story)
+
+
+def test_a_member_that_is_revoked_is_put_out(quick: None, tmp_path: Path) -> None:
+    """Its stream ends and its lease goes within seconds, though it would go on for ever; what it
+    says later is refused, and it does not get in again."""
+    own = city(tmp_path / "shelby")
+    gate_ = Gated.gate_to_pass = threading.Event()
+    stolen = own.folder / "twin" / "dams"
+
+    async def story() -> None:
+        # a thief has the key, and does not read what was revoked
+        (stolen / "ca.crl").unlink()
+        async with (
+            guarded_valley(own.folder, dams=Gated) as (broker, at),
+            asked_as(own.folder / "operator" / "ann", broker.address) as ann,
+        ):
+            run = await ann.create()
+            await asyncio.sleep(0.5)  # the dams owe an answer by now
+
+            async def members() -> set[str]:
+                return {m.name for m in (await ann.broker.ListMembers(MEMBERS)).members}
+
+            assert "dams" in await members()
+            own.revoke("twin", "dams")
+            (stolen / "ca.crl").unlink(missing_ok=True)
+            began_s = time.monotonic()
+            ended = await ann.ended(run.name)
+            assert time.monotonic() - began_s < 5.0
+            assert ended.state == scenario_pb2.Run.STATE_FAILED
+            assert (ended.error.reason, ended.error.metadata["member"]) == ("MEMBER_LOST", "dams")
+            assert "revoked" in ended.error.message
+            gate_.set()
+            assert await members() == {"weather", "town"}
+            # what the twin does now is no part of anything: nobody asks it, and it can't ask
+            with guise(stolen):
+                channel = secure.channel(broker.address, footing.expected(Part.BROKER))
+            async with channel:
+                stub: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
+                request = broker_pb2.RegisterRequest(name="dams", address=at["dams"])
+                error = await refused(stub.Register(request, timeout=10))
+                assert (error.reason, error.metadata["cause"]) == (
+                    Reason.NOT_AUTHENTICATED,
+                    "REVOKED",
+                )
+            with (
+                guise(own.folder / "broker" / "main"),
+                pytest.raises(FederationError) as caught,
+            ):
+                await Link.connect(at["dams"], "dams")
+            assert caught.value.metadata["cause"] == "REVOKED"
+            assert await members() == {"weather", "town"}
+
+    try:
+        bounded(story)
+    finally:
+        gate_.set()
+        Gated.gate_to_pass = None

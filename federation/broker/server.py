@@ -26,13 +26,14 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from federation.broker import outages
+from federation.broker.aid import AidService
 from federation.broker.branches import Attempt, Branches, Tried
 from federation.broker.cuts import Cuts
 from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, options_to, substitute_of
@@ -61,8 +62,10 @@ from federation.broker.why import read_results
 from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
+from federation.peer.acts import GuardAt
 from federation.peer.city import City
 from federation.peer.gate import Gate, GateOptions
+from federation.peer.parlour import Parlour
 from federation.peer.policy import now
 from federation.peer.quarters import ServiceQuarters, errand_of
 from federation.peer.standing import PolicyFile
@@ -79,8 +82,10 @@ from federation.scenario.spec import (
     parse_addition,
 )
 from federation.scenario.study import cases
-from federation.twin import HOUR_NS, Fidelity
+from federation.twin import HOUR_NS, Fidelity, Vector
 from federation.v1 import (
+    aid_pb2,
+    aid_pb2_grpc,
     broker_pb2,
     broker_pb2_grpc,
     control_pb2,
@@ -100,6 +105,10 @@ from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
 
+# Who gives no aid needs no solver.
+if TYPE_CHECKING:
+    from federation.peer.aid import AidDesk, AidOptions
+
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
     for file, name in (
@@ -110,7 +119,11 @@ SERVICES = tuple(
     )
 )
 
-PEER_SERVICES = (SERVICE, peer_pb2.DESCRIPTOR.services_by_name["Peers"].full_name)
+PEER_SERVICES = (
+    SERVICE,
+    peer_pb2.DESCRIPTOR.services_by_name["Peers"].full_name,
+    aid_pb2.DESCRIPTOR.services_by_name["Aid"].full_name,
+)
 """What a broker serves besides when it has an export policy."""
 
 PAGE_SIZE = 100
@@ -156,12 +169,17 @@ class BrokerOptions:
     """The policy by which it serves the city to its peers; without one it serves nothing."""
     city_scenario: Path | None = None
     """The scenario that what-ifs of peers run, and whose live run they may look at."""
+    guard: str = ""
+    """Where the city's own guard hears what peers ask of its actuators; without one they may ask
+    for nothing."""
     clock: Callable[[], datetime] = now
     """What the wall clock shows, by which the policy is judged."""
     health_port: int = 0
     """Where health is told in the clear as well, at the same host; 0: nowhere."""
     parallel_futures: int = 8
     """How many futures of runs are tried at a time, for all who ask."""
+    aid: AidOptions | None = None
+    """How the city gives and takes aid; not at all without."""
 
 
 class BrokerServer:
@@ -191,6 +209,8 @@ class BrokerServer:
         self._arrived = asyncio.Event()
         self.gate: Gate | None = None
         """The door of the city to its peers, if it has one."""
+        self.aid: AidDesk | None = None
+        """Where the city promises aid and is promised some, if it does."""
         file = self.options.roster
         self._roster = None if file is None else Roster(file)
 
@@ -255,12 +275,29 @@ class BrokerServer:
         control_pb2_grpc.add_ControlServicer_to_server(_Control(self), server)
         services = SERVICES
         if options.export is not None:
+            guard = GuardAt(options.guard) if options.guard else None
+            if guard is not None:
+                stack.push_async_callback(guard.close)
             self.gate = gate = await asyncio.to_thread(
-                self._open_gate, options.export, asyncio.get_running_loop()
+                self._open_gate, options.export, asyncio.get_running_loop(), guard
             )
             services += PEER_SERVICES
             gate.register(server)
+            aid_pb2_grpc.add_AidServicer_to_server(
+                AidService(self.aid, self.store, self._link_options), server
+            )
+            if self.aid is not None:
+                from federation.peer.bargaining import keep_certain
+
+                stack.callback(self.aid.close)
+                asking = asyncio.create_task(keep_certain(self.aid, self._link_options))
+                stack.push_async_callback(_ended, asking)
             stack.push_async_callback(gate.stop)
+        elif options.aid is not None:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                "a broker that gives aid has an export policy: it says to whom and what for",
+            )
         self.address, healthy = await start_server(server, services, options.host, options.port)
         stack.push_async_callback(server.stop, options.grace_s)
         if self.gate is not None:
@@ -273,7 +310,9 @@ class BrokerServer:
 
     # -- the city, for its peers ---------------------------------------------------------
 
-    def _open_gate(self, policy: Path, loop: asyncio.AbstractEventLoop) -> Gate:
+    def _open_gate(
+        self, policy: Path, loop: asyncio.AbstractEventLoop, guard: GuardAt | None
+    ) -> Gate:
         """The door of the city; fails as its policy and its scenario do."""
         options = self.options
         if not options.city or options.city_scenario is None:
@@ -295,12 +334,23 @@ class BrokerServer:
             "is believed, and nobody gets anything"
         )
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
-        return Gate(
-            City(options.city, scenario, quarters, options.planner),
+        city = City(options.city, scenario, quarters, options.planner)
+        gate = Gate(
+            city,
             PolicyFile(policy, _say, options.clock),
             RunRecord(options.city, scenario.name, self.store, self._live, loop),
             GateOptions(options.max_message_bytes, takes_claims),
+            guard,
         )
+        if options.aid is not None:
+            from federation.peer.aid import AidDesk
+
+            def present(member: str, variable: str) -> Vector | None:
+                return self.store.value(gate.live_run(), member, variable)
+
+            self.aid = AidDesk(options.city, options.aid.at(city, present))
+            gate.parlour = Parlour(self.aid)
+        return gate
 
     async def _find_for_city(self, name: str, member: Member, errand: Errand) -> Link | None:
         """A member of the city where it is registered or has its address; else None."""
@@ -391,17 +441,23 @@ class BrokerServer:
         """End leases whose time is over, and runs whose members may not be heard any more.
 
         A member that lost its lease has as long again to come back, in the same life of its
-        process: a broker that was too busy to hear it renew must not end its own runs.
+        process: a broker that was too busy to hear it renew must not end its own runs. One whose
+        certificate was revoked is put out at once.
         """
         away_s: dict[tuple[str, str], float] = {}
         loop = asyncio.get_running_loop()
+        trust = footing.serving_trust()
         while True:
             await asyncio.sleep(LOOK_S)
             service.expire()
+            revoked = () if trust is None else service.put_out(trust)
             self.note_roster()
             for live in list(self._live.values()):
                 for name, lease in list(live.leases.items()):
                     key = (live.name, name)
+                    if lease.id in {gone.id for gone in revoked}:
+                        live.lose(name, "its certificate was revoked")
+                        continue
                     holder = self._lease(lease.member.name)
                     if holder is None:
                         gone_s = loop.time() - away_s.setdefault(key, loop.time())

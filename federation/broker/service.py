@@ -10,9 +10,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from federation.broker.registry import Lease, Member, Registry
 from federation.v1 import broker_pb2, broker_pb2_grpc
-from federation.wire.gate import check_owns
+from federation.wire.gate import bearer, check_owns
 from federation.wire.profile import check_schema, decode_profile, decode_search, encode_profile
 from federation.wire.status import refusing
+from federation.wire.trust import Bearer, Trust
 
 
 class BrokerService(broker_pb2_grpc.BrokerServicer):
@@ -27,6 +28,24 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
         self.registry = registry
         self._now_ns = now_ns
         self._on_gone = on_gone
+        self._bearers: dict[str, Bearer] = {}
+        """By lease the certificate under which it was asked for, or last renewed."""
+
+    def put_out(self, trust: Trust) -> tuple[Lease, ...]:
+        """End the leases of those whose certificates were revoked since; these leases. A
+        certificate that has expired may be replaced before the lease ends, and is no reason."""
+        gone: list[Lease] = []
+        for id_, shown in list(self._bearers.items()):
+            lease = self.registry.find(id_)
+            if lease is None:
+                del self._bearers[id_]
+            elif trust.is_revoked(shown):
+                del self._bearers[id_]
+                self.registry.leave(id_)
+                gone.append(lease)
+        if gone:
+            self._on_gone(tuple(gone))
+        return tuple(gone)
 
     def expire(self) -> None:
         """End the leases whose time is over; the broker calls this now and then."""
@@ -53,6 +72,7 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
                 decode_profile(request.profile),
             )
             lease = self.registry.register(member, self._now_ns())
+            self._note(lease)
             return broker_pb2.RegisterResponse(lease=self._lease(lease))
 
     async def Renew(  # noqa: N802
@@ -64,6 +84,7 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
             self.expire()
             self._check_owns(request.lease)
             lease = self.registry.renew(request.lease, self._now_ns())
+            self._note(lease)
             return broker_pb2.RenewResponse(lease=self._lease(lease))
 
     async def Leave(  # noqa: N802
@@ -107,6 +128,11 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
                 ]
             )
         raise AssertionError("abort raises")
+
+    def _note(self, lease: Lease) -> None:
+        shown = bearer()
+        if shown is not None:
+            self._bearers[lease.id] = shown
 
     def _check_owns(self, lease_id: str) -> None:
         lease = self.registry.find(lease_id)

@@ -26,7 +26,7 @@ from federation.core.bundle import Bundle, bundle_of
 from federation.errors import FederationError, Reason, TwinError
 from federation.v1 import twin_pb2
 from federation.wire.credentials import Identity
-from federation.wire.orders import Hand
+from federation.wire.orders import City, Hand
 
 AGAIN_S = 0.05
 """The pause before a member is asked the same once more."""
@@ -53,10 +53,22 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where a member's twin is served, and the fencing number of its run's coordinator."""
+    """Where a member's twin is served, and the fencing number of its run's coordinator.
+
+    A member that is a `city` is at the address of its broker, which is asked for a `purpose`, as
+    `claim` where that is taken without proof.
+    """
 
     address: str
     epoch: int
+    city: str = ""
+    purpose: str = ""
+    claim: str = ""
+
+    def hand(self, identity: Identity) -> Hand:
+        """What acts there."""
+        city = City(self.city, self.purpose, self.claim) if self.city else None
+        return Hand(self.address, identity, city=city)
 
 
 @dataclass(frozen=True)
@@ -334,7 +346,7 @@ class Hands:
 
     def __init__(self, task: Task, identity: Identity) -> None:
         self._task = task
-        self._hands = {name: Hand(seat.address, identity) for name, seat in task.seats.items()}
+        self._hands = {name: seat.hand(identity) for name, seat in task.seats.items()}
 
     async def ask(self, what: str, member: str) -> Event:
         task, bundle = self._task, self._task.bundle
@@ -351,7 +363,7 @@ class Hands:
                 case "release":
                     await hand.release(bundle.run, member, bundle.id)
                 case _:
-                    return compare(bundle, member, await hand.look())
+                    return compare(bundle, member, await hand.look(bundle.run, member))
         except FederationError as error:
             return Answered(what, member, error)
         return Answered(what, member)

@@ -116,7 +116,7 @@ class Consent:
         candidate = made.candidates[made.chosen]
         mandate.save()  # what is taken is not taken again by another life of the loop
         submission = mandate.submitted(bundle)
-        forecast = self._outlook.forecast_of(bundle, candidate)
+        forecast = self._outlook.forecast_of(bundle, candidate, made.known.until_ns)
         # a person stands by: the switch to the recovery plan is for a loop that acts alone
         verdict = mandate.looked_at(submission, situation, forecast)
         if verdict.passed:

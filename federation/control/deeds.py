@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 from federation.control import actuation, audit
-from federation.control.actuation import Ended, FileJournal, Stage, Task
+from federation.control.actuation import Ended, FileJournal, Journal, Stage, Task
 from federation.control.autonomy import Breached
 from federation.control.mandate import Mandate
+from federation.control.petitions import give_way
 from federation.control.proposal import State
 from federation.control.situation import Forecast, Mode, Verdict
+from federation.control.turn import Known
 from federation.control.view import Observation
 from federation.core.bundle import Bundle
+
+
+class _Stopwatch:
+    """A journal that also keeps how long bundles have been in each stage, wall time."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.spent_s: dict[Stage, float] = {}
+        self._journal = journal
+        self._since_s = 0.0
+        self._stage = Stage.SELECTING
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._journal.append(record)
+        now_s, stage = time.perf_counter(), Stage(record["stage"])
+        if stage is not Stage.SELECTING:
+            spent_s = self.spent_s.get(self._stage, 0.0)
+            self.spent_s[self._stage] = spent_s + now_s - self._since_s
+        self._since_s, self._stage = now_s, stage
 
 
 class Deeds:
     """What one loop does. Its journal is open as long as the context of `at_work` lasts."""
 
     def __init__(self, mandate: Mandate) -> None:
+        self.watched_s = 0.0
+        """How long it has waited, in all, for twins to do a step under what was set: they do it
+        when the run comes to it, and not sooner for any haste of the loop."""
         self._mandate = mandate
         self._journal: FileJournal
 
@@ -61,13 +86,17 @@ class Deeds:
                 now_ns = mandate.view.settled_ns
                 mandate.note(audit.Acted(made.id, made.outcome, now_ns, why))
 
-    async def judge(self, bundle: Bundle, forecast: Forecast) -> Verdict:
-        """What the guard says of a bundle as things stand now; below level 5 it only looks."""
-        submission = self._mandate.submitted(bundle)
-        situation = await self._mandate.situation()
-        if self._mandate.level_of(bundle) < 5:
-            return self._mandate.looked_at(submission, situation, forecast)
-        return self._mandate.guard.judge(submission, situation, forecast)
+    async def judge(self, bundle: Bundle, forecast: Forecast, known: Known) -> Verdict:
+        """What the guard says of a bundle as things stand now, after what was known at its cut;
+        below level 5 it only looks."""
+        mandate = self._mandate
+        submission = mandate.submitted(bundle)
+        # that a twin says nothing is no fault of who proposes
+        at_cut = replace(mandate.view.situation(known.cut, known.desks), silent=())
+        situation = await mandate.situation()
+        if mandate.level_of(bundle) < 5:
+            return mandate.looked_at(submission, situation, forecast, at_cut)
+        return mandate.guard.judge(submission, situation, forecast, at_cut)
 
     async def carry_out(self, decision: str, bundle: Bundle) -> str:
         """Bring a bundle that passed into force; how it ended."""
@@ -81,12 +110,14 @@ class Deeds:
             self._mandate.note(audit.Acted(decision, "compensated", now_ns, why))
             return "compensated"
         task = Task(bundle, desks.seats, self._mandate.terms.window_ns)
+        journal = _Stopwatch(self._journal)
         ended = await actuation.carry_out(
             task,
             self._mandate.keys.guard,
-            self._journal,
+            journal,
             within_s=self._mandate.terms.stage_within_s,
         )
+        self.watched_s += journal.spent_s.get(Stage.WATCHING, 0.0)
         self._acted(bundle, ended, "", decision)
         return ended.stage.value
 
@@ -98,12 +129,15 @@ class Deeds:
         self._mandate.note(audit.Acted(decision or bundle.id, ended.stage.value, now_ns, told))
 
     async def fall_back(self, decision: str, verdict: Verdict) -> None:
-        """Put the recovery plan in the place of the loop."""
+        """Put the recovery plan in the place of the loop; who is at fault loses autonomy."""
         for key in self._mandate.grantees():
-            for refusal in verdict.refusals:
+            for refusal in verdict.faults:
                 self._mandate.climb(Breached(key, refusal.rule))
         if verdict.fallback is None:
             return
+        if given_way := await give_way(self._mandate.view):
+            detail = {"bundles": list(given_way)}
+            self._mandate.note(audit.Noted("neighbours give way", detail, decision))
         # what the loop holds passes to its recovery plan, and back
         await self.carry_out(
             decision, replace(verdict.fallback, author=self._mandate.keys.optimiser.name)

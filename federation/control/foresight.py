@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from federation.control.loop import IN_FORCE, Comparison, Decision, Loop, Rating
 from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.errors import Reason, ScenarioError
+from federation.plan.keeping import States, are
 from federation.twin import (
     NOTHING,
     SYSTEM,
@@ -24,6 +24,8 @@ from federation.twin import (
     Step,
     Vector,
 )
+
+STATES = States(Decision, Rating, Comparison)
 
 Screen = Callable[[Bundle], Sequence[str]]
 """Says why a bundle may not take effect; nothing when it may."""
@@ -144,10 +146,12 @@ class ForesightPlanner(Planner, Generic[Situation, Plan]):
 
     def snapshot(self) -> bytes:
         state = (self.own.snapshot(), self.loop.memory(), self._has_deliberated, self._told)
-        return pickle.dumps(state, protocol=5)
+        return STATES.pack(state)
 
     def restore(self, state: bytes) -> None:
-        own, memory, self._has_deliberated, self._told = pickle.loads(state)
+        own, memory, self._has_deliberated, self._told = STATES.unpack(
+            state, are(bytes, tuple, bool, int)
+        )
         self.own.restore(own)
         self.loop = Loop(self, 0, time.perf_counter)
         self.loop.recall(memory)

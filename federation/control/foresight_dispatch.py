@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,6 +15,7 @@ from federation.core.coupling import Coupling
 from federation.errors import PlanError, Reason, ScenarioError
 from federation.plan.dispatch import (
     BY_RULE,
+    KEPT,
     NOTHING_SET,
     SAME,
     Control,
@@ -24,6 +24,7 @@ from federation.plan.dispatch import (
     DispatchPlanner,
     Rule,
 )
+from federation.plan.keeping import States, are
 from federation.twin import Cut, Glimpse, OpenCut, Step
 
 FINE, COARSE = 24, 3
@@ -61,6 +62,9 @@ class _Notes:
     """A plan made of news that did not matter yet."""
     worth: dict[str, float] = field(default_factory=dict)
     """What it costs later when a unit of a figure, by `member.output`, is used now."""
+
+
+STATES = States(*KEPT, _Notes)
 
 
 class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
@@ -105,10 +109,10 @@ class DispatchProposer(DispatchPlanner, Proposer[Situation, Course]):
         self._notes = _Notes()
 
     def snapshot(self) -> bytes:
-        return pickle.dumps((self._memory, self._notes), protocol=5)
+        return STATES.pack((self._memory, self._notes))
 
     def restore(self, state: bytes) -> None:
-        self._memory, self._notes = pickle.loads(state)
+        self._memory, self._notes = STATES.unpack(state, are(KEPT[0], _Notes))
 
     @property
     def plans_made(self) -> int:

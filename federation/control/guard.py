@@ -11,11 +11,20 @@ randomness and no key: time comes with the situation, signatures are checked by 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from federation.control.limits import Limits, Memory, Verify
 from federation.control.rules import Rules
-from federation.control.situation import Forecast, Mode, Refusal, Situation, Submission, Verdict
+from federation.control.situation import (
+    STAYS,
+    Forecast,
+    Mode,
+    Refusal,
+    Situation,
+    Submission,
+    Verdict,
+)
 from federation.core.bundle import Bundle, Priority, Setpoint
 from federation.twin import MINUTE_NS, Description
 
@@ -51,9 +60,17 @@ class Guard:
         return self._limits.rules
 
     def judge(
-        self, submission: Submission, situation: Situation, forecast: Forecast | None = None
+        self,
+        submission: Submission,
+        situation: Situation,
+        forecast: Forecast | None = None,
+        at_cut: Situation | None = None,
     ) -> Verdict:
-        """Judge one decision. What can't even be judged is refused."""
+        """Judge one decision. What can't even be judged is refused.
+
+        `at_cut` is what was so at the cut that it was made on, as the same tell it who tell of
+        the `situation`; without it every refusal is a fault.
+        """
         breaches = self._observe(situation)
         refusals: tuple[Refusal, ...]
         try:
@@ -64,25 +81,53 @@ class Guard:
             refusals = (Refusal("form", text),)
         good = not refusals
         self._good_in_row = self._good_in_row + 1 if good and not breaches else 0
+        if not good and not breaches and self._was_good(submission, forecast, at_cut):
+            is_late = any(refusal.rule == "freshness" for refusal in refusals)
+            if self.mode is Mode.LOOP and (not is_late or self._stands(situation)):
+                return Verdict(self.mode, good, False, refusals, is_overtaken=True)
+            if not is_late:
+                return replace(self._recover(situation, good, refusals), is_overtaken=True)
         if not good or breaches:
             return self._recover(situation, good, (*refusals, *breaches))
         needed = self.rules.recovery.returns_after
         if self.mode is Mode.RECOVERY and self._good_in_row < needed:
             text = f"{self._good_in_row} of {needed} good decisions since the switch"
-            return self._recover(situation, True, (Refusal("recovery", text),))
+            return self._recover(situation, True, (Refusal(STAYS, text),))
         self.mode = Mode.LOOP
         self._last_good_ns = situation.time_ns
         self._memory.note(case.bundle, case.changes)
         return Verdict(self.mode, good=True, passed=True)
 
+    def admit(self, bundle: Bundle, situation: Situation) -> tuple[Refusal, ...]:
+        """Judge what a neighbour's guard asks for; it passes when there is nothing to refuse.
+
+        Whose it is has been checked before, and no rules of ours bound who made it; else it is held
+        to all limits that a decision of the loop is held to, after whatever either was let do. What
+        is refused says nothing of the loop, so nothing is switched. While the recovery plan is in
+        force nothing passes.
+        """
+        breaches = self._observe(situation)
+        if breaches or self.mode is Mode.RECOVERY:
+            return (*breaches, Refusal("recovery", "the recovery plan is, or will be, in force"))
+        try:
+            submission = Submission(bundle, self.rules.version)
+            case = self._limits.case(submission, situation, None, self._memory)
+            refusals = tuple(self._limits.judge(case, but=("authority",)))
+        except Exception as error:  # as above
+            text = f"can't be judged: {type(error).__name__}: {error}"
+            return (Refusal("form", text),)
+        if bundle.priority != Priority.AUTONOMOUS:
+            refusals = (Refusal("authority", f"a neighbour has no priority {bundle.priority!r}"),)
+        if not refusals:
+            self._memory.note(bundle, case.changes)
+        return refusals
+
     def silence(self, situation: Situation, why: str) -> Verdict:
         """No decision came in time: the last one that passed stands for a while, if it may."""
         breaches = self._observe(situation)
-        grace_ns = round(self.rules.recovery.grace_min * MINUTE_NS)
-        lasts = self._last_good_ns >= 0 and situation.time_ns - self._last_good_ns <= grace_ns
         refusal = Refusal("silence", why)
         self._good_in_row = 0
-        if self.mode is Mode.LOOP and lasts and not breaches:
+        if self.mode is Mode.LOOP and self._stands(situation) and not breaches:
             return Verdict(self.mode, good=False, passed=False, refusals=(refusal,))
         return self._recover(situation, False, (refusal, *breaches))
 
@@ -100,6 +145,12 @@ class Guard:
         Until it is told, the guard reckons with both.
         """
         self._memory.settle(bundle, effect_ns)
+
+    def forget(self, bundle: str) -> None:
+        """Note that a bundle was undone: that it never took effect, unless it is known that it did
+        before. Until `settle` or this is told, it is reckoned with."""
+        if bundle in self._memory.open:
+            self._memory.settle(bundle, None)
 
     def change_rules(self, rules: Rules) -> None:
         """Judge by these from now on; what was decided under others is refused.
@@ -138,6 +189,24 @@ class Guard:
         rules = self.rules
         self._memory.move_to(situation.time_ns, rules.longest_ns, rules.longest_lease_ns)
         return self._limits.monitor.observe(situation)
+
+    def _stands(self, situation: Situation) -> bool:
+        """Whether the last decision that passed may stand for want of another."""
+        grace_ns = round(self.rules.recovery.grace_min * MINUTE_NS)
+        return self._last_good_ns >= 0 and situation.time_ns - self._last_good_ns <= grace_ns
+
+    def _was_good(
+        self, submission: Submission, forecast: Forecast | None, at_cut: Situation | None
+    ) -> bool:
+        """Whether a decision breaks nothing as things stood at its cut, with all that has passed
+        by now."""
+        if at_cut is None or at_cut.time_ns != submission.bundle.cut_ns:
+            return False
+        memory = replace(self._memory, now_ns=at_cut.time_ns)
+        try:
+            return not self._limits.judge(self._limits.case(submission, at_cut, forecast, memory))
+        except Exception:  # as above
+            return False
 
     def _recover(self, situation: Situation, good: bool, refusals: tuple[Refusal, ...]) -> Verdict:
         """Switch to the recovery plan, or renew it; what passed before must not begin any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -150,9 +150,10 @@ class Limits:
         self._reach = Reach(rules, descriptions)
         self._check_recovery()
 
-    def judge(self, case: Case) -> list[Refusal]:
-        """All that it breaks; nothing when it is good."""
-        return [refusal for check in self.checks.values() for refusal in check(self, case)]
+    def judge(self, case: Case, but: Collection[str] = ()) -> list[Refusal]:
+        """All that it breaks, `but` for classes of rules; nothing when it is good."""
+        checks = [check for name, check in self.checks.items() if name not in but]
+        return [refusal for check in checks for refusal in check(self, case)]
 
     def case(
         self,
@@ -258,7 +259,11 @@ class Limits:
             yield Refusal("size", f"{count.at_most} bundles in {count.within_min:g} min")
 
     def _settled(self, case: Case) -> Iterator[Refusal]:
-        """What is in force must be known, and stay so, while the bundle may begin."""
+        """What is in force must be known, and stay so, while the bundle may begin: also where the
+        bundle sets nothing, since the limits on sums are about all that the rules are about."""
+        for member in sorted({name.partition(".")[0] for name in self.rules.actuators}):
+            if member in case.situation.silent:
+                yield Refusal(f"settled:{member}", f"nobody knows what is in force at {member}")
         reserved = {_place(s) for s in (*case.memory.reserved(), *case.situation.reserved)}
         for place in map(_place, case.bundle.setpoints):
             name = name_of(place)

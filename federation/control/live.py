@@ -26,6 +26,7 @@ from federation.control.loop import Decision, Loop
 from federation.control.mandate import Keys, Mandate, Terms
 from federation.control.merit import Merit
 from federation.control.outlook import Outlook
+from federation.control.petitions import Petitions
 from federation.control.proposal import Answer, Told
 from federation.control.rules import Rules
 from federation.control.stages import LiveStages
@@ -42,12 +43,15 @@ WATCH_S = 0.2
 class Turn:
     """What one turn of the loop took, wall time: in all, and of it each stage.
 
-    `why` says why there was no decision, if something went wrong.
+    Of the stage that acts, `watched_s` went by until the twins had done a step of their own under
+    what was set: that is the pace of the run. `why` says why there was no decision, if something
+    went wrong.
     """
 
     time_ns: int
     wall_s: float
     stages_s: Mapping[str, float]
+    watched_s: float
     why: str
     made: Made | None
 
@@ -56,14 +60,17 @@ class Turn:
             "time_ns": self.time_ns,
             "wall_s": self.wall_s,
             "stages_s": dict(self.stages_s),
+            "watched_s": self.watched_s,
             "why": self.why,
+            "outcome": "" if self.made is None else self.made.outcome,
         }
 
     def sentence(self) -> str:
         what = self.why or "nothing to decide"
         if self.made is not None:
             what = f"{self.made.chosen}: {self.made.outcome}"
-        stages = ", ".join(f"{name} {s:.1f}" for name, s in self.stages_s.items() if s >= 0.05)
+        parts = {**self.stages_s, "of it watching": self.watched_s}
+        stages = ", ".join(f"{name} {s:.1f}" for name, s in parts.items() if s >= 0.05)
         return f"{instant(self.time_ns)}: {what}; {self.wall_s:.1f} s ({stages})"
 
 
@@ -116,6 +123,9 @@ class LiveLoop:
             self._deeds = Deeds(mandate)
             await stack.enter_async_context(self._deeds.at_work())
             self._consent = Consent(mandate, self._outlook, self._deeds)
+            self.petitions = Petitions(
+                self.view, lambda: mandate.guard, mandate.keys.keyring, mandate.noted
+            )
             self._stages = LiveStages(
                 mandate,
                 self._outlook,
@@ -158,6 +168,7 @@ class LiveLoop:
             if self.mandate.reload_rules():
                 self._outlook.change_rules()
             began_s, before_s = time.perf_counter(), dict(self.loop.spent_s)
+            watched_s = self._deeds.watched_s
             await self.view.look_at_clocks({variable_of(name)[0] for name in self.rules.values})
             cut = self.view.timed(cut)
             decision: Decision | None = None
@@ -184,7 +195,14 @@ class LiveLoop:
                 await self._deeds.be_silent(cut, why)
             stages_s = {name: s - before_s[name] for name, s in self.loop.spent_s.items()}
             made = self.decisions[-1] if decision is not None and self.decisions else None
-            turn = Turn(cut.time_ns, time.perf_counter() - began_s, stages_s, why, made)
+            turn = Turn(
+                cut.time_ns,
+                time.perf_counter() - began_s,
+                stages_s,
+                self._deeds.watched_s - watched_s,
+                why,
+                made,
+            )
             self.turns.append(turn)
             self.mandate.note(audit.Noted("turn", turn.plain(), "" if made is None else made.id))
             self.mandate.save()

@@ -155,14 +155,18 @@ class Mandate:
         return moved
 
     def looked_at(
-        self, submission: Submission, situation: Situation, forecast: Forecast
+        self,
+        submission: Submission,
+        situation: Situation,
+        forecast: Forecast,
+        at_cut: Situation | None = None,
     ) -> Verdict:
         """What the guard would say, who then knows nothing of it."""
         guard = Guard(
             self.rules, self.view.descriptions, self._is_proposed_by, self.keys.guard.name
         )
         guard.restore(self.guard.snapshot())
-        return guard.judge(submission, situation, forecast)
+        return guard.judge(submission, situation, forecast, at_cut)
 
     def submitted(self, bundle: Bundle) -> Submission:
         """A bundle as the optimiser proposes it."""
@@ -203,6 +207,11 @@ class Mandate:
     def note(self, entry: audit.Entry) -> None:
         """Put an entry on record. Raises what the disk does."""
         self.trail.append(entry, self.unix_s())
+
+    def noted(self, what: str, detail: Mapping[str, Any], about: str) -> None:
+        """Put on record what is no decision of the loop, and keep what the guard knows by now."""
+        self.note(audit.Noted(what, dict(detail), about))
+        self.save()
 
     def grantees(self) -> tuple[Grantee, ...]:
         """What autonomy is granted for, as long as this operator is on duty."""

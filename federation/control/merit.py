@@ -34,6 +34,8 @@ class Merit:
                     mandate.climb(Unusable(key, variable))
         if last is None or not last.ratings or known.cut.time_ns > last.known.until_ns:
             return  # nothing was predicted of now
+        if last.outcome == "recovery":
+            return  # nobody has foreseen what comes of the recovery plan
         then, now_ns = last.known.cut, known.cut.time_ns
         grew = self._outlook.weighted(known.cut) - self._outlook.weighted(then)
         was_done = last.chosen if last.outcome in ("committed", "nothing") else IN_FORCE
@@ -79,6 +81,7 @@ class Merit:
             cost, *rest = growths
             alternative = rest[0] if rest else None
             grew = lived.growth(self._outlook.weights, until_ns)
-            is_good = made.verdict is not None and made.verdict.good
+            verdict = made.verdict
+            is_good = verdict is not None and (verdict.good or verdict.is_overtaken)
             for key in keys:
                 mandate.climb(Scored(key, made.id, cost, grew, alternative, is_good))

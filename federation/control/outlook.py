@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from federation.control import audit
-from federation.control.draft import lease_ns
+from federation.control.draft import is_anybody_free, lease_ns
 from federation.control.loop import IN_FORCE, Rating
 from federation.control.mandate import Mandate
 from federation.control.situation import Forecast, Series
@@ -78,8 +78,11 @@ class Outlook:
 
     async def try_all(self, known: Known) -> dict[str, Candidate]:
         """Every measure and what is in force, in the same futures. A measure that can't be tried
-        is left out; what is in force must be."""
-        measures = {IN_FORCE: self._view.measure, **{name: name for name in self.measures}}
+        is left out; what is in force must be. It is tried alone while all crews are engaged, as
+        others could then send nobody before the next decision."""
+        measures = {IN_FORCE: self._view.measure}
+        if is_anybody_free(self._mandate, known.cut):
+            measures |= {name: name for name in self.measures}
         count = self._mandate.terms.futures
         attempts = [(measure, n) for measure in measures.values() for n in range(count)]
         tried = await self.trials.run_all(known.cut, attempts, known.until_ns)
@@ -124,14 +127,14 @@ class Outlook:
         }
         return Rating(candidate.name, tuple(growth), figures)
 
-    def forecast_of(self, bundle: Bundle, candidate: Candidate) -> Forecast:
+    def forecast_of(self, bundle: Bundle, candidate: Candidate, until_ns: int) -> Forecast:
         """What the forks expect of the outputs that must never be wrong for long: at each instant
-        the worst of all futures."""
+        the worst of all futures, which went on until `until_ns`, told or not."""
         found: dict[tuple[str, str], Series] = {}
         for never in self._mandate.rules.never:
             variable = variable_of(never.variable)
             all_series = [trial.series(variable) for trial in candidate.trials]
-            times = sorted({t for series in all_series for t in series.times_ns})
+            times = sorted({until_ns, *(t for series in all_series for t in series.times_ns)})
             rows = np.array([[_at(series, t) for t in times] for series in all_series])
             low, high = rows.min(axis=0), rows.max(axis=0)
             worst = np.where(never.low - low > high - never.high, low, high)

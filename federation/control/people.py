@@ -13,11 +13,13 @@ from contextlib import asynccontextmanager
 
 import grpc
 
+from federation.control import petitions
 from federation.control.autonomy import Key
 from federation.control.live import LiveLoop
+from federation.control.petitions import PetitionService
 from federation.control.proposal import Answer, proposal_of
 from federation.errors import Reason, ScenarioError
-from federation.v1 import autonomy_pb2, autonomy_pb2_grpc
+from federation.v1 import autonomy_pb2, autonomy_pb2_grpc, peer_pb2_grpc
 from federation.wire import footing, secure, status
 from federation.wire.credentials import Identity, Role
 from federation.wire.link import MEBIBYTE, channel_options
@@ -147,13 +149,16 @@ def level_message(key: Key, level: int, request: str, rules_version: int) -> byt
 async def serving_people(
     live: LiveLoop, host: str = "127.0.0.1", port: int = 0, grace_s: float = 1.0
 ) -> AsyncIterator[str]:
-    """Serve `Autonomy` for a loop for as long as the context lasts; gives its address.
+    """Serve `Autonomy` and `Petitions` for a loop for as long as the context lasts; gives the
+    address.
 
     Fails with PORT_IN_USE.
     """
     server = new_server(16 * MEBIBYTE)
     autonomy_pb2_grpc.add_AutonomyServicer_to_server(_Autonomy(live), server)
-    address, healthy = await start_server(server, (SERVICE,), host, port)
+    peer_pb2_grpc.add_PetitionsServicer_to_server(PetitionService(live.petitions), server)
+    services = (SERVICE, petitions.SERVICE)
+    address, healthy = await start_server(server, services, host, port)
     try:
         yield address
     finally:

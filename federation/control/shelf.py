@@ -65,7 +65,13 @@ class Shelf:
             "bundle": None if made.bundle is None else plain_of(made.bundle),
             "verdict": None
             if verdict is None
-            else [verdict.mode.value, verdict.good, verdict.passed, verdict.refusals],
+            else [
+                verdict.mode.value,
+                verdict.good,
+                verdict.passed,
+                verdict.refusals,
+                verdict.is_overtaken,
+            ],
             "outcome": made.outcome,
             "chosen": made.chosen,
             "is_shadow": made.is_shadow,
@@ -105,8 +111,14 @@ def _made(plain: Mapping[str, Any]) -> Made:
     }
     verdict = None
     if plain["verdict"] is not None:
-        mode, good, passed, refusals = plain["verdict"]
-        verdict = Verdict(Mode(mode), good, passed, tuple(Refusal(*r) for r in refusals))
+        mode, good, passed, refusals, *more = plain["verdict"]
+        verdict = Verdict(
+            Mode(mode),
+            good,
+            passed,
+            tuple(Refusal(*r) for r in refusals),
+            is_overtaken=bool(more and more[0]),  # earlier versions did not say
+        )
     return Made(
         plain["id"],
         Known(Observation(plain["cut_ns"], readings), Desks(), plain["until_ns"]),

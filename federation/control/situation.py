@@ -16,6 +16,9 @@ from federation.twin import Vector
 NEVER = (1 << 63) - 1
 """Later than every instant of a run."""
 
+STAYS = "recovery"
+"""The rule by which a good decision does not end the recovery plan yet."""
+
 Place = tuple[str, str, str]
 """A member, an actuator of it, and an entity."""
 
@@ -46,8 +49,9 @@ class Situation:
     """What is so at one instant of a run, as those tell it who do not propose.
 
     `readings` are by member and output. `standing` is all that the priority array of a place
-    holds; a place that is not there is at its safe default. `reserved` is what has been selected
-    by others and may yet take effect.
+    holds; a place that is not there is at its safe default, unless its member is one of the
+    `silent`, of whom nobody knows what they hold. `reserved` is what has been selected by others
+    and may yet take effect.
     """
 
     run: str
@@ -55,6 +59,7 @@ class Situation:
     readings: Mapping[tuple[str, str], Reading] = field(default_factory=dict)
     standing: Mapping[Place, tuple[Standing, ...]] = field(default_factory=dict)
     reserved: tuple[Setpoint, ...] = ()
+    silent: tuple[str, ...] = ()
 
 
 class Series(NamedTuple):
@@ -112,8 +117,9 @@ class Verdict:
     """What becomes of a decision, or of its absence.
 
     A decision may be `good`, as it breaks no rule, and still not have `passed`: after a switch the
-    recovery plan stays until enough good ones have come in a row. `fallback` is the recovery plan,
-    to be issued now; what is in `revoked` passed earlier and must not begin any more.
+    recovery plan stays until enough good ones have come in a row. One that `is_overtaken` was
+    good as things stood when it was made, and is not by now. `fallback` is the recovery plan, to be
+    issued now; what is in `revoked` passed earlier and must not begin any more.
     """
 
     mode: Mode
@@ -122,3 +128,12 @@ class Verdict:
     refusals: tuple[Refusal, ...] = ()
     fallback: Bundle | None = None
     revoked: tuple[str, ...] = ()
+    is_overtaken: bool = False
+
+    @property
+    def faults(self) -> tuple[Refusal, ...]:
+        """What somebody has done wrong: nobody has when the world has overtaken a decision, or
+        when the recovery plan stays for a while."""
+        if self.is_overtaken:
+            return ()
+        return tuple(refusal for refusal in self.refusals if refusal.rule != STAYS)

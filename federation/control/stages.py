@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from federation.control import audit
+from federation.control.actuation import Stage
 from federation.control.consent import Consent
 from federation.control.deeds import Deeds
 from federation.control.draft import bundle_of, limits_of
@@ -14,12 +16,15 @@ from federation.control.loop import IN_FORCE, Comparison, Decision, Rating
 from federation.control.mandate import Mandate
 from federation.control.merit import Merit
 from federation.control.outlook import Outlook
-from federation.control.situation import Verdict
+from federation.control.situation import Mode, Verdict
 from federation.control.turn import Candidate, Known, Made
 from federation.control.view import Observation
 from federation.core.bundle import Bundle
 
 _T = TypeVar("_T")
+
+LOOKS = 3
+"""How often twins that do not say what they hold are asked, before a decision does without."""
 
 
 class LiveStages:
@@ -128,6 +133,10 @@ class LiveStages:
     async def _look(self, cut: Observation) -> Known:
         view = self._mandate.view
         desks = await view.desks()
+        for _ in range(LOOKS - 1):
+            if not desks.silent:
+                break
+            desks = await view.desks()
         until_ns = min(cut.time_ns + self._mandate.terms.ahead_ns, view.scenario.horizon_ns)
         return Known(cut, desks, until_ns)
 
@@ -136,7 +145,11 @@ class LiveStages:
         return bundle_of(self._mandate, self._made, candidate, basis)
 
     def _judge(self, bundle: Bundle, candidate: Candidate) -> Verdict:
-        return self._wait(self._deeds.judge(bundle, self._outlook.forecast_of(bundle, candidate)))
+        return self._wait(self._judged(bundle, candidate, self._made.known))
+
+    async def _judged(self, bundle: Bundle, candidate: Candidate, known: Known) -> Verdict:
+        forecast = self._outlook.forecast_of(bundle, candidate, known.until_ns)
+        return await self._deeds.judge(bundle, forecast, known)
 
     async def _follow(self, made: Made, candidate: Candidate) -> str:
         """Do what the level allows with what was decided, after it is on record."""
@@ -151,12 +164,16 @@ class LiveStages:
             return ""
         level = mandate.level_of(bundle)
         if verdict is not None and not verdict.passed:
-            made.outcome = "refused"
-            if level == 5:
+            made.outcome = "overtaken" if verdict.is_overtaken else "refused"
+            if verdict.mode is Mode.RECOVERY and level == 5:
                 made.outcome = "recovery"
                 await self._deeds.fall_back(made.id, verdict)
+            elif level == 5:
+                await self._go_on(made)
         elif level == 5:
             made.outcome = await self._deeds.carry_out(made.id, bundle)
+            if made.outcome != Stage.COMMITTED.value:
+                await self._go_on(made)
         elif level == 4:
             made.outcome = self._consent.propose(made, candidate)
         else:
@@ -164,6 +181,23 @@ class LiveStages:
         made.is_shadow = made.outcome != "committed" and made.chosen != IN_FORCE
         mandate.save()
         return bundle.digest()
+
+    async def _go_on(self, made: Made) -> None:
+        """Keep from lapsing what is in force by now, as nothing takes its place: on record under
+        the bundle that does so, since it is not what was decided."""
+        mandate, candidate = self._mandate, made.candidates[IN_FORCE]
+        known = replace(made.known, desks=await mandate.view.desks())
+        basis = self._outlook.basis_of(known)
+        bundle = bundle_of(mandate, replace(made, known=known), candidate, basis)
+        if made.chosen == IN_FORCE or bundle is None or mandate.level_of(bundle) < 5:
+            return
+        verdict = await self._judged(bundle, candidate, known)
+        mandate.judged(bundle.id, verdict)
+        if verdict.passed:
+            await self._deeds.carry_out(bundle.id, bundle)
+        elif verdict.mode is Mode.RECOVERY:
+            made.outcome = "recovery"
+            await self._deeds.fall_back(bundle.id, verdict)
 
     def _decided(self, made: Made) -> audit.Decided:
         mandate = self._mandate

@@ -55,7 +55,8 @@ class Trial:
         )
 
     def first(self, within_ns: int) -> tuple[Action, ...]:
-        """What was done at the first instant at which anything was, if that is soon enough.
+        """What was done at the first instant at which anything was, if that is soon enough, in
+        the order in which it was done.
 
         What would be done later is decided anew by then.
         """
@@ -67,7 +68,7 @@ class Trial:
             for when_ns, action in self.actions
             if when_ns == times[0]
         }
-        return tuple(found[place] for place in sorted(found))
+        return tuple(found.values())
 
     def series(self, variable: Variable) -> Series:
         points = self.outputs[variable]

@@ -42,7 +42,7 @@ class Made:
     bundle: Bundle | None = None
     verdict: Verdict | None = None
     outcome: str = ""
-    """`advised`, `proposed`, `committed`, `compensated`, `recovery`, `nothing`, ..."""
+    """`advised`, `proposed`, `committed`, `compensated`, `overtaken`, `recovery`, `nothing`, ..."""
     chosen: str = IN_FORCE
     candidates: Mapping[str, Candidate] = field(default_factory=dict)
     ratings: tuple[Rating, ...] = ()

@@ -19,7 +19,8 @@ from federation.control.situation import NEVER, Place, Reading, Situation, Stand
 from federation.core.bundle import Priority
 from federation.core.ledger import Quality, Record
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
-from federation.scenario.spec import Scenario, parse
+from federation.peer.reader import SCHEME
+from federation.scenario.spec import Member, Scenario, parse
 from federation.twin import Description
 from federation.v1 import (
     broker_pb2,
@@ -28,11 +29,12 @@ from federation.v1 import (
     control_pb2_grpc,
     scenario_pb2,
     scenario_pb2_grpc,
+    twin_pb2,
 )
 from federation.wire import codec, footing, secure, status
 from federation.wire.credentials import Identity
-from federation.wire.link import MEBIBYTE, Link, channel_options
-from federation.wire.orders import Hand
+from federation.wire.link import MEBIBYTE, Errand, Link, LinkOptions, channel_options
+from federation.wire.orders import City, Hand
 from federation.wire.party import Part
 
 ANSWER_S = 10.0
@@ -147,10 +149,12 @@ class LiveView:
                         f"no twin is registered as {name}",
                         {"member": name},
                     )
-                async with await Link.connect(address, name) as link:
+                city = self._city_of(name, member)
+                async with await self._link(address, name, member, city) as link:
                     self.descriptions[name] = await link.describe()
-                if self.descriptions[name].actuators:
-                    self._hands[name] = Hand(address, self._identity)
+                is_what_if = member.peer is not None and member.peer.session != "live"
+                if self.descriptions[name].actuators and not is_what_if:
+                    self._hands[name] = Hand(address, self._identity, city=city)
                     stack.push_async_callback(self._hands[name].close)
             following = asyncio.create_task(self._follow())
             stack.push_async_callback(_ended, following)
@@ -174,6 +178,22 @@ class LiveView:
         traceback: TracebackType | None,
     ) -> None:
         await self._stack.aclose()
+
+    def _city_of(self, name: str, member: Member) -> City | None:
+        """What a member is that is another city; as whom it is asked where that takes no proof is
+        the name of this identity, if that is a SPIFFE id."""
+        if member.peer is None:
+            return None
+        claim = self._identity.name if self._identity.name.startswith(SCHEME) else ""
+        return City(member.peer.city or name, member.peer.purpose, claim)
+
+    async def _link(self, address: str, name: str, member: Member, city: City | None) -> Link:
+        if city is None or member.peer is None:
+            return await Link.connect(address, name)
+        options = LinkOptions(identity=city.claim)
+        expects = footing.expected(Part.BROKER, city=city.name)
+        errand = Errand(city.purpose, (), member.peer.session == "live")
+        return await Link.connect(address, name, options, expects, errand)
 
     async def cut(self, every_ns: int) -> Observation | None:
         """The run just before the last instant that is a multiple of `every_ns` and that it has
@@ -255,29 +275,44 @@ class LiveView:
                     + clock.round_trip_duration.ToNanoseconds() / 2
                 ) / 1e9
 
-    async def desks(self) -> Desks:
-        """What is in force, asked of every twin itself."""
+    async def looks(self) -> dict[str, twin_pb2.ReadDeskResponse | FederationError]:
+        """What every twin says is in force there, or why it can't be asked."""
         names = tuple(self._hands)
         answers = await asyncio.gather(
-            *(self._hands[name].look() for name in names), return_exceptions=True
+            *(self._hands[name].look(self.run, name) for name in names), return_exceptions=True
         )
+        found: dict[str, twin_pb2.ReadDeskResponse | FederationError] = {}
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, FederationError):
+                raise answer
+            found[name] = answer
+        return found
+
+    def hand(self, member: str) -> Hand:
+        """What acts on a twin under the identity of the view."""
+        return self._hands[member]
+
+    async def desks(self) -> Desks:
+        """What is in force, asked of every twin itself."""
+        return self.told(await self.looks())
+
+    def told(self, answers: Mapping[str, twin_pb2.ReadDeskResponse | FederationError]) -> Desks:
+        """What is in force, of what every twin has said."""
         holdings: dict[Place, Holding] = {}
         seats: dict[str, Seat] = {}
         stops: dict[str, tuple[str, ...]] = {}
         silent: dict[str, str] = {}
-        for name, answer in zip(names, answers, strict=True):
+        for name, answer in answers.items():
             if isinstance(answer, FederationError):
                 silent[name] = str(answer)
                 continue
-            if isinstance(answer, BaseException):
-                raise answer
             if answer.stops:
                 stops[name] = tuple(f"{stop.by}: {stop.reason}" for stop in answer.stops)
             views = [view for view in answer.desks if (view.run, view.member) == (self.run, name)]
             if not views:
                 silent[name] = f"{name} has no session in {self.run}"
                 continue
-            seats[name] = Seat(self._hands[name].address, views[-1].epoch)
+            seats[name] = seat_of(self._hands[name], views[-1].epoch)
             for each in views[-1].in_force:
                 holdings[name, each.actuator, each.entity] = Holding(
                     each.value,
@@ -294,7 +329,10 @@ class LiveView:
             place: (Standing(held.value, held.priority, held.until_ns),)
             for place, held in desks.holdings.items()
         }
-        return Situation(self.run, observation.time_ns, observation.readings, standing)
+        silent = tuple(sorted(desks.silent))
+        return Situation(
+            self.run, observation.time_ns, observation.readings, standing, silent=silent
+        )
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -373,6 +411,13 @@ class LiveView:
     def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def seat_of(hand: Hand, epoch: int) -> Seat:
+    """Where a hand reaches a twin, or a city."""
+    if hand.city is None:
+        return Seat(hand.address, epoch)
+    return Seat(hand.address, epoch, hand.city.name, hand.city.purpose, hand.city.claim)
 
 
 def _reading(record: Record) -> Reading:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -70,6 +70,14 @@ class Bundle:
     def members(self) -> tuple[str, ...]:
         """Whose actuators it sets, in the order of their names."""
         return tuple(sorted({s.member for s in self.setpoints}))
+
+    def part_of(self, member: str) -> Bundle:
+        """What a member is told that may not know of the others: its own part, as a bundle."""
+        return replace(
+            self,
+            setpoints=tuple(s for s in self.setpoints if s.member == member),
+            conditions=tuple(c for c in self.conditions if c.member == member),
+        )
 
     def canonical(self) -> bytes:
         """The one form that is hashed and signed: numbers to the bit, keys in order."""

@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from federation.errors import FederationError, Reason, ScenarioError
+from federation.core.coupling import Coupling
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.peer.export import (
     Export,
     Interior,
@@ -24,6 +25,7 @@ from federation.peer.export import (
     refusal,
 )
 from federation.peer.inner import SAYS, InnerRun, Seen, Stand, unfed
+from federation.peer.offer import offer
 from federation.peer.policy import Decision, Policy, Question, Sort, Thing, decide, now, read_policy
 from federation.peer.reader import Reader
 from federation.scenario.run import (
@@ -194,6 +196,11 @@ class City:
                 stand.close()
             raise
 
+    def blocks(self, run: InnerRun, periods_ns: tuple[int, ...]) -> Mapping[str, LinearBlock]:
+        """What the members of a run that has made no step could do, each for itself."""
+        found = {n: self.quarters.flexibility(s, periods_ns) for n, s in run.stands.items()}
+        return {name: block for name, block in found.items() if block is not None}
+
     def _bound(
         self, descriptions: Mapping[str, Description], case: Case
     ) -> tuple[Experiment, Planner | None]:
@@ -280,6 +287,15 @@ class Rights:
         is_relayed = owner in self._interior.cities
         thing = Thing(Sort.EVENT, f"{owner}.{event.kind}", entity, is_relayed=is_relayed)
         return decide(policy, asked, thing)
+
+    def offer(
+        self,
+        blocks: Mapping[str, LinearBlock],
+        couplings: Sequence[Coupling],
+        periods_ns: Sequence[int],
+    ) -> LinearBlock | None:
+        """What the reader may have of what the city could do, as the policy has it now."""
+        return offer(self._interior, *self._standing(), blocks, couplings, periods_ns)
 
     def via(self, owner: str, event: Event) -> tuple[str, ...] | None:
         """The cities that an event came through, the last first; None when the reader's is among
@@ -451,6 +467,19 @@ class CityRun(Twin):
             if events and self._explained.get((name, index)) != events[0]:
                 self._explained[name, index] = found[index] = events[0]
         return found
+
+    def flexibility(self, periods_ns: tuple[int, ...]) -> LinearBlock | None:
+        """What the city offers, of a session that has made no step: blocks do not know what has
+        broken since. Fails with UNSUPPORTED later."""
+        self._rights.check()
+        assert self._inner is not None
+        if self._given:
+            raise TwinError(
+                Reason.UNSUPPORTED,
+                f"{self._city.name} says what it could do as a session begins, and not later",
+            )
+        blocks = self._city.blocks(self._inner, periods_ns)
+        return self._rights.offer(blocks, self._inner.couplings, periods_ns)
 
     def snapshot(self) -> bytes:
         head = {"start_ns": self._start_ns, "emitted": self._emitted}

@@ -87,9 +87,12 @@ def explain(
             for sort, name in named
         ]
         return lines
+    acts_live = any("live" in rule.what.acts for rule in policy.rules)
     for member, description in interior.descriptions.items():
         is_relayed = member in interior.cities
         for thing, kind in _things(member, description):
+            if thing.is_live and (is_relayed or not acts_live):
+                continue
             if matches(pattern, thing.name):
                 thing = replace(thing, is_relayed=is_relayed)
                 lines += _lines(policy, asked, thing, entities_of(description, kind))
@@ -110,23 +113,25 @@ def _things(member: str, description: Description) -> Iterable[tuple[Thing, str]
         yield Thing(Sort.INPUT, f"{member}.{variable.name}"), variable.kind
     for actuator in description.actuators:
         name = f"{member}.{actuator.name}"
-        yield Thing(Sort.ACTION, name, risk=actuator.risk), actuator.kind
+        for is_live in (False, True):
+            yield Thing(Sort.ACTION, name, risk=actuator.risk, is_live=is_live), actuator.kind
 
 
 def _lines(policy: Policy, asked: Question, thing: Thing, entities: Sequence[Entity]) -> list[Line]:
     """One line for all entities for which the answer is the same."""
+    shown = f"{thing.name} (live)" if thing.is_live else thing.name
     if not any(
         rule.what.is_selective for rule in concerning(policy, asked.reader, thing.sort, thing.name)
     ):
         ids = () if entities and entities[0].kind == SYSTEM else tuple(e.id for e in entities)
-        return [Line(thing.sort, thing.name, ids, len(ids), decide(policy, asked, thing))]
+        return [Line(thing.sort, shown, ids, len(ids), decide(policy, asked, thing))]
     found: dict[tuple[bool, str, str], tuple[Decision, list[str]]] = {}
     for entity in entities:
         decision = decide(policy, asked, replace(thing, entity=entity))
         key = (decision.allowed, decision.rule, decision.reason)
         found.setdefault(key, (decision, []))[1].append(entity.id)
     return [
-        Line(thing.sort, thing.name, tuple(ids), len(entities), decision)
+        Line(thing.sort, shown, tuple(ids), len(entities), decision)
         for decision, ids in found.values()
     ]
 

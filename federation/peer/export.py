@@ -17,6 +17,7 @@ import numpy as np
 
 from federation.errors import Reason, ScenarioError
 from federation.peer.policy import (
+    DEFAULT,
     Area,
     Code,
     Decision,
@@ -37,6 +38,7 @@ from federation.twin import (
     Causality,
     Description,
     Entity,
+    Risk,
     TimePolicy,
     Variable,
     Vector,
@@ -126,12 +128,25 @@ def may_begin(policy: Policy, asked: Question, mode: Mode) -> Decision:
     return decide(policy, asked, Thing(Sort.SESSION, mode))
 
 
-def refusal(policy: Policy, asked: Question, sort: Sort, name: str) -> ScenarioError:
+def refusal(
+    policy: Policy, asked: Question, sort: Sort, name: str, *, is_live: bool = False
+) -> ScenarioError:
     """The error of something that a reader may not have: the reason and the rule's name.
 
-    It is the same whether there is such a thing or not.
+    It is the same whether there is such a thing or not: a name as it is told, `grid_shed`, is
+    taken for every `member.name` that it could be made of, an action for one of any risk.
     """
-    decision = decide(policy, asked, Thing(sort, name))
+    names = [name]
+    if sort in (Sort.ACTION, Sort.VARIABLE, Sort.INPUT) and "." not in name:
+        names = [f"{name[:i]}.{name[i + 1 :]}" for i, c in enumerate(name) if c == "_"] or names
+    risks = tuple(Risk) if sort is Sort.ACTION else (Risk.HIGH,)
+    decisions = [
+        decide(policy, asked, Thing(sort, each, risk=risk, is_live=is_live))
+        for each in names
+        for risk in risks
+    ]
+    named = [d for d in decisions if d.rule != DEFAULT]
+    decision = next((d for d in named if not d.allowed), (named or decisions)[0])
     reason = "it is not told any more as it was" if decision.allowed else decision.reason
     code = decision.code or Code.DENIED
     what = f"a {name} session" if sort is Sort.SESSION else f"{name}"
@@ -151,6 +166,8 @@ def export_of(interior: Interior, policy: Policy, asked: Question, mode: Mode) -
             if mode == "what-if":
                 makes.take_inputs(member, description)
                 makes.take_actuators(member, description)
+            elif member not in interior.cities:  # nobody acts on a city through another one
+                makes.take_actuators(member, description, is_live=True)
     kpis = [f"{m}_{kpi}" for m, d in interior.descriptions.items() for kpi in d.kpis]
     scalars = {v.name for v in makes.variables if v.kind == SYSTEM}
     description = Description(
@@ -217,9 +234,12 @@ class _Makes:
                 self.variables.append(replace(variable, name=name, kind=kind))
                 self.inputs.append(Entry(name, member, variable.name, free, rule))
 
-    def take_actuators(self, member: str, description: Description) -> None:
+    def take_actuators(
+        self, member: str, description: Description, *, is_live: bool = False
+    ) -> None:
         for actuator in description.actuators:
-            found = self._granted(Sort.ACTION, member, actuator.name, actuator.kind, actuator)
+            thing = Thing(Sort.ACTION, "", risk=actuator.risk, is_live=is_live)
+            found = self._granted(Sort.ACTION, member, actuator.name, actuator.kind, thing)
             for rule, _, columns in found:
                 kind = self._kind(member, actuator.kind, columns, rule, actuator.name)
                 name = self._name(f"{member}_{actuator.name}", rule)
@@ -232,7 +252,7 @@ class _Makes:
         member: str,
         name: str,
         kind: str,
-        actuator: Actuator | None = None,
+        like: Thing | None = None,
     ) -> Iterable[tuple[str, Resolution, tuple[int, ...]]]:
         """The entries that may be had, by the rule that lets the reader have them."""
         policy, asked = self._policy, self._asked
@@ -241,9 +261,7 @@ class _Makes:
             return
         granted: dict[str, tuple[Resolution, list[int]]] = {}
         is_relayed = member in self._interior.cities
-        common = Thing(sort, f"{member}.{name}", None, is_relayed=is_relayed)
-        if actuator is not None:
-            common = replace(common, risk=actuator.risk)
+        common = replace(like or Thing(sort, ""), name=f"{member}.{name}", is_relayed=is_relayed)
         entities = self._entities(member, kind)
         one = None if _select(rules) else decide_among(rules, policy, asked, common)
         for column, entity in enumerate(entities):

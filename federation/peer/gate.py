@@ -12,22 +12,29 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
 
 from federation.errors import FederationError, Reason, ScenarioError
+from federation.peer.acts import Acts, Petition, Standing, Warden, read_petition
 from federation.peer.city import City, CityRun, Path_, Rights
 from federation.peer.export import Export, Interior, Mode, export_of, may_begin, refusal
 from federation.peer.live import LiveCity, LiveRecord
+from federation.peer.parlour import Parlour, no_aid
 from federation.peer.policy import Decision, Limits, Policy, Question, Sort, Thing, decide
 from federation.peer.reader import Reader
 from federation.peer.standing import LOOK_S, PolicyFile
 from federation.twin import HOUR_NS, Description, TimePolicy, Twin
+from federation.twin import Session as ModelSession
 from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire import caller, codec, status
 from federation.wire.link import SERVICE, Errand
 from federation.wire.serve import ServeOptions, TwinService
+
+ORDERS = ("Select", "Operate", "Confirm", "Release")
+"""The orders of a neighbour's guard that a city takes."""
 
 READERS = 256
 """How many readers are served at a time; each may open sessions as its limits let it."""
@@ -149,6 +156,13 @@ class PeerService(TwinService):
             super()._restore(hosted, restore, restored)
 
     def _advance(self, hosted: Any, advance: Any, response: Any) -> None:
+        is_live = hosted.session is not None and isinstance(hosted.session.twin, LiveCity)
+        if is_live and any(step.actions for step in advance.steps):
+            raise ScenarioError(
+                Reason.NOT_AUTHORISED,
+                f"nobody acts on {self._gate.city.name} by a session that looks at it: a guard "
+                "selects and operates",
+            )
         limits = self.limits()
         self.budget.check(limits)
         hosted.steps += len(advance.steps)
@@ -156,6 +170,16 @@ class PeerService(TwinService):
             raise over_limit("steps", f"{limits.steps} in one session")
         with self.budget.spending():
             super()._advance(hosted, advance, response)
+
+    def _flexibility(
+        self, session: ModelSession, request: twin_pb2.FlexibilityRequest
+    ) -> twin_pb2.FlexibilityResponse:
+        limits = self.limits()
+        self.budget.check(limits)
+        if len(request.periods_ns) > limits.periods:
+            raise over_limit("periods", f"{limits.periods} in one horizon")
+        with self.budget.spending():
+            return super()._flexibility(session, request)
 
     def _build(self, opened: twin_pb2.SessionRequest.Open) -> Twin:
         errand, limits = Errand.decode(opened.errand), self.limits()
@@ -165,10 +189,20 @@ class PeerService(TwinService):
 class Gate(peer_pb2_grpc.PeersServicer):
     """Serves a city to its peers. Its policy is that of `file`."""
 
+    parlour: Parlour | None = None
+    """Where the city bargains, if it does."""
+
     def __init__(
-        self, city: City, file: PolicyFile, record: LiveRecord, options: GateOptions
+        self,
+        city: City,
+        file: PolicyFile,
+        record: LiveRecord,
+        options: GateOptions,
+        warden: Warden | None = None,
     ) -> None:
+        """Without a `warden` nobody acts on the city."""
         self.city, self.options = city, options
+        self._acts = Acts(city.name, warden)
         self._file, self._record = file, record
         self._services: dict[str, PeerService] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix=f"city-{city.name}")
@@ -200,7 +234,12 @@ class Gate(peer_pb2_grpc.PeersServicer):
                 twin_pb2.FlexibilityResponse.SerializeToString,
             ),
         }
-        # acting on the live run is for its own guard to decide, and not served here
+        for rpc in (*ORDERS, "ReadDesk"):
+            handlers[rpc] = grpc.unary_unary_rpc_method_handler(
+                getattr(self, rpc),
+                getattr(twin_pb2, f"{rpc}Request").FromString,
+                getattr(twin_pb2, f"{rpc}Response").SerializeToString,
+            )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         peer_pb2_grpc.add_PeersServicer_to_server(self, server)
         self._watching = asyncio.get_running_loop().create_task(self._watch())
@@ -209,6 +248,12 @@ class Gate(peer_pb2_grpc.PeersServicer):
         while True:
             await asyncio.sleep(LOOK_S)
             self._file.look()
+            if self.parlour is not None:
+                await asyncio.to_thread(self.parlour.desk.tick)
+
+    def live_run(self) -> str:
+        """The city's run that goes on; fails with NOT_LIVE when there is none."""
+        return self._record.run()
 
     def drain(self) -> None:
         """Take no more frames."""
@@ -244,17 +289,17 @@ class Gate(peer_pb2_grpc.PeersServicer):
         if mode == "live":
             run = self._record.run()
             rights = Rights(self._interior_of(run), standing, mode)
-            self._note(rights, reader)
+            self._note(rights.export, reader)
             return LiveCity(rights, self._record, run, policy.patience_s, str(reader), pause=pause)
         rights = Rights(self.city.interior(path), standing, mode)
-        self._note(rights, reader)
+        self._note(rights.export, reader)
         horizon_ns = None if limits.horizon_h is None else round(limits.horizon_h * HOUR_NS)
         return CityRun(self.city, rights, path, horizon_ns)
 
-    def _note(self, rights: Rights, reader: Reader) -> None:
-        for declaration in rights.export.declared:
+    def _note(self, export: Export, reader: Reader, does: str = "sees") -> None:
+        for declaration in export.declared:
             self._file.say(
-                f"{reader} sees more by the emergency {declaration.emergency}, which "
+                f"{reader} {does} more by the emergency {declaration.emergency}, which "
                 f"{declaration.by} has declared: {declaration.why}"
             )
 
@@ -364,6 +409,76 @@ class Gate(peer_pb2_grpc.PeersServicer):
             return await self._service(context).Flexibility(request, context)
         raise AssertionError("abort raises")
 
+    async def Select(  # noqa: N802
+        self,
+        request: twin_pb2.SelectRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.SelectRequest, twin_pb2.SelectResponse],
+    ) -> twin_pb2.SelectResponse:
+        receipt = await self._order("select", request.signed, context)
+        return twin_pb2.SelectResponse(receipt=receipt)
+
+    async def Operate(  # noqa: N802
+        self,
+        request: twin_pb2.OperateRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.OperateRequest, twin_pb2.OperateResponse],
+    ) -> twin_pb2.OperateResponse:
+        receipt = await self._order("operate", request.signed, context)
+        return twin_pb2.OperateResponse(receipt=receipt)
+
+    async def Confirm(  # noqa: N802
+        self,
+        request: twin_pb2.ConfirmRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ConfirmRequest, twin_pb2.ConfirmResponse],
+    ) -> twin_pb2.ConfirmResponse:
+        receipt = await self._order("confirm", request.signed, context)
+        return twin_pb2.ConfirmResponse(receipt=receipt)
+
+    async def Release(  # noqa: N802
+        self,
+        request: twin_pb2.ReleaseRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ReleaseRequest, twin_pb2.ReleaseResponse],
+    ) -> twin_pb2.ReleaseResponse:
+        receipt = await self._order("release", request.signed, context)
+        return twin_pb2.ReleaseResponse(receipt=receipt)
+
+    async def ReadDesk(  # noqa: N802
+        self,
+        request: twin_pb2.ReadDeskRequest,
+        context: grpc.aio.ServicerContext[twin_pb2.ReadDeskRequest, twin_pb2.ReadDeskResponse],
+    ) -> twin_pb2.ReadDeskResponse:
+        async with status.refusing(context):
+            petition = read_petition("look", request.signed, self.city.name)
+            standing = await self._standing(self._service(context), petition)
+            return twin_pb2.ReadDeskResponse(desks=[await self._acts.look(petition, standing)])
+        raise AssertionError("abort raises")
+
+    async def _order(
+        self, what: str, signed: twin_pb2.Signed, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> twin_pb2.Receipt:
+        async with status.refusing(context):
+            service = self._service(context)
+            petition = read_petition(what, signed, self.city.name)
+            return await self._acts.order(petition, await self._standing(service, petition))
+        raise AssertionError("abort raises")
+
+    async def _standing(self, service: PeerService, petition: Petition) -> Standing:
+        """What a reader may do on the city now; it is said at its expense."""
+        reader, purpose = service.reader, petition.order.purpose
+
+        def look() -> Standing:
+            asked = self._file.question(reader, purpose)
+            if petition.what == "release":  # is heard from those who have lost their rights, too
+                export = Export(_Nothing(self.city.name).describe())
+            else:
+                _check_may_begin(self.policy, asked, "live")
+                export = self._export(service, Errand(purpose, is_live=True))
+            if petition.what == "select":
+                self._note(export, reader, "may do")
+            refuse = partial(refusal, self.policy, asked, is_live=True)
+            return Standing(reader, self._record.run(), export, refuse)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, look)
+
     async def Ask(  # noqa: N802
         self,
         request: peer_pb2.AskRequest,
@@ -374,9 +489,46 @@ class Gate(peer_pb2_grpc.PeersServicer):
             if sort is None:
                 raise ScenarioError(Reason.SCENARIO_INVALID, "say what sort of thing you ask for")
             asked = self._file.question(self._reader(context), request.purpose)
-            found = decide(self.policy, asked, Thing(sort, request.name))
+            is_live = request.mode == twin_pb2.Errand.MODE_LIVE
+            found = decide(self.policy, asked, Thing(sort, request.name, is_live=is_live))
             return _answer(found, self.policy.version)
         raise AssertionError("abort raises")
+
+    async def Bargain(  # type: ignore[override]  # noqa: N802 - it reads and writes by itself
+        self,
+        request_iterator: object,
+        context: grpc.aio.ServicerContext[peer_pb2.BargainRequest, peer_pb2.BargainResponse],
+    ) -> None:
+        async with status.refusing(context):
+            parlour, service = self._hosted(), self._service(context)
+            reader = service.reader
+
+            def allow(good: str, purpose: str) -> None:
+                asked, name = self._file.question(reader, purpose), f"aid.{good}"
+                if not decide(self.policy, asked, Thing(Sort.FLEXIBILITY, name)).allowed:
+                    raise refusal(self.policy, asked, Sort.FLEXIBILITY, name)
+
+            def do(answer: Callable[[], peer_pb2.BargainResponse]) -> peer_pb2.BargainResponse:
+                service.budget.check(service.limits())
+                with service.budget.spending():
+                    return answer()
+
+            await parlour.bargain(reader.city, allow, request_iterator, context, do)
+
+    async def Pledge(  # noqa: N802
+        self,
+        request: peer_pb2.PledgeRequest,
+        context: grpc.aio.ServicerContext[peer_pb2.PledgeRequest, peer_pb2.PledgeResponse],
+    ) -> peer_pb2.PledgeResponse:
+        async with status.refusing(context):
+            # what was promised is kept to whatever the policy has become; the signature counts
+            return await self._hosted().pledge(self._reader(context).city, request)
+        raise AssertionError("abort raises")
+
+    def _hosted(self) -> Parlour:
+        if self.parlour is None:
+            raise no_aid(self.city.name)
+        return self.parlour
 
 
 _SORTS = {

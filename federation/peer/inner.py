@@ -76,7 +76,9 @@ class InnerRun:
         stands: Mapping[str, Stand],
         horizon_ns: int,
     ) -> None:
-        self._stands = stands
+        self.stands = stands
+        self.couplings = experiment.wiring.couplings
+        """Those among the members."""
         self._export = export
         self._horizon_ns = horizon_ns
         self._period_ns = export.description.time.period_ns
@@ -126,7 +128,7 @@ class InnerRun:
     def close(self) -> None:
         for working in self._working:
             working.cancel()
-        for stand in self._stands.values():
+        for stand in self.stands.values():
             stand.close()
 
     def _word(self, given: StepInput) -> StepResult:
@@ -184,7 +186,7 @@ class InnerRun:
             case Grant(member) if member == SEES:
                 self._see(effect.steps[0])
             case Grant(member):
-                working = self._stands[member].begin(effect.steps)
+                working = self.stands[member].begin(effect.steps)
                 if working.done():
                     self._hear(member, working)
                 else:

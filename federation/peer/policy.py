@@ -173,7 +173,8 @@ class Resolution(Part):
 
     Sums and means are over the entities that the rule lets the reader have, in total or area by
     area; a group of fewer than `at_least` is not told at all. Of a window its `take` is told at
-    its end.
+    its end. Flexibility is told of each entity or in sums, in multiples of `round_to`, and what may
+    be asked for is the same throughout a window.
     """
 
     space: Literal["each", "sum", "mean", "max", "min"] = "each"
@@ -241,6 +242,9 @@ class What(Part):
     events: tuple[Dotted, ...] = Field(default=(), description="member.kind")
     actions: tuple[Dotted, ...] = Field(default=(), description="member.actuator")
     risk: tuple[Risk, ...] = Field(default=tuple(Risk), description="classes of actions")
+    acts: tuple[Literal["what-if", "live"], ...] = Field(
+        default=("what-if",), description="where the reader may act; live is on the city itself"
+    )
     flexibility: tuple[Dotted, ...] = Field(default=(), description="member.port")
     sessions: tuple[Literal["what-if", "live"], ...] = ()
     kinds: tuple[Pattern, ...] = ()
@@ -253,6 +257,8 @@ class What(Part):
             raise ValueError(
                 "say what: variables, inputs, events, actions, flexibility or sessions"
             )
+        if "acts" in self.model_fields_set and not self.actions:
+            raise ValueError("`acts` is where actions may be taken: say which with `actions`")
         return self
 
     def named(self, sort: Sort) -> tuple[str, ...]:
@@ -332,6 +338,7 @@ class Limits(Part):
     wall_s: Positive = Field(default=300.0, description="the same by the wall clock")
     per_min: Positive = 60.0
     horizon_h: Positive | None = Field(default=None, description="as the city's scenario")
+    periods: PositiveInt = Field(default=96, description="of the flexibility that it asks for")
 
 
 class Policy(Part):
@@ -435,6 +442,8 @@ class Thing:
     risk: Risk = Risk.HIGH
     is_relayed: bool = False
     """The city has it from another one."""
+    is_live: bool = False
+    """Of an action: it is to be taken on the city itself and not in a what-if."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,8 +532,12 @@ def _decide(rules: Sequence[Rule], policy: Policy, asked: Question, thing: Thing
 
 
 def _is_about(rule: Rule, thing: Thing, policy: Policy) -> bool:
-    if thing.sort is Sort.ACTION and thing.risk not in rule.what.risk:
-        return False
+    if thing.sort is Sort.ACTION:
+        if thing.risk not in rule.what.risk:
+            return False
+        # what is denied is denied everywhere
+        if not rule.denies and ("live" if thing.is_live else "what-if") not in rule.what.acts:
+            return False
     if thing.is_relayed and not (rule.relay or rule.denies):
         return False
     if thing.entity is None or not rule.what.is_selective:

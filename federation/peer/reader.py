@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SCHEME = "spiffe://"
-PEERS = ("peer", "broker")
-"""The roles of another city's broker, as they stand in its identity."""
+PEERS = ("peer", "broker", "guard")
+"""The roles of those who speak for another city, its broker and its guard, as they stand in its
+identity."""
 
 
 def matches(pattern: str, text: str) -> bool:
@@ -45,7 +46,8 @@ class Reader:
         """Whether a rule for `pattern` is for this reader; none is for nobody.
 
         A pattern with a scheme is held to the whole identity. A plain one is held to the city, of
-        peers only: `memphis` is any broker of Memphis and none of its observers. `*` is everybody.
+        peers only: `memphis` is any broker or guard of Memphis and none of its observers. `*` is
+        everybody.
         """
         if not self.identity:
             return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from federation import telemetry
 from federation.core.coupling import Coupling
 from federation.errors import Reason, ScenarioError
 from federation.plan.belief import Assessment, Belief
+from federation.plan.joining import Crossing, Joined
 from federation.plan.joint import JointModel, Schedule, joint_model
+from federation.plan.keeping import States
 from federation.plan.visits import Task
 from federation.twin import (
     HOUR_NS,
@@ -56,6 +57,9 @@ REPLAN_SHARE = 0.05
 """A plan is also made anew when this share of what it costs to repair nothing comes from damage
 that it did not know. Hours of work would not do: the infeed that an aftershock took in one run
 was a hundredth of the work and most of the cost."""
+
+
+STATES = States(JointModel, Joined, Crossing, Belief, Assessment)
 
 
 @dataclass(frozen=True)
@@ -152,10 +156,12 @@ class CrewPlanner(Planner):
         self._belief = Belief(self._assessment, [len(f.components) for f in self.families], seed)
 
     def snapshot(self) -> bytes:
-        return pickle.dumps(self._state(), protocol=5)
+        return STATES.pack(self._state())
 
     def restore(self, state: bytes) -> None:
-        vars(self).update(pickle.loads(state))
+        mine = self._state().keys()
+        known = STATES.unpack(state, lambda f: isinstance(f, dict) and f.keys() == mine)
+        vars(self).update(known)
 
     def _state(self) -> dict[str, object]:
         """Everything that changes in a session, and the model that it was shown."""

@@ -9,7 +9,6 @@ expect when their blocks are asked for: what they have observed by then, and for
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -21,6 +20,7 @@ from federation.core.coupling import Coupling
 from federation.errors import PlanError, Reason
 from federation.plan.engine import UNIT_USD, engine_of, make_whole, optimum_usd
 from federation.plan.joining import Joined, join
+from federation.plan.keeping import States
 from federation.twin import (
     HOUR_NS,
     SYSTEM,
@@ -233,6 +233,11 @@ class _Memory:
     plans: int = 0
 
 
+KEPT = (_Memory, Course, DispatchPlan, Control)
+"""What such a memory is made of."""
+
+STATES = States(*KEPT)
+
 Reading = Callable[[tuple[str, str]], Vector]
 """What an output (member, variable) is seen to be."""
 
@@ -327,10 +332,10 @@ class DispatchPlanner(Planner):
         self._memory = _Memory(course, set_to=self._safe())
 
     def snapshot(self) -> bytes:
-        return pickle.dumps(self._memory, protocol=5)
+        return STATES.pack(self._memory)
 
     def restore(self, state: bytes) -> None:
-        self._memory = pickle.loads(state)
+        self._memory = STATES.unpack(state, lambda found: isinstance(found, _Memory))
 
     def periods_ns(self) -> tuple[int, ...]:
         if self.policy != "once":

@@ -1661,16 +1661,26 @@ class Order(_message.Message):
     HALT_FIELD_NUMBER: _builtins.int
     LIFT_FIELD_NUMBER: _builtins.int
     LOOK_FIELD_NUMBER: _builtins.int
+    CITY_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
     request: _builtins.str
     """The id of the request, chosen by who asks: unique, and the same when it is repeated."""
     run: _builtins.str
     """The run whose session is meant; empty for Halt, Lift and ReadDesk, which are for all sessions."""
     member: _builtins.str
-    """The member whose session is meant; empty likewise."""
+    """The member whose session is meant; empty likewise, but not for ReadDesk of a city: there it is
+    under which names the answer tells of the city.
+    """
     epoch: _builtins.int
     """The fencing number of the run's coordinator, as ReadDesk tells it; one that is below the
     session's is refused (STALE_EPOCH).
     """
+    city: _builtins.str
+    """The city that is meant, when the member is one: its broker refuses what is meant for another
+    (NOT_AUTHORISED). Empty for a twin.
+    """
+    purpose: _builtins.str
+    """What for, a word that the city's export policy knows; may be empty."""
     @_builtins.property
     def select(self) -> Global___Order.Select:
         """Select."""
@@ -1713,10 +1723,12 @@ class Order(_message.Message):
         halt: Global___Order.Halt | None = ...,
         lift: Global___Order.Lift | None = ...,
         look: Global___Order.Look | None = ...,
+        city: _builtins.str = ...,
+        purpose: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "halt", b"halt", "lift", b"lift", "look", b"look", "operate", b"operate", "release", b"release", "select", b"select", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "epoch", b"epoch", "halt", b"halt", "lift", b"lift", "look", b"look", "member", b"member", "operate", b"operate", "release", b"release", "request", b"request", "run", b"run", "select", b"select", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["city", b"city", "confirm", b"confirm", "epoch", b"epoch", "halt", b"halt", "lift", b"lift", "look", b"look", "member", b"member", "operate", b"operate", "purpose", b"purpose", "release", b"release", "request", b"request", "run", b"run", "select", b"select", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["select", "operate", "confirm", "release", "halt", "lift", "look"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015

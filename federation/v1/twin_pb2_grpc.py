@@ -159,7 +159,10 @@ class TwinServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Select(self, request, context):
-        """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+        """Acting on a session that goes on, besides what its run gives it. A city takes Select, Operate,
+        Confirm, Release and ReadDesk from the guard of another one, for the actuators that its export
+        policy lets that reader set: its own guard confirms or refuses (`Petitions`), and it tells no
+        more of a refusal than its reason and, of the policy, the rule's name (NOT_EXPORTED). A session that was opened for
         a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
         the strongest that lives is in force from the session's next step on, and the actuator's safe
         default when the last one has gone. What is asked is signed by an identity that the process

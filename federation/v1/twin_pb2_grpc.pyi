@@ -67,7 +67,10 @@ class TwinStub:
     twins answer UNIMPLEMENTED; their clocks are not known.
     """
     Select: _grpc.UnaryUnaryMultiCallable[_twin_pb2.SelectRequest, _twin_pb2.SelectResponse]
-    """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+    """Acting on a session that goes on, besides what its run gives it. A city takes Select, Operate,
+    Confirm, Release and ReadDesk from the guard of another one, for the actuators that its export
+    policy lets that reader set: its own guard confirms or refuses (`Petitions`), and it tells no
+    more of a refusal than its reason and, of the policy, the rule's name (NOT_EXPORTED). A session that was opened for
     a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
     the strongest that lives is in force from the session's next step on, and the actuator's safe
     default when the last one has gone. What is asked is signed by an identity that the process
@@ -146,7 +149,10 @@ class TwinAsyncStub(TwinStub):
     twins answer UNIMPLEMENTED; their clocks are not known.
     """
     Select: _aio.UnaryUnaryMultiCallable[_twin_pb2.SelectRequest, _twin_pb2.SelectResponse]  # type: ignore[assignment]
-    """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+    """Acting on a session that goes on, besides what its run gives it. A city takes Select, Operate,
+    Confirm, Release and ReadDesk from the guard of another one, for the actuators that its export
+    policy lets that reader set: its own guard confirms or refuses (`Petitions`), and it tells no
+    more of a refusal than its reason and, of the policy, the rule's name (NOT_EXPORTED). A session that was opened for
     a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
     the strongest that lives is in force from the session's next step on, and the actuator's safe
     default when the last one has gone. What is asked is signed by an identity that the process
@@ -252,7 +258,10 @@ class TwinServicer(metaclass=_abc_1.ABCMeta):
         request: _twin_pb2.SelectRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_twin_pb2.SelectResponse, _abc.Awaitable[_twin_pb2.SelectResponse]]:
-        """Acting on a session that goes on, besides what its run gives it. A session that was opened for
+        """Acting on a session that goes on, besides what its run gives it. A city takes Select, Operate,
+        Confirm, Release and ReadDesk from the guard of another one, for the actuators that its export
+        policy lets that reader set: its own guard confirms or refuses (`Petitions`), and it tells no
+        more of a refusal than its reason and, of the policy, the rule's name (NOT_EXPORTED). A session that was opened for
         a run (`Open.run`) has a desk: per actuator and entity one setpoint of each priority, of which
         the strongest that lives is in force from the session's next step on, and the actuator's safe
         default when the last one has gone. What is asked is signed by an identity that the process

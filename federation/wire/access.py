@@ -19,14 +19,16 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         # a session may carry actions of its run, so nobody but who coordinates the run opens one
         "Session": "broker peer",
         "Flexibility": "broker planner peer",
-        "Select": "guard",
-        "Operate": "guard",
-        "Confirm": "guard",
+        # of another city its broker and its guard are peers, at our broker alone; what it lets them
+        # ask for, and what our guard says to it, is not for this table
+        "Select": "guard peer",
+        "Operate": "guard peer",
+        "Confirm": "guard peer",
         # towards safety: a person needs no guard for it
-        "Release": "guard operator",
+        "Release": "guard operator peer",
         "Halt": "guard operator",
         "Lift": "operator",
-        "ReadDesk": _READERS,
+        "ReadDesk": f"{_READERS} peer",
         "Decide": "twin",
     },
     "federation.v1.Broker": {
@@ -48,7 +50,13 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "ReplayRun": "operator planner",
         "CancelRun": "guard operator",
     },
-    "federation.v1.Peers": {"Ask": f"{_READERS} peer"},
+    "federation.v1.Peers": {
+        "Ask": f"{_READERS} peer",
+        # what cities promise each other they promise themselves, and sign
+        "Bargain": "peer",
+        "Pledge": "peer",
+    },
+    "federation.v1.Petitions": {"Hear": "broker"},
     "federation.v1.Plans": {"ListPlans": _READERS},
     "federation.v1.Control": {
         "SubmitAction": "guard operator",
@@ -64,6 +72,12 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "GetAutonomy": _READERS,
         "SetLevel": "operator",
     },
+    "federation.v1.Aid": {
+        "Seek": "guard operator planner",
+        "ListCommitments": _READERS,
+        "Reconcile": "guard operator",
+        "Settle": "guard operator",
+    },
     "grpc.health.v1.Health": {"Check": _ALL, "List": _ALL, "Watch": _ALL},
     "grpc.reflection.v1alpha.ServerReflection": {
         "ServerReflectionInfo": "broker guard operator planner observer"
@@ -76,8 +90,10 @@ SERVED_BY: Mapping[str, frozenset[Part]] = {
     "federation.v1.Scenarios": frozenset({Part.BROKER}),
     "federation.v1.Plans": frozenset({Part.BROKER}),
     "federation.v1.Peers": frozenset({Part.BROKER}),
+    "federation.v1.Aid": frozenset({Part.BROKER}),
     "federation.v1.Control": frozenset({Part.BROKER}),
     "federation.v1.Autonomy": frozenset({Part.GUARD}),
+    "federation.v1.Petitions": frozenset({Part.GUARD}),
 }
 """The part that a process must play to serve this at all."""
 

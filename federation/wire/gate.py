@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextvars import ContextVar
 from inspect import isasyncgen, isawaitable
 from typing import Any
@@ -21,13 +21,20 @@ from federation.wire.party import Part, Party
 from federation.wire.status import refusing
 from federation.wire.trust import LOOK_S, Bearer, Trust, unproven
 from federation.wire.turnstile import Allowance, Turnstile
+from federation.wire.wrapping import Handler, Wrapping
 
-_caller: ContextVar[Party | None] = ContextVar("caller", default=None)
+_bearer: ContextVar[Bearer | None] = ContextVar("bearer", default=None)
 
 
 def caller() -> Party | None:
     """Who has called the RPC that is carried out; None in plain text: a user of this machine."""
-    return _caller.get()
+    shown = _bearer.get()
+    return None if shown is None else shown.party
+
+
+def bearer() -> Bearer | None:
+    """The same with the certificate that was shown, for those who remember callers for longer."""
+    return _bearer.get()
 
 
 def check_owns(name: str) -> None:
@@ -41,36 +48,18 @@ def check_owns(name: str) -> None:
         )
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class Gate(Wrapping):
     """The gate of one server, which stands under the identity of `trust`."""
 
     def __init__(self, trust: Trust, allowance: Allowance | None = None) -> None:
+        super().__init__()
         self._trust = trust
         self._turnstile = Turnstile(allowance or Allowance(), time.monotonic)
-        self._guarded: dict[str, tuple[object, grpc.RpcMethodHandler[Any, Any]]] = {}
         self._streams: dict[asyncio.Task[Any], Bearer] = {}
         self._ended: dict[asyncio.Task[Any], FederationError] = {}
         self._looking: asyncio.Task[None] | None = None
 
-    async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = await continuation(handler_call_details)
-        rpc = handler_call_details.method
-        if handler is None:
-            return None  # there is no such RPC here
-        known = self._guarded.get(rpc)
-        if known is None or known[0] is not handler:
-            known = self._guarded[rpc] = (handler, self._guard(rpc, handler))
-        return known[1]
-
-    def _guard(
-        self, rpc: str, handler: grpc.RpcMethodHandler[Any, Any]
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    def wrap(self, rpc: str, handler: Handler) -> Handler:
         inner = (
             handler.unary_unary
             or handler.unary_stream
@@ -105,7 +94,7 @@ class Gate(grpc.aio.ServerInterceptor):
         async with refusing(context):
             bearer = self.admit(rpc, context.auth_context())
             self._turnstile.call(bearer.party.uri)
-            _caller.set(bearer.party)
+            _bearer.set(bearer)
             return bearer
         raise AssertionError("abort raises")
 
@@ -115,8 +104,8 @@ class Gate(grpc.aio.ServerInterceptor):
         if not certificates:
             raise unproven("NAMELESS", f"{rpc} is only for those who show a certificate")
         bearer = self._trust.bearer(certificates[0])
-        part = self.part_of(bearer.party)
-        if part is None or part not in TABLE.get(rpc, ()):
+        parts = self.parts_of(bearer.party)
+        if not parts or not parts <= TABLE.get(rpc, frozenset()):
             allowed = " or ".join(sorted(TABLE.get(rpc, ()))) or "nobody"
             raise ScenarioError(
                 Reason.NOT_AUTHORISED,
@@ -125,16 +114,19 @@ class Gate(grpc.aio.ServerInterceptor):
             )
         return bearer
 
-    def part_of(self, party: Party) -> Part | None:
-        """The part that somebody plays here; None for who has no business here at all.
+    def parts_of(self, party: Party) -> frozenset[Part]:
+        """The parts that somebody plays here, who may do what all of them may; none for who has no
+        business here at all.
 
-        Of another city nobody is heard but its broker, and by our broker alone.
+        Of another city nobody is heard but its broker and its guard, and by our broker alone. Its
+        guard is a guard as well as a peer, so it opens no sessions.
         """
         own = self._trust.party
         if party.city == own.city:
-            return party.part
-        is_peer = party.part is Part.BROKER and own.part is Part.BROKER
-        return Part.PEER if is_peer else None
+            return frozenset({party.part})
+        if own.part is not Part.BROKER or party.part not in (Part.BROKER, Part.GUARD):
+            return frozenset()
+        return frozenset({Part.PEER, party.part} - {Part.BROKER})
 
     async def _watched(self, bearer: Bearer, work: Awaitable[Any]) -> Any:
         task = asyncio.current_task()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import Any
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from federation.errors import Reason, ScenarioError
 from federation.wire.status import refusing
-
-_Handler = Any
-"""gRPC's own named tuple of what an RPC is read, done and written with; it has no public type."""
+from federation.wire.wrapping import Handler, Wrapping
 
 
 class Malformed:
@@ -25,28 +21,14 @@ class Malformed:
         )
 
 
-class SoundRequests(grpc.aio.ServerInterceptor):
+class SoundRequests(Wrapping):
     """Refuses, with INVALID_FRAME, requests that can't be read."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[object, _Handler]] = {}
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler:
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        rpc = handler_call_details.method
-        known = self._known.get(rpc)
-        if known is None or known[0] is not handler:
-            known = self._known[rpc] = (handler, _refusing(rpc, handler))
-        return known[1]
+    def wrap(self, rpc: str, handler: Handler) -> Handler:
+        return handler if handler.request_deserializer is None else _refusing(rpc, handler)
 
 
-def _refusing(rpc: str, handler: _Handler) -> _Handler:
+def _refusing(rpc: str, handler: Handler) -> Handler:
     read = handler.request_deserializer
 
     def deserialise(data: bytes) -> object:

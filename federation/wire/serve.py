@@ -44,7 +44,7 @@ from federation.wire.probes import probed
 HANDSHAKE_MS = 10_000
 """How long who connects may take to say hello; who says nothing holds a connection no longer."""
 
-INLINE_S = 1e-3
+INLINE_S = 5e-3
 """What a process of a twin's own may spend on a frame in its event loop."""
 
 BLOCKED_S = 0.05

@@ -202,6 +202,9 @@ class Trust:
                 bearer.party,
             )
 
+    def is_revoked(self, bearer: Bearer) -> bool:
+        return (bearer.party.city, bearer.serial) in self.material().revoked
+
     def check_self(self) -> None:
         """Refuse, with NOT_AUTHENTICATED, to speak under what nobody would believe."""
         material = self.material()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 
 from federation.control.guard import Guard
 from federation.control.rules import load
-from federation.control.situation import Mode, Verdict
+from federation.control.situation import Mode, Situation, Verdict
 from tests.hostile.plans import Author, Plan, keys, public
 from tests.hostile.referee import Referee
 from tests.hostile.town import DESCRIPTIONS, Town
@@ -34,6 +35,9 @@ class Suite:
     switch_ms: list[float] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     """How often each class of rules was broken, and how often by a plan that broke no other."""
+    overtaken: int = 0
+    """How many plans were good at their cut and no more when they came."""
+    _seen: deque[Situation] = field(default_factory=partial(deque, maxlen=32))
 
     def __post_init__(self) -> None:
         pairs = keys(self.seed)
@@ -62,8 +66,11 @@ class Suite:
         faults = self.referee.faults(plan.submission, plan.forecast)
         was = self.guard.mode
         started_s = time.perf_counter()
-        verdict = self.guard.judge(plan.submission, self.town.situation(), plan.forecast)
+        situation = self.seen()
+        at_cut = self.at(plan.submission.bundle.cut_ns)
+        verdict = self.guard.judge(plan.submission, situation, plan.forecast, at_cut)
         self.obey(verdict, was, started_s)
+        self.overtaken += verdict.is_overtaken
         name = plan.submission.bundle.id
         if faults:
             self.hostile += 1
@@ -80,10 +87,21 @@ class Suite:
             self.referee.let_go[name] = self.town.now_ns
             self.town.let_go(plan.submission.bundle, plan.delay_ns, plan.works)
 
+    def seen(self) -> Situation:
+        """What is so now, which is remembered for a while."""
+        situation = self.town.situation()
+        self._seen.append(situation)
+        return situation
+
+    def at(self, cut_ns: int) -> Situation | None:
+        """What was so at a cut, as far as it is remembered."""
+        past = [situation for situation in self._seen if situation.time_ns <= cut_ns]
+        return replace(past[-1], time_ns=cut_ns) if past else None
+
     def watch(self) -> None:
         was = self.guard.mode
         started_s = time.perf_counter()
-        verdict = self.guard.watch(self.town.situation())
+        verdict = self.guard.watch(self.seen())
         if verdict is not None:
             self.obey(verdict, was, started_s)
 
@@ -125,5 +143,6 @@ class Suite:
             "breaches": len(self.breaches),
             "safe": self.safe,
             "safe_refused": len(self.safe_refused),
+            "overtaken": self.overtaken,
             "switch_ms_p99": round(ordered[int(0.99 * (len(ordered) - 1))], 3) if ordered else None,
         }

@@ -134,14 +134,15 @@ class Town:
         )
 
     def forecast(self, bundle: Bundle) -> Forecast:
-        """What comes of a bundle, as forked twins would tell."""
+        """What comes of a bundle, as twins would tell that were forked at its cut."""
         feeds = {
             int(s.entity[1:]): s.value
             for s in bundle.setpoints
             if (s.member, s.actuator) == ("grid", "feed") and s.entity in FEEDERS[:3]
         }
-        times_ns = tuple(self.now_ns + k * MINUTE_NS for k in range(21))
-        rows = np.array([self.supply()] + [self.supply(feeds)] * 20)
+        past_ns = [bundle.cut_ns] if bundle.cut_ns < self.now_ns else []
+        times_ns = (*past_ns, *(self.now_ns + k * MINUTE_NS for k in range(21)))
+        rows = np.array([self.supply()] * (1 + len(past_ns)) + [self.supply(feeds)] * 20)
         return Forecast(bundle.digest(), {("clinic", "supply"): Series(times_ns, rows)})
 
     def let_go(self, bundle: Bundle, delay_ns: int, works: bool = True) -> None:
