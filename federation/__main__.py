@@ -366,6 +366,7 @@ def parser() -> argparse.ArgumentParser:
 
     absent = commands.add_parser("outages", help="when a run went on without somebody")
     run_argument(absent)
+    broker_option(absent)
     absent.set_defaults(do=command_outages)
 
     _member_commands(

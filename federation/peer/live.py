@@ -166,14 +166,16 @@ class LiveCity(Twin):
                     f"the session looked at {told['run']}, and what goes on is {self._run}",
                     {"run": str(told["run"])},
                 )
-            self._after, self._ahead = int(told["after"]), []
+            # it comes from the reader, who may have made it up: it must do no harm here
+            self._after, self._ahead = max(int(told["after"]), 0), []
             self._has_begun = bool(told["has_begun"])
             self._values = {(m, v): value for m, v, value in told["values"]}
             self._qualities = {(m, v): Quality(q) for m, v, q in told["qualities"]}
             self._lens.resume(told["lens"])
             self._teller.resume(told["teller"])
-            self._missed = told["missed"]
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            missed = told["missed"]
+            self._missed = None if missed is None else (int(missed[0]), int(missed[1]))
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise ScenarioError(
                 Reason.INVALID_FRAME, f"this is no state of a city: {error}"
             ) from None
