@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from federation.errors import Reason, ScenarioError
 from federation.twin import Vector
-from twins.regions import region_file, region_rows
+from twins.regions import optional_rows, region_file, region_rows
 
 Index = NDArray[np.int64]
 Complex = NDArray[np.complex128]
@@ -117,7 +117,8 @@ class PowerNet:
 
     `component_branch` and `component_infeed` place every component (-1: it is the
     other). `hospital_load_point` is -1 for a hospital that another grid feeds. Reactive
-    demand follows active demand in the ratio `..._q_per_p` of the stored net.
+    demand follows active demand in the ratio `..._q_per_p` of the stored net. A tie line
+    leads from its node to a neighbour.
     """
 
     net: Any
@@ -138,6 +139,9 @@ class PowerNet:
     hospitals: tuple[str, ...]
     hospital_load_point: Index
     hospital_base_mw: Vector
+    tie_lines: tuple[str, ...]
+    tie_node: Index
+    tie_rating_mw: Vector
     line_ends: tuple[tuple[str, float, float], ...]
     """Name, longitude and latitude (degrees) of every bus at which a line ends: for maps."""
 
@@ -184,6 +188,7 @@ def power_net(region: str) -> PowerNet:
         float(stored_load.q_mvar[row["load_point"]] / stored_load.p_mw[row["load_point"]])
         for row in load_points
     ]
+    ties = optional_rows(region, "tie_lines.csv")
     cos_phi = dict(zip(net.motor.name, net.motor.cos_phi, strict=True))
     pump_ratio = [float(np.tan(np.arccos(cos_phi.get(row["motor"], 0.8)))) for row in pumps]
     return PowerNet(
@@ -207,6 +212,9 @@ def power_net(region: str) -> PowerNet:
             [load_of.get(row["load_point"], -1) for row in hospitals], dtype=np.int64
         ),
         hospital_base_mw=np.array([float(row["load_mw"]) for row in hospitals]),
+        tie_lines=tuple(row["tie_line"] for row in ties),
+        tie_node=np.array([node(row["bus_name"], row["tie_line"]) for row in ties], np.int64),
+        tie_rating_mw=np.array([float(row["rating_mw"]) for row in ties]),
         line_ends=tuple(
             (str(net.bus.name[bus]), *json.loads(net.bus.geo[bus])["coordinates"])
             for bus in sorted({*net.line.from_bus, *net.line.to_bus})

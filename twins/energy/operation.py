@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import highspy
 import numpy as np
@@ -13,7 +13,7 @@ from federation.twin import Vector
 from twins.energy.network import Complex, Grid, Index
 from twins.energy.powerflow import Island, Mask, Newton, live_parts
 
-NOTHING, LOW_VOLTAGE, COLLAPSE, DARK = -1, -2, -3, -4
+NOTHING, LOW_VOLTAGE, COLLAPSE, DARK, SCARCE = -1, -2, -3, -4, -5
 """Why a node is shed if it is not the branch of that number that was at its rating."""
 
 TOLERATED_PU = 1e-6
@@ -31,6 +31,9 @@ PATIENCE = 12
 """Rounds after which loads may only be cut further."""
 LEAST = 1e-6
 """A smaller share of a load is none."""
+HALVINGS = 8
+"""How finely the export is found that an own load would not be shed for."""
+UNLIMITED = float("inf")
 CACHED_ANSWERS, CACHED_GRIDS = 3000, 256
 """A remembered answer takes about 2 kB, a remembered grid up to 150 kB."""
 
@@ -63,12 +66,33 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchange:
+    """What is agreed with neighbours, per tie line: MW that come (positive) or go at a node.
+
+    A converter ends each line, so the agreed power flows whatever the voltages are, and no
+    reactive power does.
+    """
+
+    node: Index
+    agreed_mw: Vector
+    rating_mw: Vector
+
+
+def _no_ties() -> Vector:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """How a grid is run: the served share of the demand at every node, and the power balance.
 
     `part` numbers the connected part that a node belongs to; `reason` is the branch at its
     rating that caused the shedding there, or one of the constants above. Supply, losses and
-    served load are megawatts: supply = served + losses up to the solver's tolerance.
+    served load are megawatts: supply = served + losses up to the solver's tolerance, and supply
+    is what infeeds give and tie lines bring, less what these take away.
+
+    Per tie line: what flows (`tie_mw`, negative: away), what its part of the grid would take of
+    it (`tie_need_mw`), what it could give without an own load going short (`tie_spare_mw`).
     """
 
     share: Vector
@@ -78,6 +102,14 @@ class Operation:
     losses_mw: float
     served_mw: float
     power_flows: int
+    tie_mw: Vector = field(default_factory=_no_ties)
+    tie_need_mw: Vector = field(default_factory=_no_ties)
+    tie_spare_mw: Vector = field(default_factory=_no_ties)
+
+    @property
+    def drawn_mw(self) -> float:
+        """What the infeeds of the grid give."""
+        return self.supply_mw - float(self.tie_mw.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,39 +130,61 @@ class ControlRoom:
     def __init__(self, grid: Grid, newton: Newton) -> None:
         self.grid = grid
         self.newton = newton
+        self.infeed_mw = _infeed_ratings_mw(grid)
         self._islands: dict[bytes, Island] = {}
         self._parts: dict[bytes, tuple[Index, Sequence[tuple[bytes, Island]]]] = {}
-        self._supplies: dict[tuple[bytes, bytes, Limits], _Supply] = {}
+        self._supplies: dict[tuple[bytes, bytes, Limits, bytes, float], _Supply] = {}
 
     def operate(
-        self, branch_on: Mask, infeed_on: Mask, demand_mva: Complex, limits: Limits
+        self,
+        branch_on: Mask,
+        infeed_on: Mask,
+        demand_mva: Complex,
+        limits: Limits,
+        exchange: Exchange | None = None,
     ) -> Operation:
-        """Serve `demand_mva` (per node, constant power) as far as the limits allow."""
-        grid = self.grid
+        """Serve `demand_mva` (per node, constant power) as far as the limits allow.
+
+        What is agreed to come over a tie line is given at its node, but no more than the part
+        of the grid there wants; a part without an infeed lives on the tie line alone, as far as
+        that goes. What is agreed to go is taken after all own loads, and leaves the largest
+        infeed as a reserve.
+        """
         part, islands = self._topology(branch_on, infeed_on)
-        share = np.zeros(grid.nodes)
-        reason = np.full(grid.nodes, DARK, dtype=np.int64)
-        supply_mw = losses_mw = served_mw = 0.0
-        power_flows = 0
+        day = _Day(self.grid, part)
+        ties = None if exchange is None else _Ties(self, exchange, part, infeed_on, limits)
         for key, island in islands:
-            demand = demand_mva[island.nodes]
-            case = (key, demand.tobytes(), limits)
-            result = self._supplies.get(case)
-            if result is None:
-                if len(self._supplies) >= CACHED_ANSWERS:
-                    self._supplies.clear()
-                result = self._supplies[case] = _serve(island, demand, limits, self.newton)
-            power_flows += result.power_flows
-            share[island.nodes] = result.share
-            reason[island.nodes] = result.reason
-            # a load at the infeed itself hangs on no branch
-            share[island.infeed_nodes] = 1.0
-            reason[island.infeed_nodes] = NOTHING
-            at_infeed_mw = float(demand_mva[island.infeed_nodes].real.sum())
-            supply_mw += result.supply_mw + at_infeed_mw
-            served_mw += result.served_mw + at_infeed_mw
-            losses_mw += result.losses_mw
-        return Operation(share, part, reason, supply_mw, losses_mw, served_mw, power_flows)
+            if ties is None:
+                day.add(island, demand_mva, self._served(key, island, demand_mva, limits))
+            else:
+                ties.run(day, key, island, demand_mva)
+        if ties is not None:
+            ties.run_alone(day, branch_on, demand_mva)
+            return ties.told(day, demand_mva)
+        return day.operation()
+
+    def _served(
+        self,
+        key: bytes,
+        island: Island,
+        demand_mva: Complex,
+        limits: Limits,
+        given_mw: Vector | None = None,
+        most_mw: float = UNLIMITED,
+    ) -> _Supply:
+        """How an island is served; `given_mw` is per node of the grid."""
+        demand = demand_mva[island.nodes]
+        given = None if given_mw is None else given_mw[island.nodes]
+        if given is not None and not given.any():
+            given = None
+        case = (key, demand.tobytes(), limits, b"" if given is None else given.tobytes(), most_mw)
+        result = self._supplies.get(case)
+        if result is None:
+            if len(self._supplies) >= CACHED_ANSWERS:
+                self._supplies.clear()
+            result = _serve(island, demand, limits, self.newton, given, most_mw)
+            self._supplies[case] = result
+        return result
 
     def _topology(
         self, branch_on: Mask, infeed_on: Mask
@@ -145,15 +199,204 @@ class ControlRoom:
             islands = []
             for nodes, branches, infeed_nodes in fed:
                 name = branches.tobytes() + b"|" + infeed_nodes.tobytes()
-                if name not in self._islands:
-                    self._islands[name] = Island(self.grid, nodes, branches, infeed_nodes)
-                islands.append((name, self._islands[name]))
+                islands.append((name, self._island(name, nodes, branches, infeed_nodes)))
             known = self._parts[key] = (part, islands)
         return known
 
+    def _island(self, name: bytes, nodes: Index, branches: Index, infeed_nodes: Index) -> Island:
+        if name not in self._islands:
+            self._islands[name] = Island(self.grid, nodes, branches, infeed_nodes)
+        return self._islands[name]
 
-def _serve(island: Island, demand_mva: Complex, limits: Limits, newton: Newton) -> _Supply:
+
+def _infeed_ratings_mw(grid: Grid) -> Vector:
+    """Per infeed the rating of all branches at its node, as if all of it were active power."""
+    at = [(grid.from_node == node) | (grid.to_node == node) for node in grid.infeed_node.tolist()]
+    return np.array([float(grid.rating_pu[branches].sum()) * grid.base_mva for branches in at])
+
+
+class _Day:
+    """An operation in the making, island by island."""
+
+    def __init__(self, grid: Grid, part: Index) -> None:
+        self.part = part
+        self.share = np.zeros(grid.nodes)
+        self.reason = np.full(grid.nodes, DARK, dtype=np.int64)
+        self.supply_mw = self.losses_mw = self.served_mw = 0.0
+        self.power_flows = 0
+
+    def add(self, island: Island, demand_mva: Complex, result: _Supply) -> None:
+        """Take in an island whose infeeds give as much as is wanted at their own nodes."""
+        self.power_flows += result.power_flows
+        self.share[island.nodes] = result.share
+        self.reason[island.nodes] = result.reason
+        # a load at the infeed itself hangs on no branch
+        self.share[island.infeed_nodes] = 1.0
+        self.reason[island.infeed_nodes] = NOTHING
+        at_infeed_mw = float(demand_mva[island.infeed_nodes].real.sum())
+        self.supply_mw += result.supply_mw + at_infeed_mw
+        self.served_mw += result.served_mw + at_infeed_mw
+        self.losses_mw += result.losses_mw
+
+    def operation(self) -> Operation:
+        return Operation(
+            self.share,
+            self.part,
+            self.reason,
+            self.supply_mw,
+            self.losses_mw,
+            self.served_mw,
+            self.power_flows,
+        )
+
+
+class _Ties:
+    """What the tie lines of a grid do while it is run."""
+
+    def __init__(
+        self, room: ControlRoom, exchange: Exchange, part: Index, infeed_on: Mask, limits: Limits
+    ) -> None:
+        self.room, self.exchange, self.limits = room, exchange, limits
+        self.agreed_mw = np.clip(exchange.agreed_mw, -exchange.rating_mw, exchange.rating_mw)
+        self.part, self.tie_part = part, part[exchange.node]
+        self.infeed_on = infeed_on
+        self.flow_mw = np.zeros(exchange.node.size)
+        self.spare_mw = np.zeros(exchange.node.size)
+        self.fed: set[int] = set()
+
+    def run(self, day: _Day, key: bytes, island: Island, demand_mva: Complex) -> None:
+        """Run a part of the grid that has infeeds."""
+        label = int(self.part[island.infeed_nodes[0]])
+        self.fed.add(label)
+        here = self.tie_part == label
+        if not here.any():
+            served = self.room._served(key, island, demand_mva, self.limits)
+            day.add(island, demand_mva, served)
+            return
+        coming = np.where(here, np.maximum(self.agreed_mw, 0.0), 0.0)
+        wanted_mw = self._wanted_mw(island, demand_mva)
+        if coming.sum() > wanted_mw:
+            coming *= wanted_mw / coming.sum()
+        flow = coming
+        served = self._served(key, island, demand_mva, flow)
+        at_infeed_mw = float(demand_mva[island.infeed_nodes].real.sum())
+        given_there = self._at(flow, island.infeed_nodes)
+        drawn_mw = served.supply_mw + at_infeed_mw - given_there
+        spare_mw = max(0.0, self._capability_mw(label) - drawn_mw)
+        self.spare_mw[here] = np.minimum(spare_mw, self.exchange.rating_mw[here])
+        going = np.where(here, np.minimum(self.agreed_mw, 0.0), 0.0)
+        if -going.sum() > spare_mw:
+            going *= spare_mw / -going.sum()
+        if going.any():
+            own_mw = served.served_mw
+            low, high = 0.0, 1.0
+            for attempt in range(HALVINGS + 1):
+                factor = high if attempt == 0 else 0.5 * (low + high)
+                trial = self._served(key, island, demand_mva, coming + factor * going)
+                if trial.served_mw >= own_mw - TOLERATED_PU * max(own_mw, 1.0):
+                    low, flow, served = factor, coming + factor * going, trial
+                    if factor == 1.0:
+                        break
+                else:
+                    high = factor
+        self.flow_mw[here] = flow[here]
+        day.add(island, demand_mva, served)
+        # what is given inside counts as supply; at an infeed's own node it spares the infeed
+        day.supply_mw += float(flow.sum()) - self._at(flow, island.infeed_nodes)
+
+    def run_alone(self, day: _Day, branch_on: Mask, demand_mva: Complex) -> None:
+        """Let parts of the grid without an infeed live on what comes over their tie lines."""
+        grid = self.room.grid
+        for label in dict.fromkeys(self.tie_part.tolist()):
+            coming = np.where(self.tie_part == label, np.maximum(self.agreed_mw, 0.0), 0.0)
+            if label in self.fed or not coming.any():
+                continue
+            nodes = np.flatnonzero(self.part == label)
+            branches = np.flatnonzero(branch_on & (self.part[grid.from_node] == label))
+            wanted_mw = float(demand_mva[nodes].real.sum())
+            if wanted_mw <= 0.0:
+                continue
+            # the strongest line holds the voltage, the others give what is agreed
+            slack = int(np.argmax(coming))
+            others = coming.copy()
+            others[slack] = 0.0
+            if others.sum() > 0.5 * wanted_mw:
+                others *= 0.5 * wanted_mw / others.sum()
+            at = int(self.exchange.node[slack])
+            key = b"tie|" + branches.tobytes() + b"|" + np.int64(at).tobytes()
+            island = self.room._island(key, nodes, branches, np.array([at], dtype=np.int64))
+            own_mw = float(demand_mva[at].real)
+            own_share = min(1.0, coming[slack] / own_mw) if own_mw > 0.0 else 1.0
+            most_mw = float(coming[slack]) - own_mw * own_share
+            served = self._served(key, island, demand_mva, others, most_mw)
+            scaled = demand_mva.copy()
+            scaled[at] *= own_share
+            day.add(island, scaled, served)
+            day.share[at] = own_share
+            day.reason[at] = NOTHING if own_share == 1.0 else SCARCE
+            inside_mw = float(others.sum()) - self._at(others, island.infeed_nodes)
+            day.supply_mw += inside_mw
+            self.flow_mw += others
+            self.flow_mw[slack] = (
+                served.supply_mw + own_mw * own_share - self._at(others, island.infeed_nodes)
+            )
+
+    def told(self, day: _Day, demand_mva: Complex) -> Operation:
+        """The operation with what its tie lines did, need and could do."""
+        unserved_mw = demand_mva.real * (1.0 - day.share)
+        need = [
+            float(unserved_mw[self.part == label].sum()) + max(float(flow_mw), 0.0)
+            for label, flow_mw in zip(self.tie_part, self.flow_mw, strict=True)
+        ]
+        need_mw = np.minimum(np.array(need), self.exchange.rating_mw)
+        return replace(
+            day.operation(),
+            tie_mw=self.flow_mw,
+            tie_need_mw=need_mw,
+            tie_spare_mw=self.spare_mw,
+        )
+
+    def _served(
+        self,
+        key: bytes,
+        island: Island,
+        demand_mva: Complex,
+        flow_mw: Vector,
+        most_mw: float = UNLIMITED,
+    ) -> _Supply:
+        given = np.zeros(self.room.grid.nodes)
+        np.add.at(given, self.exchange.node, flow_mw)
+        return self.room._served(key, island, demand_mva, self.limits, given, most_mw)
+
+    def _at(self, flow_mw: Vector, nodes: Index) -> float:
+        """What comes at some nodes."""
+        return float(flow_mw[np.isin(self.exchange.node, nodes)].sum())
+
+    def _wanted_mw(self, island: Island, demand_mva: Complex) -> float:
+        nodes = np.concatenate([island.infeed_nodes, island.nodes])
+        return float(demand_mva[nodes].real.sum())
+
+    def _capability_mw(self, label: int) -> float:
+        """What the infeeds of a part give together within their ratings without the largest."""
+        grid = self.room.grid
+        on = self.infeed_on & (self.part[grid.infeed_node] == label)
+        each = self.room.infeed_mw[on] * self.limits.emergency_rating
+        return float(each.sum() - each.max())
+
+
+def _serve(
+    island: Island,
+    demand_mva: Complex,
+    limits: Limits,
+    newton: Newton,
+    given_mw: Vector | None = None,
+    most_mw: float = UNLIMITED,
+) -> _Supply:
     r"""Serve an island within its limits with the least shedding, spread over equals.
+
+    `given_mw` comes at its nodes from outside (negative: goes there), whatever is served; the
+    infeed gives `most_mw` at most, which is a limit like the others: a cut of a megawatt spares
+    it a megawatt.
 
     Rounds of: AC power flow with the shares x; currents and voltages linearised around it
     (loads as constant currents); the cuts u = 1 - x that the linear limits ask for at least
@@ -177,7 +420,8 @@ def _serve(island: Island, demand_mva: Complex, limits: Limits, newton: Newton) 
     rounds = 0
     while True:
         rounds += 1
-        v = island.solve(-demand_mva * share, newton)
+        injection = -demand_mva * share
+        v = island.solve(injection if given_mw is None else injection + given_mw, newton)
         if v is None:
             ceiling = np.where(share > LEAST, share * (1.0 - BLOCK), 0.0)
             share = ceiling.copy()
@@ -187,9 +431,11 @@ def _serve(island: Island, demand_mva: Complex, limits: Limits, newton: Newton) 
         at_to = y_tf * v[island.f] + y_tt * v[island.t]
         current = np.maximum(np.abs(at_from), np.abs(at_to))
         volts = np.abs(v[1:])
+        infeed_mw = 0.0 if most_mw == UNLIMITED else _from_infeed_mw(island, v, at_from, at_to)
         broken = bool((current > rating * (1.0 + TOLERATED_PU)).any()) or bool(
             (volts[loads][share[loads] > 0.0] < limits.min_voltage_pu - TOLERATED_PU).any()
         )
+        broken = broken or infeed_mw > most_mw * (1.0 + TOLERATED_PU)
         if not broken or not (share[loads] > 0.0).any():
             break
         if rounds > PATIENCE:
@@ -214,6 +460,9 @@ def _serve(island: Island, demand_mva: Complex, limits: Limits, newton: Newton) 
                 volts[weak] - limits.min_voltage_pu * (1.0 + AIM),
             ]
         )
+        if most_mw != UNLIMITED:
+            by_cut = np.concatenate([by_cut, demand_mva[loads].real[None, :]])
+            room = np.append(room, most_mw * (1.0 - AIM) - infeed_mw)
         needed = by_cut @ (1.0 - share[loads]) - room
         least = 1.0 - ceiling[loads]
         plan = _least_shedding(by_cut, needed, demand_mva[loads].real, least)
@@ -224,6 +473,8 @@ def _serve(island: Island, demand_mva: Complex, limits: Limits, newton: Newton) 
         cut, price = plan
         share[loads] = np.where(1.0 - cut > LEAST, 1.0 - cut, 0.0)
         names = np.concatenate([branches[near], np.full(weak.size, LOW_VOLTAGE)])
+        if most_mw != UNLIMITED:
+            names = np.append(names, SCARCE)
         if price.any():
             blame = by_cut * price[:, None]
             shed = cut > LEAST
@@ -233,16 +484,23 @@ def _serve(island: Island, demand_mva: Complex, limits: Limits, newton: Newton) 
     own = np.concatenate([island.infeed_nodes, island.nodes])
     level = np.abs(np.concatenate([np.full(island.infeed_nodes.size, v[0]), v[1:]])) ** 2
     shunt_pu = float(level @ grid.y_shunt[own].real)
-    from_infeed = float((flow_f[island.f == 0].sum() + flow_t[island.t == 0].sum()).real)
-    from_infeed += float(abs(v[0]) ** 2 * grid.y_shunt[island.infeed_nodes].real.sum())
     return _Supply(
         share=share,
         reason=np.where(share < 1.0, reason, NOTHING),
-        supply_mw=from_infeed * grid.base_mva,
+        supply_mw=_from_infeed_mw(island, v, at_from, at_to),
         losses_mw=(float((flow_f + flow_t).real.sum()) + shunt_pu) * grid.base_mva,
         served_mw=float((demand_mva.real * share).sum()),
         power_flows=rounds,
     )
+
+
+def _from_infeed_mw(island: Island, v: Complex, at_from: Complex, at_to: Complex) -> float:
+    """What the infeeds give, from the voltages and the currents at both ends of branches."""
+    flow_f = v[island.f] * np.conj(at_from)
+    flow_t = v[island.t] * np.conj(at_to)
+    given = float((flow_f[island.f == 0].sum() + flow_t[island.t == 0].sum()).real)
+    given += float(abs(v[0]) ** 2 * island.grid.y_shunt[island.infeed_nodes].real.sum())
+    return given * island.grid.base_mva
 
 
 def _along(phasors: Complex, changes: Complex) -> Vector:

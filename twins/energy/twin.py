@@ -36,7 +36,9 @@ from twins.energy.network import PowerNet, power_net
 from twins.energy.operation import (
     COLLAPSE,
     LOW_VOLTAGE,
+    SCARCE,
     ControlRoom,
+    Exchange,
     Limits,
     Operation,
 )
@@ -52,7 +54,7 @@ from twins.energy.weather import (
     prospect,
     warm_factor,
 )
-from twins.regions import assumptions, data_hash, region_rows
+from twins.regions import assumptions, data_hash, optional_rows, region_rows
 from twins.regions.weather import forecast_entities
 from twins.repair import MOST_CREWS, Repairs, not_believed
 
@@ -149,6 +151,15 @@ _OWN_PARAMETERS = (
         "assumption: rotating outages spare critical circuits, as utilities' plans do",
     ),
     Parameter(
+        "tie_lines_on",
+        "1",
+        0.0,
+        0.0,
+        1.0,
+        "1: neighbours can be helped and help over tie lines; 0: as if there were none",
+        "by choice",
+    ),
+    Parameter(
         "value_unserved_mwh",
         "USD/MWh",
         9000.0,
@@ -193,6 +204,9 @@ class _State:
     orders: Orders
     demand: FeederDemand | None = None
     limit_mw: float = -1.0
+    agreed: bytes = b""
+    """What is agreed with neighbours, as the present operation has it."""
+    tie_event: list[str] = field(default_factory=list)
     ordered: bytes = b""
     """The orders that the present operation follows."""
     rationed: Rationed | None = None
@@ -334,19 +348,30 @@ class EnergyTwin(Twin):
         limit_mw = float(step["supply_limit"][0])
         ordered = state.orders.limit.tobytes() + np.float64(state.orders.response_mw).tobytes()
         out = (state.severity >= OUT_OF_SERVICE) | (state.back_ns > step.time_ns)
+        exchange = self._exchange(step)
         if (
             state.operation is None
             or (out != state.out).any()
             or demand != state.demand
             or limit_mw != state.limit_mw
             or ordered != state.ordered
+            or (exchange is not None and exchange.agreed_mw.tobytes() != state.agreed)
         ):
             state.limit_mw, state.ordered = limit_mw, ordered
             back = np.flatnonzero(state.out & ~out)
             state.out = out
-            self._operate(demand)
-            self._tell_load_points(step, {int(index): state.last_event[index] for index in back})
+            self._operate(demand, exchange)
+            begun = self._tell_tie_lines(step)
+            repaired = {int(index): state.last_event[index] for index in back}
+            self._tell_load_points(step, repaired, begun)
         self._publish(step)
+
+    def _exchange(self, step: Step) -> Exchange | None:
+        """What is agreed with neighbours, if the run has any."""
+        net = self.net
+        if not net.tie_lines or self._parameters["tie_lines_on"] < 0.5:
+            return None
+        return Exchange(net.tie_node, step["tie_agreed"].copy(), net.tie_rating_mw)
 
     def _demand(self, step: Step) -> FeederDemand:
         share = self._day.share(step.time_ns)
@@ -492,7 +517,7 @@ class EnergyTwin(Twin):
                 [action.cause],
             )
 
-    def _operate(self, demand: FeederDemand) -> None:
+    def _operate(self, demand: FeederDemand, exchange: Exchange | None) -> None:
         state, p = self._state, self._parameters
         out = state.out
         branch, infeed = self.net.component_branch, self.net.component_infeed
@@ -505,9 +530,11 @@ class EnergyTwin(Twin):
 
         def operate(wanted: FeederDemand) -> Operation:
             node_mva = wanted.node_mva(self.net)
-            return self.room.operate(state.branch_on, state.infeed_on, node_mva, limits)
+            on = (state.branch_on, state.infeed_on)
+            return self.room.operate(*on, node_mva, limits, exchange)
 
         state.demand = demand
+        state.agreed = b"" if exchange is None else exchange.agreed_mw.tobytes()
         orders = state.orders
         free = state.limit_mw < 0.0 and orders.response_mw == 0.0 and (orders.limit == 1.0).all()
         if free and state.rationed is None:
@@ -527,7 +554,32 @@ class EnergyTwin(Twin):
 
     # --- what is told -------------------------------------------------------------------
 
-    def _tell_load_points(self, step: Step, repaired: Mapping[int, str]) -> None:
+    def _tell_tie_lines(self, step: Step) -> dict[int, str]:
+        """Emit an event when power begins or ceases to flow over a tie line, or turns; the events
+        by line of what comes from now on."""
+        state, net = self._state, self.net
+        begun: dict[int, str] = {}
+        assert state.operation is not None
+        before = state.published.get("tie_flow", np.zeros(len(net.tie_lines)))
+        state.tie_event = state.tie_event or [""] * len(net.tie_lines)
+        for index, now_mw in enumerate(state.operation.tie_mw):
+            way, was = np.sign(np.rint(now_mw)), np.sign(np.rint(before[index]))
+            if way == was:
+                continue
+            name = net.tie_lines[index]
+            kind, text = {
+                1.0: ("tie_imports", f"{now_mw:.0f} MW come over {name}"),
+                -1.0: ("tie_exports", f"{-now_mw:.0f} MW go over {name}"),
+                0.0: ("tie_idle", f"nothing flows over {name} any more"),
+            }[float(way)]
+            state.tie_event[index] = step.emit(kind, name, text, step.cause("tie_agreed", index))
+            if way > 0.0:
+                begun[index] = state.tie_event[index]
+        return begun
+
+    def _tell_load_points(
+        self, step: Step, repaired: Mapping[int, str], begun: Mapping[int, str]
+    ) -> None:
         """Emit an event for every load point whose condition changed."""
         state = self._state
         assert state.supplied is not None
@@ -538,6 +590,7 @@ class EnergyTwin(Twin):
             name, now = self.net.load_points[index], condition[index]
             better = now < state.condition[index]
             back = self._repairs_near(int(index), repaired) if better else []
+            back += self._ties_near(int(index), begun) if better else []
             if now == FULL:
                 kind, text, causes = "load_point_restored", f"{name} is fully served again", back
                 if not back:
@@ -588,6 +641,8 @@ class EnergyTwin(Twin):
             return "the voltage would be too low"
         if reason == COLLAPSE:
             return "the voltage would collapse"
+        if reason == SCARCE:
+            return "no more comes over the tie line that alone feeds it"
         return "nothing feeds it"
 
     def _ends(self, component: int) -> tuple[int, ...]:
@@ -622,6 +677,12 @@ class EnergyTwin(Twin):
         mine = int(self._state.operation.part[self.net.load_node[load_point]])
         return [event for component, event in repaired.items() if mine in self._ends(component)]
 
+    def _ties_near(self, load_point: int, begun: Mapping[int, str]) -> list[str]:
+        assert self._state.operation is not None
+        part = self._state.operation.part
+        mine = part[self.net.load_node[load_point]]
+        return [event for tie, event in begun.items() if part[self.net.tie_node[tie]] == mine]
+
     def _base_flow_mw(self, component: int) -> float:
         """Power through a component of the undamaged grid at peak."""
         return float(_base_flows(self.region)[component])
@@ -645,6 +706,13 @@ class EnergyTwin(Twin):
                 ("response_used_mwh", state.orders.used_mwh, no_cause),
                 ("person_hours_unserved", state.person_h, no_cause),
             )
+        tied: tuple[tuple[str, Vector | float, list[str]], ...] = ()
+        if state.operation.tie_mw.size:
+            tied = (
+                ("tie_flow", state.operation.tie_mw, state.tie_event),
+                ("tie_need", state.operation.tie_need_mw, [""] * len(net.tie_lines)),
+                ("tie_spare", state.operation.tie_spare_mw, [""] * len(net.tie_lines)),
+            )
         for name, values, events in (
             ("supplied_fraction", now.load_point, state.condition_event),
             ("pump_supplied", now.pump, state.condition_event),
@@ -660,6 +728,7 @@ class EnergyTwin(Twin):
             ("hours_to_90pct_power", below_h, no_cause),
             ("people_without_power", net.people @ (1.0 - now.load_point), no_cause),
             *rationed,
+            *tied,
         ):
             vector = np.array(values, dtype=np.float64, ndmin=1)
             before = state.published.get(name)
@@ -796,6 +865,17 @@ def _describe(region: str) -> Description:
         ),
     )
 
+    if net.tie_lines:
+        inputs += (
+            Variable(
+                "tie_agreed",
+                "tie_line",
+                "MW",
+                Causality.INPUT,
+                doc="what is agreed to come over a tie line, negative: to go; at most its rating",
+            ),
+        )
+
     def output(name: str, kind: str, unit: str, doc: str, initial: float = 0.0) -> Variable:
         high = 1.0 if unit == "1" and kind != SYSTEM else float("inf")
         return Variable(name, kind, unit, Causality.OUTPUT, initial, 0.0, high, doc)
@@ -827,6 +907,23 @@ def _describe(region: str) -> Description:
         output("response_used_mwh", SYSTEM, "MW*h", "that customers did without by contract"),
         output("person_hours_unserved", SYSTEM, "h", "people times hours without power"),
     )
+    if net.tie_lines:
+        lowest = -float(net.tie_rating_mw.max())
+        outputs += (
+            Variable(
+                "tie_flow",
+                "tie_line",
+                "MW",
+                Causality.OUTPUT,
+                0.0,
+                lowest,
+                doc="what comes over a tie line (negative: goes), told if tie_lines_on",
+            ),
+            output("tie_need", "tie_line", "MW", "what its part of the grid would take of it"),
+            output(
+                "tie_spare", "tie_line", "MW", "what it could give, own loads and reserve first"
+            ),
+        )
     actuator = Actuator(
         "assign_crew",
         "power_component",
@@ -874,6 +971,12 @@ def _describe(region: str) -> Description:
             place = (float(row["lon_deg"]), float(row["lat_deg"]))
             entities.append(Entity(row[key], kind, row[label], *place))
     entities += forecast_entities()
+    entities += [
+        Entity(
+            row["tie_line"], "tie_line", row["name"], float(row["lon_deg"]), float(row["lat_deg"])
+        )
+        for row in optional_rows(region, "tie_lines.csv")
+    ]
     entities += [Entity(name, "bus", name, lon, lat) for name, lon, lat in net.line_ends]
     return Description(
         model="energy",
