@@ -25,7 +25,8 @@ class Grid:
 
     A node is what is left of buses joined by closed switches. A branch carries
     I_f = y_ff V_f + y_ft V_t and I_t = y_tf V_f + y_tt V_t. An infeed holds its node at
-    a fixed complex voltage. `injection` and `voltage` are the solved state of the net
+    a fixed complex voltage; one of finite `infeed_most_mw` is a plant that can give no more, and
+    plants share the load among them. `injection` and `voltage` are the solved state of the net
     as given; `rating_pu` bounds the current at both ends (infinite: no rating).
     """
 
@@ -39,6 +40,7 @@ class Grid:
     y_shunt: Complex
     rating_pu: Vector
     infeed_node: Index
+    infeed_most_mw: Vector
     generator_node: Index
     injection: Complex
     voltage: Complex
@@ -86,6 +88,9 @@ def grid_of(net: Any) -> Grid:
         mva = (net.trafo.sn_mva * net.trafo.df * net.trafo.parallel).to_numpy()
         rating[first:last] = mva * np.minimum(high, low) / base_mva
 
+    most_mw = np.full(len(net.ext_grid), np.inf)
+    if "max_p_mw" in net.ext_grid:
+        most_mw = net.ext_grid.max_p_mw.to_numpy(np.float64)
     infeed_node = lookup["bus"][net.ext_grid.bus.to_numpy()].astype(np.int64)
     injection = np.array(inner["Sbus"], dtype=np.complex128) * base_mva
     # pandapower books the base case's infeed there too; without its infeed a node has only its load
@@ -105,6 +110,7 @@ def grid_of(net: Any) -> Grid:
         y_shunt=(inner["bus"][:, 4] + 1j * inner["bus"][:, 5]).astype(np.complex128) / base_mva,
         rating_pu=np.where(np.isfinite(rating) & (rating > 0), rating, np.inf),
         infeed_node=infeed_node,
+        infeed_most_mw=np.where(np.isfinite(most_mw), most_mw, np.inf),
         generator_node=np.asarray(inner["pv"], dtype=np.int64),
         injection=injection,
         voltage=np.asarray(inner["V"], dtype=np.complex128),

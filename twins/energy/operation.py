@@ -31,9 +31,11 @@ PATIENCE = 12
 """Rounds after which loads may only be cut further."""
 LEAST = 1e-6
 """A smaller share of a load is none."""
-HALVINGS = 8
-"""How finely the export is found that an own load would not be shed for."""
+SPILT = 0.01
 UNLIMITED = float("inf")
+USUAL_LOSS, UNBALANCED, DISPATCHES = 0.02, 0.02, 3
+"""Losses over load where a dispatch begins; by how much of what plants can give the balancing one
+may be off its share; how often the dispatch is found again for that."""
 CACHED_ANSWERS, CACHED_GRIDS = 3000, 256
 """A remembered answer takes about 2 kB, a remembered grid up to 150 kB."""
 
@@ -63,19 +65,6 @@ class Limits:
 
     emergency_rating: float = 1.0
     min_voltage_pu: float = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """What is agreed with neighbours, per tie line: MW that come (positive) or go at a node.
-
-    A converter ends each line, so the agreed power flows whatever the voltages are, and no
-    reactive power does.
-    """
-
-    node: Index
-    agreed_mw: Vector
-    rating_mw: Vector
 
 
 def _no_ties() -> Vector:
@@ -113,8 +102,11 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Supply:
-    """The same for the nodes of one island (slack left out)."""
+class Supply:
+    """The same for the nodes of one island (slack left out).
+
+    `taken` is the part that was taken of what came from outside at each node.
+    """
 
     share: Vector
     reason: Index
@@ -122,6 +114,7 @@ class _Supply:
     losses_mw: float
     served_mw: float
     power_flows: int
+    taken: Vector
 
 
 class ControlRoom:
@@ -132,38 +125,22 @@ class ControlRoom:
         self.newton = newton
         self.infeed_mw = _infeed_ratings_mw(grid)
         self._islands: dict[bytes, Island] = {}
+        self._plants: dict[bytes, tuple[int, Index]] = {}
+        """Per island that plants feed: the one that balances it, and the others."""
         self._parts: dict[bytes, tuple[Index, Sequence[tuple[bytes, Island]]]] = {}
-        self._supplies: dict[tuple[bytes, bytes, Limits, bytes, float], _Supply] = {}
+        self._supplies: dict[tuple[bytes, bytes, Limits, bytes, float], Supply] = {}
 
     def operate(
-        self,
-        branch_on: Mask,
-        infeed_on: Mask,
-        demand_mva: Complex,
-        limits: Limits,
-        exchange: Exchange | None = None,
+        self, branch_on: Mask, infeed_on: Mask, demand_mva: Complex, limits: Limits
     ) -> Operation:
-        """Serve `demand_mva` (per node, constant power) as far as the limits allow.
-
-        What is agreed to come over a tie line is given at its node, but no more than the part
-        of the grid there wants; a part without an infeed lives on the tie line alone, as far as
-        that goes. What is agreed to go is taken after all own loads, and leaves the largest
-        infeed as a reserve.
-        """
-        part, islands = self._topology(branch_on, infeed_on)
-        day = _Day(self.grid, part)
-        ties = None if exchange is None else _Ties(self, exchange, part, infeed_on, limits)
+        """Serve `demand_mva` (per node, constant power) as far as the limits allow."""
+        part, islands = self.topology(branch_on, infeed_on)
+        tally = Tally(self.grid, part)
         for key, island in islands:
-            if ties is None:
-                day.add(island, demand_mva, self._served(key, island, demand_mva, limits))
-            else:
-                ties.run(day, key, island, demand_mva)
-        if ties is not None:
-            ties.run_alone(day, branch_on, demand_mva)
-            return ties.told(day, demand_mva)
-        return day.operation()
+            tally.add(island, demand_mva, self.served(key, island, demand_mva, limits))
+        return tally.operation()
 
-    def _served(
+    def served(
         self,
         key: bytes,
         island: Island,
@@ -171,8 +148,8 @@ class ControlRoom:
         limits: Limits,
         given_mw: Vector | None = None,
         most_mw: float = UNLIMITED,
-    ) -> _Supply:
-        """How an island is served; `given_mw` is per node of the grid."""
+    ) -> Supply:
+        """How an island is served; `given_mw` (per node of the grid) comes from outside."""
         demand = demand_mva[island.nodes]
         given = None if given_mw is None else given_mw[island.nodes]
         if given is not None and not given.any():
@@ -182,31 +159,94 @@ class ControlRoom:
         if result is None:
             if len(self._supplies) >= CACHED_ANSWERS:
                 self._supplies.clear()
-            result = _serve(island, demand, limits, self.newton, given, most_mw)
+            if key in self._plants:
+                result = self._dispatched(island, *self._plants[key], demand, limits, given)
+            else:
+                result = _serve(island, demand, limits, self.newton, given, most_mw)
             self._supplies[case] = result
         return result
 
-    def _topology(
+    def _dispatched(
+        self,
+        island: Island,
+        balancing: int,
+        others: Index,
+        demand: Complex,
+        limits: Limits,
+        given: Vector | None,
+    ) -> Supply:
+        """An island whose plants share what it takes in proportion to what each can give.
+
+        The largest holds the balance, within what it can give; the shares of the others follow
+        from what is served and lost, which is found again until the balance fits.
+        """
+        most = self.grid.infeed_most_mw
+        capability_mw = float(most[others].sum() + most[balancing])
+        outside_mw = 0.0 if given is None else float(given.sum())
+        wanted_mw = (1.0 + USUAL_LOSS) * float(demand.real.sum()) - outside_mw
+        place = np.searchsorted(island.nodes, self.grid.infeed_node[others])
+        for _ in range(DISPATCHES):
+            factor = min(max(wanted_mw / capability_mw, 0.0), 1.0)
+            injected = np.zeros(island.nodes.size) if given is None else given.copy()
+            np.add.at(injected, place, factor * most[others])
+            result = _serve(island, demand, limits, self.newton, injected, float(most[balancing]))
+            others_mw = float((factor * most[others] * result.taken[place]).sum())
+            off_mw = result.supply_mw - factor * float(most[balancing])
+            if abs(off_mw) <= UNBALANCED * capability_mw:
+                break
+            is_scarce = bool((result.reason == SCARCE).any())
+            load_mw = float(demand.real.sum()) if is_scarce else result.served_mw
+            before_mw, wanted_mw = wanted_mw, load_mw + result.losses_mw - outside_mw
+            if abs(wanted_mw - before_mw) <= UNBALANCED * capability_mw:
+                break
+        return replace(result, supply_mw=result.supply_mw + others_mw)
+
+    def topology(
         self, branch_on: Mask, infeed_on: Mask
     ) -> tuple[Index, Sequence[tuple[bytes, Island]]]:
+        """The part of every node, and the parts that are fed under a name for each."""
         key = np.packbits(branch_on).tobytes() + np.packbits(infeed_on).tobytes()
         known = self._parts.get(key)
         if known is None:
             if len(self._parts) >= CACHED_GRIDS:
                 self._parts.clear()
                 self._islands.clear()
+                self._plants.clear()
             part, fed = live_parts(self.grid, branch_on, infeed_on)
             islands = []
             for nodes, branches, infeed_nodes in fed:
                 name = branches.tobytes() + b"|" + infeed_nodes.tobytes()
-                islands.append((name, self._island(name, nodes, branches, infeed_nodes)))
+                inside = np.isin(self.grid.infeed_node, infeed_nodes) & infeed_on
+                plants = np.flatnonzero(inside & np.isfinite(self.grid.infeed_most_mw))
+                holding = plants[:0]
+                if plants.size:
+                    largest = int(plants[np.argmax(self.grid.infeed_most_mw[plants])])
+                    others = plants[plants != largest]
+                    self._plants[name] = (largest, others)
+                    holding = self.grid.infeed_node[others]
+                    infeed_nodes = self.grid.infeed_node[[largest]]
+                islands.append((name, self.island(name, nodes, branches, infeed_nodes, holding)))
             known = self._parts[key] = (part, islands)
         return known
 
-    def _island(self, name: bytes, nodes: Index, branches: Index, infeed_nodes: Index) -> Island:
+    def island(
+        self,
+        name: bytes,
+        nodes: Index,
+        branches: Index,
+        infeed_nodes: Index,
+        holding: Index | None = None,
+    ) -> Island:
         if name not in self._islands:
-            self._islands[name] = Island(self.grid, nodes, branches, infeed_nodes)
+            self._islands[name] = Island(self.grid, nodes, branches, infeed_nodes, holding)
         return self._islands[name]
+
+    def reserved_mw(self, infeed_on: Mask, limits: Limits) -> float:
+        """What some infeeds give together within their ratings, without the largest of them."""
+        most = self.grid.infeed_most_mw
+        rated = self.infeed_mw * limits.emergency_rating
+        each = np.where(np.isfinite(most), most, rated)[infeed_on]
+        return float(each.sum() - each.max())
 
 
 def _infeed_ratings_mw(grid: Grid) -> Vector:
@@ -215,7 +255,7 @@ def _infeed_ratings_mw(grid: Grid) -> Vector:
     return np.array([float(grid.rating_pu[branches].sum()) * grid.base_mva for branches in at])
 
 
-class _Day:
+class Tally:
     """An operation in the making, island by island."""
 
     def __init__(self, grid: Grid, part: Index) -> None:
@@ -225,7 +265,7 @@ class _Day:
         self.supply_mw = self.losses_mw = self.served_mw = 0.0
         self.power_flows = 0
 
-    def add(self, island: Island, demand_mva: Complex, result: _Supply) -> None:
+    def add(self, island: Island, demand_mva: Complex, result: Supply) -> None:
         """Take in an island whose infeeds give as much as is wanted at their own nodes."""
         self.power_flows += result.power_flows
         self.share[island.nodes] = result.share
@@ -250,140 +290,6 @@ class _Day:
         )
 
 
-class _Ties:
-    """What the tie lines of a grid do while it is run."""
-
-    def __init__(
-        self, room: ControlRoom, exchange: Exchange, part: Index, infeed_on: Mask, limits: Limits
-    ) -> None:
-        self.room, self.exchange, self.limits = room, exchange, limits
-        self.agreed_mw = np.clip(exchange.agreed_mw, -exchange.rating_mw, exchange.rating_mw)
-        self.part, self.tie_part = part, part[exchange.node]
-        self.infeed_on = infeed_on
-        self.flow_mw = np.zeros(exchange.node.size)
-        self.spare_mw = np.zeros(exchange.node.size)
-        self.fed: set[int] = set()
-
-    def run(self, day: _Day, key: bytes, island: Island, demand_mva: Complex) -> None:
-        """Run a part of the grid that has infeeds."""
-        label = int(self.part[island.infeed_nodes[0]])
-        self.fed.add(label)
-        here = self.tie_part == label
-        if not here.any():
-            served = self.room._served(key, island, demand_mva, self.limits)
-            day.add(island, demand_mva, served)
-            return
-        coming = np.where(here, np.maximum(self.agreed_mw, 0.0), 0.0)
-        wanted_mw = self._wanted_mw(island, demand_mva)
-        if coming.sum() > wanted_mw:
-            coming *= wanted_mw / coming.sum()
-        flow = coming
-        served = self._served(key, island, demand_mva, flow)
-        at_infeed_mw = float(demand_mva[island.infeed_nodes].real.sum())
-        given_there = self._at(flow, island.infeed_nodes)
-        drawn_mw = served.supply_mw + at_infeed_mw - given_there
-        spare_mw = max(0.0, self._capability_mw(label) - drawn_mw)
-        self.spare_mw[here] = np.minimum(spare_mw, self.exchange.rating_mw[here])
-        going = np.where(here, np.minimum(self.agreed_mw, 0.0), 0.0)
-        if -going.sum() > spare_mw:
-            going *= spare_mw / -going.sum()
-        if going.any():
-            own_mw = served.served_mw
-            low, high = 0.0, 1.0
-            for attempt in range(HALVINGS + 1):
-                factor = high if attempt == 0 else 0.5 * (low + high)
-                trial = self._served(key, island, demand_mva, coming + factor * going)
-                if trial.served_mw >= own_mw - TOLERATED_PU * max(own_mw, 1.0):
-                    low, flow, served = factor, coming + factor * going, trial
-                    if factor == 1.0:
-                        break
-                else:
-                    high = factor
-        self.flow_mw[here] = flow[here]
-        day.add(island, demand_mva, served)
-        # what is given inside counts as supply; at an infeed's own node it spares the infeed
-        day.supply_mw += float(flow.sum()) - self._at(flow, island.infeed_nodes)
-
-    def run_alone(self, day: _Day, branch_on: Mask, demand_mva: Complex) -> None:
-        """Let parts of the grid without an infeed live on what comes over their tie lines."""
-        grid = self.room.grid
-        for label in dict.fromkeys(self.tie_part.tolist()):
-            coming = np.where(self.tie_part == label, np.maximum(self.agreed_mw, 0.0), 0.0)
-            if label in self.fed or not coming.any():
-                continue
-            nodes = np.flatnonzero(self.part == label)
-            branches = np.flatnonzero(branch_on & (self.part[grid.from_node] == label))
-            wanted_mw = float(demand_mva[nodes].real.sum())
-            if wanted_mw <= 0.0:
-                continue
-            # the strongest line holds the voltage, the others give what is agreed
-            slack = int(np.argmax(coming))
-            others = coming.copy()
-            others[slack] = 0.0
-            if others.sum() > 0.5 * wanted_mw:
-                others *= 0.5 * wanted_mw / others.sum()
-            at = int(self.exchange.node[slack])
-            key = b"tie|" + branches.tobytes() + b"|" + np.int64(at).tobytes()
-            island = self.room._island(key, nodes, branches, np.array([at], dtype=np.int64))
-            own_mw = float(demand_mva[at].real)
-            own_share = min(1.0, coming[slack] / own_mw) if own_mw > 0.0 else 1.0
-            most_mw = float(coming[slack]) - own_mw * own_share
-            served = self._served(key, island, demand_mva, others, most_mw)
-            scaled = demand_mva.copy()
-            scaled[at] *= own_share
-            day.add(island, scaled, served)
-            day.share[at] = own_share
-            day.reason[at] = NOTHING if own_share == 1.0 else SCARCE
-            inside_mw = float(others.sum()) - self._at(others, island.infeed_nodes)
-            day.supply_mw += inside_mw
-            self.flow_mw += others
-            self.flow_mw[slack] = (
-                served.supply_mw + own_mw * own_share - self._at(others, island.infeed_nodes)
-            )
-
-    def told(self, day: _Day, demand_mva: Complex) -> Operation:
-        """The operation with what its tie lines did, need and could do."""
-        unserved_mw = demand_mva.real * (1.0 - day.share)
-        need = [
-            float(unserved_mw[self.part == label].sum()) + max(float(flow_mw), 0.0)
-            for label, flow_mw in zip(self.tie_part, self.flow_mw, strict=True)
-        ]
-        need_mw = np.minimum(np.array(need), self.exchange.rating_mw)
-        return replace(
-            day.operation(),
-            tie_mw=self.flow_mw,
-            tie_need_mw=need_mw,
-            tie_spare_mw=self.spare_mw,
-        )
-
-    def _served(
-        self,
-        key: bytes,
-        island: Island,
-        demand_mva: Complex,
-        flow_mw: Vector,
-        most_mw: float = UNLIMITED,
-    ) -> _Supply:
-        given = np.zeros(self.room.grid.nodes)
-        np.add.at(given, self.exchange.node, flow_mw)
-        return self.room._served(key, island, demand_mva, self.limits, given, most_mw)
-
-    def _at(self, flow_mw: Vector, nodes: Index) -> float:
-        """What comes at some nodes."""
-        return float(flow_mw[np.isin(self.exchange.node, nodes)].sum())
-
-    def _wanted_mw(self, island: Island, demand_mva: Complex) -> float:
-        nodes = np.concatenate([island.infeed_nodes, island.nodes])
-        return float(demand_mva[nodes].real.sum())
-
-    def _capability_mw(self, label: int) -> float:
-        """What the infeeds of a part give together within their ratings without the largest."""
-        grid = self.room.grid
-        on = self.infeed_on & (self.part[grid.infeed_node] == label)
-        each = self.room.infeed_mw[on] * self.limits.emergency_rating
-        return float(each.sum() - each.max())
-
-
 def _serve(
     island: Island,
     demand_mva: Complex,
@@ -391,12 +297,12 @@ def _serve(
     newton: Newton,
     given_mw: Vector | None = None,
     most_mw: float = UNLIMITED,
-) -> _Supply:
+) -> Supply:
     r"""Serve an island within its limits with the least shedding, spread over equals.
 
-    `given_mw` comes at its nodes from outside (negative: goes there), whatever is served; the
+    `given_mw` comes at its nodes from outside, whatever is served (negative: goes there). The
     infeed gives `most_mw` at most, which is a limit like the others: a cut of a megawatt spares
-    it a megawatt.
+    it a megawatt. Less of what comes may be taken, where that keeps a limit, before a load is cut.
 
     Rounds of: AC power flow with the shares x; currents and voltages linearised around it
     (loads as constant currents); the cuts u = 1 - x that the linear limits ask for at least
@@ -416,15 +322,19 @@ def _serve(
     loads = np.flatnonzero(demand_mva.real > 0.0)
     share = np.ones(size)
     ceiling = np.ones(size)
+    given = np.zeros(size) if given_mw is None else given_mw
+    sources = np.flatnonzero(given > 0.0)
+    taken = np.ones(size)
     reason = np.full(size, NOTHING, dtype=np.int64)
     rounds = 0
     while True:
         rounds += 1
         injection = -demand_mva * share
-        v = island.solve(injection if given_mw is None else injection + given_mw, newton)
+        v = island.solve(injection if given_mw is None else injection + given * taken, newton)
         if v is None:
             ceiling = np.where(share > LEAST, share * (1.0 - BLOCK), 0.0)
             share = ceiling.copy()
+            taken[sources] *= 1.0 - BLOCK
             reason[loads[reason[loads] == NOTHING]] = COLLAPSE
             continue
         at_from = y_ff * v[island.f] + y_ft * v[island.t]
@@ -441,6 +351,7 @@ def _serve(
         if rounds > PATIENCE:
             # from here on loads only go, so that it ends; an island without load breaks no limit
             ceiling = np.where(share > LEAST, share * (1.0 - BLOCK), 0.0)
+            taken[sources] *= 1.0 - BLOCK
         near = np.flatnonzero(current > WATCHED * rating)
         # an empty node has no voltage to keep, if it stays empty
         ceiling[share <= LEAST] = 0.0
@@ -464,13 +375,20 @@ def _serve(
             by_cut = np.concatenate([by_cut, demand_mva[loads].real[None, :]])
             room = np.append(room, most_mw * (1.0 - AIM) - infeed_mw)
         needed = by_cut @ (1.0 - share[loads]) - room
+        spill = None
+        if sources.size:
+            by_spill = _by_spill(island, v, (at_from, near), weak, given, sources, most_mw)
+            needed += by_spill @ (1.0 - taken[sources])
+            spill = by_spill, given[sources]
         least = 1.0 - ceiling[loads]
-        plan = _least_shedding(by_cut, needed, demand_mva[loads].real, least)
+        plan = _least_shedding(by_cut, needed, demand_mva[loads].real, least, spill)
         if plan is None:
             ceiling = np.where(share > LEAST, share * (1.0 - BLOCK), 0.0)
             share = ceiling.copy()
+            taken[sources] *= 1.0 - BLOCK
             continue
-        cut, price = plan
+        cut, spilled, price = plan
+        taken[sources] = 1.0 - spilled
         share[loads] = np.where(1.0 - cut > LEAST, 1.0 - cut, 0.0)
         names = np.concatenate([branches[near], np.full(weak.size, LOW_VOLTAGE)])
         if most_mw != UNLIMITED:
@@ -484,14 +402,41 @@ def _serve(
     own = np.concatenate([island.infeed_nodes, island.nodes])
     level = np.abs(np.concatenate([np.full(island.infeed_nodes.size, v[0]), v[1:]])) ** 2
     shunt_pu = float(level @ grid.y_shunt[own].real)
-    return _Supply(
+    return Supply(
         share=share,
         reason=np.where(share < 1.0, reason, NOTHING),
         supply_mw=_from_infeed_mw(island, v, at_from, at_to),
         losses_mw=(float((flow_f + flow_t).real.sum()) + shunt_pu) * grid.base_mva,
         served_mw=float((demand_mva.real * share).sum()),
         power_flows=rounds,
+        taken=taken,
     )
+
+
+def _by_spill(
+    island: Island,
+    v: Complex,
+    near: tuple[Complex, Index],
+    weak: Index,
+    given_mw: Vector,
+    sources: Index,
+    most_mw: float,
+) -> Vector:
+    """What each limit gains when nothing of what comes at a source is taken: rows as the cuts'.
+
+    `near` are the currents into all branches, and the branches that are looked at.
+    """
+    at_from, branches = near
+    base_mva = island.grid.base_mva
+    brought = np.conj(given_mw[sources] / v[1:][sources]) / base_mva
+    per_volt, per_current = island.sensitivity(sources)
+    rows = [
+        _along(at_from[branches], per_current[branches] * brought),
+        -_along(v[1:][weak], per_volt[weak] * brought),
+    ]
+    if most_mw != UNLIMITED:
+        rows.append(-given_mw[sources][None, :])
+    return np.concatenate(rows)
 
 
 def _from_infeed_mw(island: Island, v: Complex, at_from: Complex, at_to: Complex) -> float:
@@ -510,9 +455,17 @@ def _along(phasors: Complex, changes: Complex) -> Vector:
 
 
 def _least_shedding(
-    by_cut: Vector, needed: Vector, power_mw: Vector, least: Vector
-) -> tuple[Vector, Vector] | None:
-    """Cuts u >= least with `by_cut` u >= `needed` that shed least, and the price per limit.
+    by_cut: Vector,
+    needed: Vector,
+    power_mw: Vector,
+    least: Vector,
+    spill: tuple[Vector, Vector] | None = None,
+) -> tuple[Vector, Vector, Vector] | None:
+    """Cuts u >= least with `by_cut` u >= `needed` that shed least, what of sources is spilt for
+    it, and the price per limit.
+
+    `spill` says how much each limit gains of a source that is not taken, and the MW of each;
+    a megawatt that is spilt counts as a hundredth of one that is shed.
 
     Every load is cut in BLOCKS equal blocks, each dearer per megawatt than the one before
     by STEP, so that loads that help equally well share. None if no cut satisfies all.
@@ -523,6 +476,14 @@ def _least_shedding(
     low = np.clip(np.concatenate([least * BLOCKS - k for k in range(BLOCKS)]), 0.0, 1.0)
     scale = np.maximum(np.abs(by_cut).max(axis=1, initial=0.0), 1e-9)
     rows = np.tile(by_cut / scale[:, None] / BLOCKS, (1, BLOCKS))
+    if spill is not None:
+        by_spill, source_mw = spill
+        columns += source_mw.size
+        cost = np.concatenate([cost, SPILT * source_mw])
+        low = np.concatenate([low, np.zeros(source_mw.size)])
+        scale = np.maximum(scale, np.abs(by_spill).max(axis=1, initial=0.0))
+        cuts = np.tile(by_cut / scale[:, None] / BLOCKS, (1, BLOCKS))
+        rows = np.concatenate([cuts, by_spill / scale[:, None]], axis=1)
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = columns, limits
     model.col_cost_, model.col_lower_, model.col_upper_ = cost, low, np.ones(columns)
@@ -539,5 +500,7 @@ def _least_shedding(
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
         return None
     solution = solver.getSolution()
-    blocks = np.clip(np.array(solution.col_value), 0.0, 1.0).reshape(BLOCKS, loads)
-    return blocks.sum(axis=0) / BLOCKS, np.maximum(np.array(solution.row_dual), 0.0) / scale
+    chosen = np.clip(np.array(solution.col_value), 0.0, 1.0)
+    blocks, spilt = chosen[: BLOCKS * loads].reshape(BLOCKS, loads), chosen[BLOCKS * loads :]
+    price = np.maximum(np.array(solution.row_dual), 0.0) / scale
+    return blocks.sum(axis=0) / BLOCKS, spilt, price

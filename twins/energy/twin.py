@@ -30,6 +30,7 @@ from federation.twin import (
     Variable,
     Vector,
 )
+from twins.energy import ties
 from twins.energy.demand import Day, FeederDemand, Supplied, feeder_demand, supplied
 from twins.energy.flexibility import transport_block
 from twins.energy.network import PowerNet, power_net
@@ -38,7 +39,6 @@ from twins.energy.operation import (
     LOW_VOLTAGE,
     SCARCE,
     ControlRoom,
-    Exchange,
     Limits,
     Operation,
 )
@@ -206,7 +206,11 @@ class _State:
     limit_mw: float = -1.0
     agreed: bytes = b""
     """What is agreed with neighbours, as the present operation has it."""
+    tie_order_mw: Vector = field(default_factory=lambda: np.zeros(0))
+    tie_until_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     tie_event: list[str] = field(default_factory=list)
+    tie_cause: list[str] = field(default_factory=list)
+    """Per tie line the event behind the order that holds."""
     ordered: bytes = b""
     """The orders that the present operation follows."""
     rationed: Rationed | None = None
@@ -270,6 +274,10 @@ class EnergyTwin(Twin):
             condition=np.zeros(points, dtype=np.int64),
             condition_event=[""] * points,
             orders=Orders.none(points, self._parameters["response_store_mwh"]),
+            tie_order_mw=np.zeros(len(self.net.tie_lines)),
+            tie_until_ns=np.zeros(len(self.net.tie_lines), dtype=np.int64),
+            tie_event=[""] * len(self.net.tie_lines),
+            tie_cause=[""] * len(self.net.tie_lines),
         )
 
     def snapshot(self) -> bytes:
@@ -341,6 +349,7 @@ class EnergyTwin(Twin):
         self._finish_repairs(step)
         self._take_damage(step)
         state.orders.pass_time(step.last_ns, step.time_ns)
+        state.tie_order_mw[state.tie_until_ns <= step.time_ns] = 0.0
         self._take_orders(step)
         self._now_ns = state.stepped_ns = step.time_ns
         self._take_forecasts(step)
@@ -366,12 +375,14 @@ class EnergyTwin(Twin):
             self._tell_load_points(step, repaired, begun)
         self._publish(step)
 
-    def _exchange(self, step: Step) -> Exchange | None:
+    def _exchange(self, step: Step) -> ties.Exchange | None:
         """What is agreed with neighbours, if the run has any."""
         net = self.net
         if not net.tie_lines or self._parameters["tie_lines_on"] < 0.5:
             return None
-        return Exchange(net.tie_node, step["tie_agreed"].copy(), net.tie_rating_mw)
+        told_mw = np.maximum(step["tie_offered"], 0.0) - np.maximum(step["tie_asked"], 0.0)
+        agreed_mw = told_mw + self._state.tie_order_mw
+        return ties.Exchange(net.tie_node, agreed_mw, net.tie_rating_mw)
 
     def _demand(self, step: Step) -> FeederDemand:
         share = self._day.share(step.time_ns)
@@ -453,7 +464,13 @@ class EnergyTwin(Twin):
         orders = state.orders
         components = {name: index for index, name in enumerate(self.net.components)}
         points = {name: index for index, name in enumerate(self.net.load_points)}
-        places = {"assign_crew": components, "serve_limit": points, "demand_response": {SYSTEM: 0}}
+        lines = {name: index for index, name in enumerate(self.net.tie_lines)}
+        places = {
+            "assign_crew": components,
+            "serve_limit": points,
+            "demand_response": {SYSTEM: 0},
+            "tie_exchange": lines,
+        }
         for action in step.actions:
             place = places.get(action.actuator, {})
             if action.entity not in place:
@@ -465,6 +482,11 @@ class EnergyTwin(Twin):
             index = place[action.entity]
             if action.actuator == "assign_crew":
                 self._send_crews(step, action, index)
+            elif action.actuator == "tie_exchange":
+                most_mw = float(self.net.tie_rating_mw[index])
+                state.tie_order_mw[index] = min(max(action.value, -most_mw), most_mw)
+                state.tie_until_ns[index] = step.time_ns + ties.LEASE_NS
+                state.tie_cause[index] = action.cause
             elif action.actuator == "serve_limit":
                 value = min(max(action.value, 0.0), 1.0)
                 if value != orders.limit[index]:
@@ -517,7 +539,7 @@ class EnergyTwin(Twin):
                 [action.cause],
             )
 
-    def _operate(self, demand: FeederDemand, exchange: Exchange | None) -> None:
+    def _operate(self, demand: FeederDemand, exchange: ties.Exchange | None) -> None:
         state, p = self._state, self._parameters
         out = state.out
         branch, infeed = self.net.component_branch, self.net.component_infeed
@@ -531,7 +553,9 @@ class EnergyTwin(Twin):
         def operate(wanted: FeederDemand) -> Operation:
             node_mva = wanted.node_mva(self.net)
             on = (state.branch_on, state.infeed_on)
-            return self.room.operate(*on, node_mva, limits, exchange)
+            if exchange is None:
+                return self.room.operate(*on, node_mva, limits)
+            return ties.operate(self.room, *on, node_mva, limits, exchange)
 
         state.demand = demand
         state.agreed = b"" if exchange is None else exchange.agreed_mw.tobytes()
@@ -561,7 +585,6 @@ class EnergyTwin(Twin):
         begun: dict[int, str] = {}
         assert state.operation is not None
         before = state.published.get("tie_flow", np.zeros(len(net.tie_lines)))
-        state.tie_event = state.tie_event or [""] * len(net.tie_lines)
         for index, now_mw in enumerate(state.operation.tie_mw):
             way, was = np.sign(np.rint(now_mw)), np.sign(np.rint(before[index]))
             if way == was:
@@ -572,7 +595,9 @@ class EnergyTwin(Twin):
                 -1.0: ("tie_exports", f"{-now_mw:.0f} MW go over {name}"),
                 0.0: ("tie_idle", f"nothing flows over {name} any more"),
             }[float(way)]
-            state.tie_event[index] = step.emit(kind, name, text, step.cause("tie_agreed", index))
+            causes = [*step.cause("tie_offered", index), *step.cause("tie_asked", index)]
+            causes += [state.tie_cause[index]] * bool(state.tie_cause[index])
+            state.tie_event[index] = step.emit(kind, name, text, causes)
             if way > 0.0:
                 begun[index] = state.tie_event[index]
         return begun
@@ -710,6 +735,7 @@ class EnergyTwin(Twin):
         if state.operation.tie_mw.size:
             tied = (
                 ("tie_flow", state.operation.tie_mw, state.tie_event),
+                ("tie_sent", np.maximum(-state.operation.tie_mw, 0.0), state.tie_event),
                 ("tie_need", state.operation.tie_need_mw, [""] * len(net.tie_lines)),
                 ("tie_spare", state.operation.tie_spare_mw, [""] * len(net.tie_lines)),
             )
@@ -868,11 +894,22 @@ def _describe(region: str) -> Description:
     if net.tie_lines:
         inputs += (
             Variable(
-                "tie_agreed",
+                "tie_offered",
                 "tie_line",
                 "MW",
                 Causality.INPUT,
-                doc="what is agreed to come over a tie line, negative: to go; at most its rating",
+                0.0,
+                0.0,
+                doc="what the neighbour sends over a tie line; at most its rating counts",
+            ),
+            Variable(
+                "tie_asked",
+                "tie_line",
+                "MW",
+                Causality.INPUT,
+                0.0,
+                0.0,
+                doc="what the neighbour asks for; given as far as own loads and a reserve allow",
             ),
         )
 
@@ -919,6 +956,7 @@ def _describe(region: str) -> Description:
                 lowest,
                 doc="what comes over a tie line (negative: goes), told if tie_lines_on",
             ),
+            output("tie_sent", "tie_line", "MW", "what goes over it to the neighbour"),
             output("tie_need", "tie_line", "MW", "what its part of the grid would take of it"),
             output(
                 "tie_spare", "tie_line", "MW", "what it could give, own loads and reserve first"
@@ -960,6 +998,22 @@ def _describe(region: str) -> Description:
         "set 0: customers use what they want; the energy that was asked for is spent",
         "what customers under contract use less, as long as their store of energy lasts",
     )
+    exchanges: tuple[Actuator, ...] = ()
+    if net.tie_lines:
+        exchanges = (
+            Actuator(
+                "tie_exchange",
+                "tie_line",
+                "MW",
+                -float(net.tie_rating_mw.max()),
+                float(net.tie_rating_mw.max()),
+                0.0,
+                Risk.MEDIUM,
+                ties.LEASE_NS,
+                "set 0: nothing is exchanged over the line",
+                "what was agreed with the neighbour: comes (negative: goes), with tie_lines_on",
+            ),
+        )
     entities = [Entity(SYSTEM, SYSTEM)]
     for kind, file, key, label in (
         ("power_component", "power_components.csv", "component_id", "component_id"),
@@ -986,7 +1040,7 @@ def _describe(region: str) -> Description:
         variables=inputs + outputs,
         time=TimePolicy(period_ns=PERIOD_NS),
         parameters=tuple(declared.get(p.name, p) for p in _OWN_PARAMETERS),
-        actuators=(actuator, limit, response),
+        actuators=(actuator, limit, response, *exchanges),
         kpis=("unserved_energy_mwh", "hours_to_90pct_power"),
         doc=f"AC power flow of {net.grid.nodes} nodes with load shedding and repair crews",
         data_hash=data_hash(region),
