@@ -31,7 +31,7 @@ PATIENCE = 12
 """Rounds after which loads may only be cut further."""
 LEAST = 1e-6
 """A smaller share of a load is none."""
-SPILT = 0.01
+SPILT, FAR, VITAL = 0.01, 0.02, 10.0
 UNLIMITED = float("inf")
 USUAL_LOSS, UNBALANCED, DISPATCHES = 0.02, 0.02, 3
 """Losses over load where a dispatch begins; by how much of what plants can give the balancing one
@@ -61,10 +61,15 @@ def _solver() -> highspy.Highs:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an operator keeps: currents up to `emergency_rating` times the rating, and voltage."""
+    """What an operator keeps: currents up to `emergency_rating` times the rating, and voltage.
+
+    Where infeeds can't give what is wanted, nodes with vital loads keep their last block as long
+    as others have one, if `vital_last`.
+    """
 
     emergency_rating: float = 1.0
     min_voltage_pu: float = 0.9
+    vital_last: bool = False
 
 
 def _no_ties() -> Vector:
@@ -120,9 +125,11 @@ class Supply:
 class ControlRoom:
     """Runs one grid. What it answers depends on its arguments only, so it remembers answers."""
 
-    def __init__(self, grid: Grid, newton: Newton) -> None:
+    def __init__(self, grid: Grid, newton: Newton, vital: Sequence[int] = ()) -> None:
+        """`vital` are the nodes of hospitals and pumps."""
         self.grid = grid
         self.newton = newton
+        self.vital = np.isin(np.arange(grid.nodes), vital)
         self.infeed_mw = _infeed_ratings_mw(grid)
         self._islands: dict[bytes, Island] = {}
         self._plants: dict[bytes, tuple[int, Index]] = {}
@@ -162,7 +169,8 @@ class ControlRoom:
             if key in self._plants:
                 result = self._dispatched(island, *self._plants[key], demand, limits, given)
             else:
-                result = _serve(island, demand, limits, self.newton, given, most_mw)
+                more = (given, most_mw, self.vital[island.nodes])
+                result = _serve(island, demand, limits, self.newton, *more)
             self._supplies[case] = result
         return result
 
@@ -189,7 +197,8 @@ class ControlRoom:
             factor = min(max(wanted_mw / capability_mw, 0.0), 1.0)
             injected = np.zeros(island.nodes.size) if given is None else given.copy()
             np.add.at(injected, place, factor * most[others])
-            result = _serve(island, demand, limits, self.newton, injected, float(most[balancing]))
+            more = (injected, float(most[balancing]), self.vital[island.nodes])
+            result = _serve(island, demand, limits, self.newton, *more)
             others_mw = float((factor * most[others] * result.taken[place]).sum())
             off_mw = result.supply_mw - factor * float(most[balancing])
             if abs(off_mw) <= UNBALANCED * capability_mw:
@@ -297,12 +306,15 @@ def _serve(
     newton: Newton,
     given_mw: Vector | None = None,
     most_mw: float = UNLIMITED,
+    vital: Mask | None = None,
 ) -> Supply:
     r"""Serve an island within its limits with the least shedding, spread over equals.
 
     `given_mw` comes at its nodes from outside, whatever is served (negative: goes there). The
     infeed gives `most_mw` at most, which is a limit like the others: a cut of a megawatt spares
     it a megawatt. Less of what comes may be taken, where that keeps a limit, before a load is cut.
+    Where so limited an infeed is far from carrying all, the first cuts are those that the grid
+    without load asks for, with all limits in view: losses of a load that can't be had say nothing.
 
     Rounds of: AC power flow with the shares x; currents and voltages linearised around it
     (loads as constant currents); the cuts u = 1 - x that the linear limits ask for at least
@@ -327,10 +339,16 @@ def _serve(
     taken = np.ones(size)
     reason = np.full(size, NOTHING, dtype=np.int64)
     rounds = 0
+    is_empty, was_empty = False, most_mw == UNLIMITED
     while True:
         rounds += 1
         injection = -demand_mva * share
         v = island.solve(injection if given_mw is None else injection + given * taken, newton)
+        if v is None and not was_empty:
+            is_empty = was_empty = True
+            share[:] = 0.0
+            taken[sources] = 0.0
+            continue
         if v is None:
             ceiling = np.where(share > LEAST, share * (1.0 - BLOCK), 0.0)
             share = ceiling.copy()
@@ -346,7 +364,12 @@ def _serve(
             (volts[loads][share[loads] > 0.0] < limits.min_voltage_pu - TOLERATED_PU).any()
         )
         broken = broken or infeed_mw > most_mw * (1.0 + TOLERATED_PU)
-        if not broken or not (share[loads] > 0.0).any():
+        if not was_empty and infeed_mw > most_mw * (1.0 + FAR):
+            is_empty = was_empty = True
+            share[:] = 0.0
+            taken[sources] = 0.0
+            continue
+        if not is_empty and (not broken or not (share[loads] > 0.0).any()):
             break
         if rounds > PATIENCE:
             # from here on loads only go, so that it ends; an island without load breaks no limit
@@ -354,9 +377,12 @@ def _serve(
             taken[sources] *= 1.0 - BLOCK
         near = np.flatnonzero(current > WATCHED * rating)
         # an empty node has no voltage to keep, if it stays empty
-        ceiling[share <= LEAST] = 0.0
+        ceiling[(share <= LEAST) & (not is_empty)] = 0.0
         live = loads[share[loads] > LEAST]
         weak = live[volts[live] < limits.min_voltage_pu + 0.05]
+        if is_empty:
+            near, weak = np.arange(branches.size), loads
+            is_empty = False
         drawn = np.conj(demand_mva[loads] / v[1:][loads]) / grid.base_mva
         per_volt, per_current = island.sensitivity(loads)
         by_cut = np.concatenate(
@@ -381,7 +407,10 @@ def _serve(
             needed += by_spill @ (1.0 - taken[sources])
             spill = by_spill, given[sources]
         least = 1.0 - ceiling[loads]
-        plan = _least_shedding(by_cut, needed, demand_mva[loads].real, least, spill)
+        last = None
+        if vital is not None and limits.vital_last and most_mw != UNLIMITED:
+            last = np.where(vital[loads], VITAL, 1.0)
+        plan = _least_shedding(by_cut, needed, demand_mva[loads].real, least, spill, last)
         if plan is None:
             ceiling = np.where(share > LEAST, share * (1.0 - BLOCK), 0.0)
             share = ceiling.copy()
@@ -460,12 +489,14 @@ def _least_shedding(
     power_mw: Vector,
     least: Vector,
     spill: tuple[Vector, Vector] | None = None,
+    last: Vector | None = None,
 ) -> tuple[Vector, Vector, Vector] | None:
     """Cuts u >= least with `by_cut` u >= `needed` that shed least, what of sources is spilt for
     it, and the price per limit.
 
     `spill` says how much each limit gains of a source that is not taken, and the MW of each;
-    a megawatt that is spilt counts as a hundredth of one that is shed.
+    a megawatt that is spilt counts as a hundredth of one that is shed. `last` is by how much the
+    last block of each load is dearer.
 
     Every load is cut in BLOCKS equal blocks, each dearer per megawatt than the one before
     by STEP, so that loads that help equally well share. None if no cut satisfies all.
@@ -473,6 +504,8 @@ def _least_shedding(
     limits, loads = by_cut.shape
     columns = BLOCKS * loads
     cost = np.concatenate([power_mw * (1.0 + STEP * k) / BLOCKS for k in range(BLOCKS)])
+    if last is not None:
+        cost[-loads:] *= last
     low = np.clip(np.concatenate([least * BLOCKS - k for k in range(BLOCKS)]), 0.0, 1.0)
     scale = np.maximum(np.abs(by_cut).max(axis=1, initial=0.0), 1e-9)
     rows = np.tile(by_cut / scale[:, None] / BLOCKS, (1, BLOCKS))

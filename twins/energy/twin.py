@@ -182,7 +182,9 @@ def _control_room(region: str) -> ControlRoom:
     if net.grid.infeed_node.size > 1:
         cases.append(([], [0]))
         cases.append((lines[10:20:3], [net.grid.infeed_node.size - 1]))
-    return ControlRoom(net.grid, trusted_newton(net.net, net.grid, cases))
+    hospitals = net.load_node[net.hospital_load_point[net.hospital_load_point >= 0]]
+    vital = np.unique(np.concatenate([hospitals, net.pump_node]))
+    return ControlRoom(net.grid, trusted_newton(net.net, net.grid, cases), vital.tolist())
 
 
 @dataclass
@@ -547,8 +549,8 @@ class EnergyTwin(Twin):
         state.infeed_on[:] = True
         state.branch_on[branch[out & (branch >= 0)]] = False
         state.infeed_on[infeed[out & (infeed >= 0)]] = False
-        limits = Limits(p["emergency_rating"], p["voltage_min"])
         critical_last = p["critical_feeders_last"] >= 0.5
+        limits = Limits(p["emergency_rating"], p["voltage_min"], critical_last)
 
         def operate(wanted: FeederDemand) -> Operation:
             node_mva = wanted.node_mva(self.net)
