@@ -12,6 +12,7 @@ from pathlib import Path
 
 from federation import telemetry
 from federation.acting import add_acting
+from federation.aiding import add_aid, add_aid_options, aid_options
 from federation.certs import add_certs
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.exporting import add_policy
@@ -130,6 +131,7 @@ def command_broker(options: argparse.Namespace) -> int:
                 city=options.city,
                 export=options.export,
                 city_scenario=options.scenario,
+                aid=aid_options(options),
             )
         )
     )
@@ -325,6 +327,7 @@ def parser() -> argparse.ArgumentParser:
     broker.add_argument(
         "--scenario", type=Path, metavar="FILE", help="the scenario of the city that is served"
     )
+    add_aid_options(broker)
     _server_options(broker, port=7700)
     broker.set_defaults(do=command_broker)
 
@@ -365,6 +368,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_acting(commands)
     add_policy(commands)
+    add_aid(commands)
     add_certs(commands)
 
     history = commands.add_parser("history", help="what a variable was over a run, as CSV")

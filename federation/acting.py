@@ -356,7 +356,7 @@ def _acting_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "--role",
         action="append",
         required=True,
-        choices=("guard", "operator", "optimiser", "observer"),
+        choices=("guard", "operator", "optimiser", "observer", "peer"),
         help="what it may do",
     )
     new.add_argument(

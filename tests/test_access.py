@@ -326,6 +326,7 @@ def test_keyrings_and_certificates_speak_of_the_same_parts() -> None:
         Part.OPERATOR,
         Part.PLANNER,
         Part.OBSERVER,
+        Part.PEER,
     }
     with pytest.raises(ValueError, match="no_such"):
         Role("no_such")

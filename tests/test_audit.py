@@ -30,6 +30,7 @@ from federation.control.audit import (
 )
 from federation.core.bundle import Bundle, Condition, Priority, Setpoint, bundle_of
 from federation.errors import Reason, ScenarioError
+from federation.trail import _hash
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NOON = 1_790_000_000.0
@@ -172,7 +173,7 @@ def test_level45_22_a_record_that_was_rewritten_with_a_new_hash_is_found(trail: 
     def rewrite(lines: list[bytes]) -> None:
         record = json.loads(lines[2])
         record["body"]["person"] = "mallory"
-        record["hash"] = audit._hash(record)
+        record["hash"] = _hash(record)
         lines[2] = audit.canonical(record) + b"\n"
 
     tampered(trail, rewrite)

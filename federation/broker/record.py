@@ -8,7 +8,7 @@ from federation.broker.live import LiveRun
 from federation.broker.store import Store
 from federation.peer.live import Page, no_run
 from federation.scenario.spec import PLANNER
-from federation.twin import Description
+from federation.twin import Description, Vector
 
 
 class RunRecord:
@@ -34,6 +34,10 @@ class RunRecord:
         if live is None:
             raise no_run(self._city)
         return {name: d for name, d in live.descriptions.items() if name != PLANNER}
+
+    def present(self, member: str, variable: str) -> Vector | None:
+        """The last value of an output in the run that goes on; fails with NOT_LIVE."""
+        return self._store.value(self.run(), member, variable)
 
     def read(self, run: str, after: int) -> Page:
         """The next part of its record; fails with RUN_NOT_FOUND."""

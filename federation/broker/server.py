@@ -26,12 +26,13 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from federation.broker.aid import AidService
 from federation.broker.branches import Attempt, Branches, Tried
 from federation.broker.cuts import Cuts
 from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, substitute_of
@@ -80,6 +81,8 @@ from federation.scenario.spec import (
 from federation.scenario.study import cases
 from federation.twin import HOUR_NS
 from federation.v1 import (
+    aid_pb2,
+    aid_pb2_grpc,
     broker_pb2,
     broker_pb2_grpc,
     control_pb2,
@@ -99,6 +102,10 @@ from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
 from federation.wire.status import refusing
 
+# Who gives no aid needs no solver.
+if TYPE_CHECKING:
+    from federation.peer.aid import AidDesk, AidOptions
+
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
     for file, name in (
@@ -109,7 +116,11 @@ SERVICES = tuple(
     )
 )
 
-PEER_SERVICES = (SERVICE, peer_pb2.DESCRIPTOR.services_by_name["Peers"].full_name)
+PEER_SERVICES = (
+    SERVICE,
+    peer_pb2.DESCRIPTOR.services_by_name["Peers"].full_name,
+    aid_pb2.DESCRIPTOR.services_by_name["Aid"].full_name,
+)
 """What a broker serves besides when it has an export policy."""
 
 PAGE_SIZE = 100
@@ -155,6 +166,8 @@ class BrokerOptions:
     """The policy by which it serves the city to its peers; without one it serves nothing."""
     city_scenario: Path | None = None
     """The scenario that what-ifs of peers run, and whose live run they may look at."""
+    aid: AidOptions | None = None
+    """How the city gives and takes aid; not at all without."""
     clock: Callable[[], datetime] = now
     """What the wall clock shows, by which the policy is judged."""
     health_port: int = 0
@@ -190,6 +203,8 @@ class BrokerServer:
         self._arrived = asyncio.Event()
         self.gate: Gate | None = None
         """The door of the city to its peers, if it has one."""
+        self.aid: AidDesk | None = None
+        """Where the city promises aid and is promised some, if it does."""
         file = self.options.roster
         self._roster = None if file is None else Roster(file)
 
@@ -259,7 +274,21 @@ class BrokerServer:
             )
             services += PEER_SERVICES
             gate.register(server)
+            aid_pb2_grpc.add_AidServicer_to_server(
+                AidService(self.aid, self.store, self._link_options), server
+            )
+            if self.aid is not None:
+                from federation.peer.bargaining import keep_certain
+
+                stack.callback(self.aid.close)
+                asking = asyncio.create_task(keep_certain(self.aid, self._link_options))
+                stack.push_async_callback(_ended, asking)
             stack.push_async_callback(gate.stop)
+        elif options.aid is not None:
+            raise ScenarioError(
+                Reason.SCENARIO_INVALID,
+                "a broker that gives aid has an export policy: it says to whom and what for",
+            )
         self.address, healthy = await start_server(server, services, options.host, options.port)
         stack.push_async_callback(server.stop, options.grace_s)
         if self.gate is not None:
@@ -294,11 +323,21 @@ class BrokerServer:
             "is believed, and nobody gets anything"
         )
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
+        city = City(options.city, scenario, quarters, options.planner)
+        record = RunRecord(options.city, scenario.name, self.store, self._live)
+        file, parlour = PolicyFile(policy, _say, options.clock), None
+        if options.aid is not None:
+            from federation.peer.aid import AidDesk
+            from federation.peer.bargaining import Parlour
+
+            self.aid = AidDesk(options.city, options.aid.at(city, record.present))
+            parlour = Parlour(self.aid)
         return Gate(
-            City(options.city, scenario, quarters, options.planner),
-            PolicyFile(policy, _say, options.clock),
-            RunRecord(options.city, scenario.name, self.store, self._live),
+            city,
+            file,
+            record,
             GateOptions(options.max_message_bytes, takes_claims),
+            parlour,
         )
 
     async def _find_for_city(self, name: str, member: Member, errand: Errand) -> Link | None:

@@ -244,6 +244,20 @@ class Autonomy(Part):
         return self
 
 
+class AidRule(Part):
+    """What may be promised of one good, and to which cities; amounts are in the good's unit."""
+
+    cities: tuple[str, ...] = Field(min_length=1, description="by their names")
+    gives_at_most: Span = Field(description="to all cities at any one time")
+    takes_at_most: Span = Field(description="from all cities at any one time")
+    for_at_most_h: Positive = Field(description="how long one promise may be")
+    usd_at_most: Span = Field(description="what one promise may cost this city")
+    sets: Variable | Literal[""] = Field(
+        default="", description="the actuator that giving it sets, under that one's rules"
+    )
+    entity: str = Field(default="system", description="of which entity of the actuator")
+
+
 class Rules(Part):
     """One version of the rules; a higher version replaces a lower one as a whole."""
 
@@ -261,6 +275,9 @@ class Rules(Part):
     never: tuple[Never, ...] = ()
     recovery: Recovery
     autonomy: Autonomy | None = None
+    aid: dict[str, AidRule] = Field(
+        default={}, description="goods that may be promised to other cities, or taken from them"
+    )
     persons: dict[str, tuple[str, ...]] = Field(
         default={}, description="the domains in which each person has authority"
     )
@@ -331,6 +348,12 @@ class Rules(Part):
                 self._readable(needed, descriptions, (*where, "needs"))
         for i, exclusion in enumerate(self.not_together):
             self._check_terms(exclusion, ("not_together", i), descriptions)
+        for good, aid in self.aid.items():
+            if aid.sets:
+                actuator = self.actuator(aid.sets, descriptions, ("aid", good, "sets"))
+                if aid.entity not in descriptions[aid.sets.partition(".")[0]].ids(actuator.kind):
+                    text = f"{aid.sets} has no entity {aid.entity!r}"
+                    raise self.error(("aid", good, "entity"), text)
         for i, sum_ in enumerate(self.sums):
             for name in sum_.over:
                 self.actuator(name, descriptions, ("sums", i, "over", name))

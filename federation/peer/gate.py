@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from federation.errors import FederationError, Reason, ScenarioError
+from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.peer.city import City, CityRun, Path_, Rights
 from federation.peer.export import Export, Interior, Mode, export_of, may_begin, refusal
 from federation.peer.live import LiveCity, LiveRecord
@@ -28,6 +28,10 @@ from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire import caller, codec, status
 from federation.wire.link import SERVICE, Errand
 from federation.wire.serve import ServeOptions, TwinService
+
+# Who gives no aid needs no solver.
+if TYPE_CHECKING:
+    from federation.peer.bargaining import Parlour
 
 READERS = 256
 """How many readers are served at a time; each may open sessions as its limits let it."""
@@ -159,9 +163,14 @@ class Gate(peer_pb2_grpc.PeersServicer):
     """Serves a city to its peers. Its policy is that of `file`."""
 
     def __init__(
-        self, city: City, file: PolicyFile, record: LiveRecord, options: GateOptions
+        self,
+        city: City,
+        file: PolicyFile,
+        record: LiveRecord,
+        options: GateOptions,
+        parlour: Parlour | None = None,
     ) -> None:
-        self.city, self.options = city, options
+        self.city, self.options, self.parlour = city, options, parlour
         self._file, self._record = file, record
         self._services: dict[str, PeerService] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix=f"city-{city.name}")
@@ -202,6 +211,8 @@ class Gate(peer_pb2_grpc.PeersServicer):
         while True:
             await asyncio.sleep(LOOK_S)
             self._file.look()
+            if self.parlour is not None:
+                await asyncio.to_thread(self.parlour.desk.tick)
 
     def drain(self) -> None:
         """Take no more frames."""
@@ -363,6 +374,43 @@ class Gate(peer_pb2_grpc.PeersServicer):
             found = decide(self.policy, asked, Thing(sort, request.name))
             return _answer(found, self.policy.version)
         raise AssertionError("abort raises")
+
+    async def Bargain(  # type: ignore[override]  # noqa: N802 - it reads and writes by itself
+        self,
+        request_iterator: object,
+        context: grpc.aio.ServicerContext[peer_pb2.BargainRequest, peer_pb2.BargainResponse],
+    ) -> None:
+        async with status.refusing(context):
+            parlour, service = self._parlour(), self._service(context)
+            reader = service.reader
+
+            def allow(good: str, purpose: str) -> None:
+                asked, name = self._file.question(reader, purpose), f"aid.{good}"
+                if not decide(self.policy, asked, Thing(Sort.FLEXIBILITY, name)).allowed:
+                    raise refusal(self.policy, asked, Sort.FLEXIBILITY, name)
+
+            def do(answer: Callable[[], peer_pb2.BargainResponse]) -> peer_pb2.BargainResponse:
+                service.budget.check(service.limits())
+                with service.budget.spending():
+                    return answer()
+
+            await parlour.bargain(reader.city, allow, request_iterator, context, do)
+
+    async def Pledge(  # noqa: N802
+        self,
+        request: peer_pb2.PledgeRequest,
+        context: grpc.aio.ServicerContext[peer_pb2.PledgeRequest, peer_pb2.PledgeResponse],
+    ) -> peer_pb2.PledgeResponse:
+        async with status.refusing(context):
+            # what was promised is kept to whatever the policy has become; the signature counts
+            return await self._parlour().pledge(self._reader(context).city, request)
+        raise AssertionError("abort raises")
+
+    def _parlour(self) -> Parlour:
+        if self.parlour is None:
+            text = f"{self.city.name} neither gives nor takes aid"
+            raise TwinError(Reason.UNSUPPORTED, text, {"city": self.city.name})
+        return self.parlour
 
 
 _SORTS = {

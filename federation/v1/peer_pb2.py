@@ -22,21 +22,57 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64\x65ration/v1/peer.proto\x12\rfederation.v1\"\xe4\x01\n\nAskRequest\x12,\n\x04sort\x18\x01 \x01(\x0e\x32\x1e.federation.v1.AskRequest.Sort\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\"\x88\x01\n\x04Sort\x12\x14\n\x10SORT_UNSPECIFIED\x10\x00\x12\x11\n\rSORT_VARIABLE\x10\x01\x12\x0e\n\nSORT_INPUT\x10\x02\x12\x0e\n\nSORT_EVENT\x10\x03\x12\x0f\n\x0bSORT_ACTION\x10\x04\x12\x14\n\x10SORT_FLEXIBILITY\x10\x05\x12\x10\n\x0cSORT_SESSION\x10\x06\"c\n\x0b\x41skResponse\x12\x12\n\nis_allowed\x18\x01 \x01(\x08\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x05\x32\x45\n\x05Peers\x12<\n\x03\x41sk\x12\x19.federation.v1.AskRequest\x1a\x1a.federation.v1.AskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65\x64\x65ration/v1/peer.proto\x12\rfederation.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe4\x01\n\nAskRequest\x12,\n\x04sort\x18\x01 \x01(\x0e\x32\x1e.federation.v1.AskRequest.Sort\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\"\x88\x01\n\x04Sort\x12\x14\n\x10SORT_UNSPECIFIED\x10\x00\x12\x11\n\rSORT_VARIABLE\x10\x01\x12\x0e\n\nSORT_INPUT\x10\x02\x12\x0e\n\nSORT_EVENT\x10\x03\x12\x0f\n\x0bSORT_ACTION\x10\x04\x12\x14\n\x10SORT_FLEXIBILITY\x10\x05\x12\x10\n\x0cSORT_SESSION\x10\x06\"c\n\x0b\x41skResponse\x12\x12\n\nis_allowed\x18\x01 \x01(\x08\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x05\"\xae\x05\n\x0e\x42\x61rgainRequest\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x32\n\x04open\x18\x02 \x01(\x0b\x32\".federation.v1.BargainRequest.OpenH\x00\x12\x36\n\x06prices\x18\x03 \x01(\x0b\x32$.federation.v1.BargainRequest.PricesH\x00\x12\x36\n\x06quotas\x18\x04 \x01(\x0b\x32$.federation.v1.BargainRequest.QuotasH\x00\x12\x34\n\x05\x64raft\x18\x05 \x01(\x0b\x32#.federation.v1.BargainRequest.DraftH\x00\x1aR\n\x04Line\x12\x0c\n\x04good\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12.\n\x03way\x18\x03 \x01(\x0e\x32!.federation.v1.BargainRequest.Way\x1ap\n\x04Open\x12\x0f\n\x07purpose\x18\x01 \x01(\t\x12\x31\n\x05lines\x18\x02 \x03(\x0b\x32\".federation.v1.BargainRequest.Line\x12\x10\n\x08start_ns\x18\x03 \x01(\x03\x12\x12\n\nperiods_ns\x18\x04 \x03(\x03\x1a\x15\n\x06Prices\x12\x0b\n\x03usd\x18\x01 \x01(\x0c\x1a\x1a\n\x06Quotas\x12\x10\n\x08quantity\x18\x01 \x01(\x0c\x1az\n\x05\x44raft\x12\x10\n\x08quantity\x18\x01 \x01(\x0c\x12\x11\n\tprice_usd\x18\x02 \x01(\x0c\x12\x30\n\rhold_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05nonce\x18\x04 \x01(\t\x12\x0b\n\x03gap\x18\x05 \x01(\x01\"6\n\x03Way\x12\x13\n\x0fWAY_UNSPECIFIED\x10\x00\x12\x0c\n\x08WAY_GIVE\x10\x01\x12\x0c\n\x08WAY_TAKE\x10\x02\x42\x05\n\x03\x61sk\"\xbe\x04\n\x0f\x42\x61rgainResponse\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x35\n\x05stake\x18\x02 \x01(\x0b\x32$.federation.v1.BargainResponse.StakeH\x00\x12\x35\n\x05offer\x18\x03 \x01(\x0b\x32$.federation.v1.BargainResponse.OfferH\x00\x12\x39\n\x07\x63onsent\x18\x04 \x01(\x0b\x32&.federation.v1.BargainResponse.ConsentH\x00\x12\x39\n\x07promise\x18\x05 \x01(\x0b\x32&.federation.v1.BargainResponse.PromiseH\x00\x1ay\n\x05Stake\x12\x0c\n\x04high\x18\x01 \x01(\x0c\x12\r\n\x05parts\x18\x02 \x03(\r\x12\r\n\x05whole\x18\x03 \x03(\x08\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x34\n\x11\x64\x65\x61\x64line_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a+\n\x05Offer\x12\x10\n\x08\x63ost_usd\x18\x01 \x01(\x0c\x12\x10\n\x08quantity\x18\x02 \x01(\x0c\x1aU\n\x07\x43onsent\x12\x13\n\x0bis_possible\x18\x01 \x01(\x08\x12\x10\n\x08\x63ost_usd\x18\x02 \x01(\x0c\x12\x10\n\x08quantity\x18\x03 \x01(\x0c\x12\x11\n\tworth_usd\x18\x04 \x01(\x0c\x1a.\n\x07Promise\x12#\n\x06offers\x18\x01 \x03(\x0b\x32\x13.federation.v1.DeedB\x08\n\x06\x61nswer\"\xcc\x01\n\x05Terms\x12\r\n\x05giver\x18\x01 \x01(\t\x12\r\n\x05taker\x18\x02 \x01(\t\x12\x0c\n\x04good\x18\x03 \x01(\t\x12\x0c\n\x04unit\x18\x04 \x01(\t\x12\x10\n\x08start_ns\x18\x05 \x01(\x03\x12\x12\n\nperiods_ns\x18\x06 \x03(\x03\x12\x10\n\x08quantity\x18\x07 \x03(\x01\x12\x11\n\tprice_usd\x18\x08 \x03(\x01\x12/\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05nonce\x18\n \x01(\t\"\xa1\x02\n\x04\x44\x65\x65\x64\x12&\n\x04word\x18\x01 \x01(\x0e\x32\x18.federation.v1.Deed.Word\x12\x12\n\ncommitment\x18\x02 \x01(\t\x12\n\n\x02\x62y\x18\x03 \x01(\t\x12#\n\x05terms\x18\x04 \x01(\x0b\x32\x14.federation.v1.Terms\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\x11\n\tdelivered\x18\x06 \x03(\x01\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"y\n\x04Word\x12\x14\n\x10WORD_UNSPECIFIED\x10\x00\x12\x0e\n\nWORD_OFFER\x10\x01\x12\x13\n\x0fWORD_ACCEPTANCE\x10\x02\x12\x10\n\x0cWORD_RECEIPT\x10\x03\x12\x10\n\x0cWORD_REFUSAL\x10\x04\x12\x12\n\x0eWORD_STATEMENT\x10\x05\"3\n\rPledgeRequest\x12\"\n\x05\x64\x65\x65\x64s\x18\x01 \x03(\x0b\x32\x13.federation.v1.Deed\"4\n\x0ePledgeResponse\x12\"\n\x05\x64\x65\x65\x64s\x18\x01 \x03(\x0b\x32\x13.federation.v1.Deed2\xda\x01\n\x05Peers\x12<\n\x03\x41sk\x12\x19.federation.v1.AskRequest\x1a\x1a.federation.v1.AskResponse\x12L\n\x07\x42\x61rgain\x12\x1d.federation.v1.BargainRequest\x1a\x1e.federation.v1.BargainResponse(\x01\x30\x01\x12\x45\n\x06Pledge\x12\x1c.federation.v1.PledgeRequest\x1a\x1d.federation.v1.PledgeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'federation.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASKREQUEST']._serialized_start=44
-  _globals['_ASKREQUEST']._serialized_end=272
-  _globals['_ASKREQUEST_SORT']._serialized_start=136
-  _globals['_ASKREQUEST_SORT']._serialized_end=272
-  _globals['_ASKRESPONSE']._serialized_start=274
-  _globals['_ASKRESPONSE']._serialized_end=373
-  _globals['_PEERS']._serialized_start=375
-  _globals['_PEERS']._serialized_end=444
+  _globals['_ASKREQUEST']._serialized_start=109
+  _globals['_ASKREQUEST']._serialized_end=337
+  _globals['_ASKREQUEST_SORT']._serialized_start=201
+  _globals['_ASKREQUEST_SORT']._serialized_end=337
+  _globals['_ASKRESPONSE']._serialized_start=339
+  _globals['_ASKRESPONSE']._serialized_end=438
+  _globals['_BARGAINREQUEST']._serialized_start=441
+  _globals['_BARGAINREQUEST']._serialized_end=1127
+  _globals['_BARGAINREQUEST_LINE']._serialized_start=693
+  _globals['_BARGAINREQUEST_LINE']._serialized_end=775
+  _globals['_BARGAINREQUEST_OPEN']._serialized_start=777
+  _globals['_BARGAINREQUEST_OPEN']._serialized_end=889
+  _globals['_BARGAINREQUEST_PRICES']._serialized_start=891
+  _globals['_BARGAINREQUEST_PRICES']._serialized_end=912
+  _globals['_BARGAINREQUEST_QUOTAS']._serialized_start=914
+  _globals['_BARGAINREQUEST_QUOTAS']._serialized_end=940
+  _globals['_BARGAINREQUEST_DRAFT']._serialized_start=942
+  _globals['_BARGAINREQUEST_DRAFT']._serialized_end=1064
+  _globals['_BARGAINREQUEST_WAY']._serialized_start=1066
+  _globals['_BARGAINREQUEST_WAY']._serialized_end=1120
+  _globals['_BARGAINRESPONSE']._serialized_start=1130
+  _globals['_BARGAINRESPONSE']._serialized_end=1704
+  _globals['_BARGAINRESPONSE_STAKE']._serialized_start=1393
+  _globals['_BARGAINRESPONSE_STAKE']._serialized_end=1514
+  _globals['_BARGAINRESPONSE_OFFER']._serialized_start=1516
+  _globals['_BARGAINRESPONSE_OFFER']._serialized_end=1559
+  _globals['_BARGAINRESPONSE_CONSENT']._serialized_start=1561
+  _globals['_BARGAINRESPONSE_CONSENT']._serialized_end=1646
+  _globals['_BARGAINRESPONSE_PROMISE']._serialized_start=1648
+  _globals['_BARGAINRESPONSE_PROMISE']._serialized_end=1694
+  _globals['_TERMS']._serialized_start=1707
+  _globals['_TERMS']._serialized_end=1911
+  _globals['_DEED']._serialized_start=1914
+  _globals['_DEED']._serialized_end=2203
+  _globals['_DEED_WORD']._serialized_start=2082
+  _globals['_DEED_WORD']._serialized_end=2203
+  _globals['_PLEDGEREQUEST']._serialized_start=2205
+  _globals['_PLEDGEREQUEST']._serialized_end=2256
+  _globals['_PLEDGERESPONSE']._serialized_start=2258
+  _globals['_PLEDGERESPONSE']._serialized_end=2310
+  _globals['_PEERS']._serialized_start=2313
+  _globals['_PEERS']._serialized_end=2531
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -125,3 +129,589 @@ class AskResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AskResponse: _TypeAlias = AskResponse  # noqa: Y015
+
+@_typing.final
+class BargainRequest(_message.Message):
+    """One question of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Way:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _WayEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[BargainRequest._Way.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        WAY_UNSPECIFIED: BargainRequest._Way.ValueType  # 0
+        """Not said; refused with INVALID_FRAME."""
+        WAY_GIVE: BargainRequest._Way.ValueType  # 1
+        """From the city that answers to the caller."""
+        WAY_TAKE: BargainRequest._Way.ValueType  # 2
+        """From the caller to the city that answers."""
+
+    class Way(_Way, metaclass=_WayEnumTypeWrapper):
+        """Which way something goes."""
+
+    WAY_UNSPECIFIED: BargainRequest.Way.ValueType  # 0
+    """Not said; refused with INVALID_FRAME."""
+    WAY_GIVE: BargainRequest.Way.ValueType  # 1
+    """From the city that answers to the caller."""
+    WAY_TAKE: BargainRequest.Way.ValueType  # 2
+    """From the caller to the city that answers."""
+
+    @_typing.final
+    class Line(_message.Message):
+        """Something that may be exchanged, in one direction: a row of the border for every period."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        GOOD_FIELD_NUMBER: _builtins.int
+        UNIT_FIELD_NUMBER: _builtins.int
+        WAY_FIELD_NUMBER: _builtins.int
+        good: _builtins.str
+        """What it is, a word that both cities use: `power`, `crews`, `generators`, `beds`."""
+        unit: _builtins.str
+        """The unit of its quantities at the border."""
+        way: Global___BargainRequest.Way.ValueType
+        """Which way."""
+        def __init__(
+            self,
+            *,
+            good: _builtins.str = ...,
+            unit: _builtins.str = ...,
+            way: Global___BargainRequest.Way.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["good", b"good", "unit", b"unit", "way", b"way"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Open(_message.Message):
+        """Says what is bargained over."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PURPOSE_FIELD_NUMBER: _builtins.int
+        LINES_FIELD_NUMBER: _builtins.int
+        START_NS_FIELD_NUMBER: _builtins.int
+        PERIODS_NS_FIELD_NUMBER: _builtins.int
+        purpose: _builtins.str
+        """What for, for the export policy; may be empty."""
+        start_ns: _builtins.int
+        """Where the first period begins, an instant of the time line that both runs share, ns."""
+        @_builtins.property
+        def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___BargainRequest.Line]:
+            """The lines; at most 64."""
+
+        @_builtins.property
+        def periods_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """The lengths of the periods in ns, above 0; at most 168."""
+
+        def __init__(
+            self,
+            *,
+            purpose: _builtins.str = ...,
+            lines: _abc.Iterable[Global___BargainRequest.Line] | None = ...,
+            start_ns: _builtins.int = ...,
+            periods_ns: _abc.Iterable[_builtins.int] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines", "periods_ns", b"periods_ns", "purpose", b"purpose", "start_ns", b"start_ns"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Prices(_message.Message):
+        """Asks what the city would do at these prices."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        USD_FIELD_NUMBER: _builtins.int
+        usd: _builtins.bytes
+        """Little-endian float64, line by line and in each period by period: US dollars of 2020 for a
+        unit in that period, 0 or above.
+        """
+        def __init__(
+            self,
+            *,
+            usd: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["usd", b"usd"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Quotas(_message.Message):
+        """Asks what it costs the city to give at least, and to take at most, this much."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        QUANTITY_FIELD_NUMBER: _builtins.int
+        quantity: _builtins.bytes
+        """Little-endian float64 as in `Prices`, in the line's unit."""
+        def __init__(
+            self,
+            *,
+            quantity: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["quantity", b"quantity"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Draft(_message.Message):
+        """Asks for offers of what the city gives, under an agreement as a whole."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        QUANTITY_FIELD_NUMBER: _builtins.int
+        PRICE_USD_FIELD_NUMBER: _builtins.int
+        HOLD_DURATION_FIELD_NUMBER: _builtins.int
+        NONCE_FIELD_NUMBER: _builtins.int
+        GAP_FIELD_NUMBER: _builtins.int
+        quantity: _builtins.bytes
+        """What is given and taken, as in `Quotas`; whole numbers on a line of whole things."""
+        price_usd: _builtins.bytes
+        """What a unit in each period is paid, as in `Prices`."""
+        nonce: _builtins.str
+        """Tells agreements of the same content apart: 16 to 64 characters."""
+        gap: _builtins.float
+        """How far the plan is from its bound at most, as a share of its cost."""
+        @_builtins.property
+        def hold_duration(self) -> _duration_pb2.Duration:
+            """For how long the offers are to hold; the city may say less."""
+
+        def __init__(
+            self,
+            *,
+            quantity: _builtins.bytes = ...,
+            price_usd: _builtins.bytes = ...,
+            hold_duration: _duration_pb2.Duration | None = ...,
+            nonce: _builtins.str = ...,
+            gap: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["hold_duration", b"hold_duration"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap", "hold_duration", b"hold_duration", "nonce", b"nonce", "price_usd", b"price_usd", "quantity", b"quantity"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    PRICES_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """From 1 on, one more than the message before."""
+    @_builtins.property
+    def open(self) -> Global___BargainRequest.Open:
+        """The first message, and no other."""
+
+    @_builtins.property
+    def prices(self) -> Global___BargainRequest.Prices:
+        """What would you do at these prices?"""
+
+    @_builtins.property
+    def quotas(self) -> Global___BargainRequest.Quotas:
+        """What would these quantities cost?"""
+
+    @_builtins.property
+    def draft(self) -> Global___BargainRequest.Draft:
+        """Do you offer this?"""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        open: Global___BargainRequest.Open | None = ...,
+        prices: Global___BargainRequest.Prices | None = ...,
+        quotas: Global___BargainRequest.Quotas | None = ...,
+        draft: Global___BargainRequest.Draft | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "draft", b"draft", "open", b"open", "prices", b"prices", "quotas", b"quotas"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "draft", b"draft", "number", b"number", "open", b"open", "prices", b"prices", "quotas", b"quotas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_ask: _TypeAlias = _typing.Literal["open", "prices", "quotas", "draft"]  # noqa: Y015
+    _WhichOneofArgType_ask: _TypeAlias = _typing.Literal["ask", b"ask"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_ask) -> _WhichOneofReturnType_ask | None: ...
+
+Global___BargainRequest: _TypeAlias = BargainRequest  # noqa: Y015
+
+@_typing.final
+class BargainResponse(_message.Message):
+    """The answer to one question of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Stake(_message.Message):
+        """What the city has at the border: the answer to `Open`."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HIGH_FIELD_NUMBER: _builtins.int
+        PARTS_FIELD_NUMBER: _builtins.int
+        WHOLE_FIELD_NUMBER: _builtins.int
+        ROUNDS_FIELD_NUMBER: _builtins.int
+        DEADLINE_DURATION_FIELD_NUMBER: _builtins.int
+        high: _builtins.bytes
+        """Little-endian float64, line by line and period by period: the most of each quantity."""
+        rounds: _builtins.int
+        """How many more questions are answered."""
+        @_builtins.property
+        def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Per quantity the number of its part, from 0: those of two parts don't depend on each other."""
+
+        @_builtins.property
+        def whole(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+            """Per line whether it is of whole things."""
+
+        @_builtins.property
+        def deadline_duration(self) -> _duration_pb2.Duration:
+            """For how long they are."""
+
+        def __init__(
+            self,
+            *,
+            high: _builtins.bytes = ...,
+            parts: _abc.Iterable[_builtins.int] | None = ...,
+            whole: _abc.Iterable[_builtins.bool] | None = ...,
+            rounds: _builtins.int = ...,
+            deadline_duration: _duration_pb2.Duration | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_duration", b"deadline_duration", "high", b"high", "parts", b"parts", "rounds", b"rounds", "whole", b"whole"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Offer(_message.Message):
+        """What the city would do at prices."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        COST_USD_FIELD_NUMBER: _builtins.int
+        QUANTITY_FIELD_NUMBER: _builtins.int
+        cost_usd: _builtins.bytes
+        """Little-endian float64, per part: what it costs the city beyond exchanging nothing, without
+        what it pays or is paid, in US dollars of 2020.
+        """
+        quantity: _builtins.bytes
+        """What it would give and take, as in `Quotas`."""
+        def __init__(
+            self,
+            *,
+            cost_usd: _builtins.bytes = ...,
+            quantity: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_usd", b"cost_usd", "quantity", b"quantity"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Consent(_message.Message):
+        """What the city would do within quotas."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        IS_POSSIBLE_FIELD_NUMBER: _builtins.int
+        COST_USD_FIELD_NUMBER: _builtins.int
+        QUANTITY_FIELD_NUMBER: _builtins.int
+        WORTH_USD_FIELD_NUMBER: _builtins.int
+        is_possible: _builtins.bool
+        """It can keep to them; what follows is empty when it can't."""
+        cost_usd: _builtins.bytes
+        """As in `Offer`."""
+        quantity: _builtins.bytes
+        """What it would give and take within them, as in `Offer`."""
+        worth_usd: _builtins.bytes
+        """What a unit more of what it takes would save it, as in `Prices`; 0 for what it gives."""
+        def __init__(
+            self,
+            *,
+            is_possible: _builtins.bool = ...,
+            cost_usd: _builtins.bytes = ...,
+            quantity: _builtins.bytes = ...,
+            worth_usd: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_usd", b"cost_usd", "is_possible", b"is_possible", "quantity", b"quantity", "worth_usd", b"worth_usd"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Promise(_message.Message):
+        """The city's offers."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        OFFERS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Deed]:
+            """One per line on which the city gives something, signed; what they offer is kept for the
+            caller until they expire.
+            """
+
+        def __init__(
+            self,
+            *,
+            offers: _abc.Iterable[Global___Deed] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["offers", b"offers"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STAKE_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
+    PROMISE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """That of the question."""
+    @_builtins.property
+    def stake(self) -> Global___BargainResponse.Stake:
+        """To `Open`."""
+
+    @_builtins.property
+    def offer(self) -> Global___BargainResponse.Offer:
+        """To `Prices`."""
+
+    @_builtins.property
+    def consent(self) -> Global___BargainResponse.Consent:
+        """To `Quotas`."""
+
+    @_builtins.property
+    def promise(self) -> Global___BargainResponse.Promise:
+        """To `Draft`."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        stake: Global___BargainResponse.Stake | None = ...,
+        offer: Global___BargainResponse.Offer | None = ...,
+        consent: Global___BargainResponse.Consent | None = ...,
+        promise: Global___BargainResponse.Promise | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "consent", b"consent", "offer", b"offer", "promise", b"promise", "stake", b"stake"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "consent", b"consent", "number", b"number", "offer", b"offer", "promise", b"promise", "stake", b"stake"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["stake", "offer", "consent", "promise"]  # noqa: Y015
+    _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
+
+Global___BargainResponse: _TypeAlias = BargainResponse  # noqa: Y015
+
+@_typing.final
+class Terms(_message.Message):
+    """What one city promises another. Its id is the SHA-256 hash of its content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GIVER_FIELD_NUMBER: _builtins.int
+    TAKER_FIELD_NUMBER: _builtins.int
+    GOOD_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    START_NS_FIELD_NUMBER: _builtins.int
+    PERIODS_NS_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    PRICE_USD_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    giver: _builtins.str
+    """The city that gives."""
+    taker: _builtins.str
+    """The city that takes and pays."""
+    good: _builtins.str
+    """What is given."""
+    unit: _builtins.str
+    """The unit of `quantity`."""
+    start_ns: _builtins.int
+    """Where the first period begins, an instant of the time line that both runs share, ns."""
+    nonce: _builtins.str
+    """Tells promises of the same content apart."""
+    @_builtins.property
+    def periods_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The lengths of the periods, ns."""
+
+    @_builtins.property
+    def quantity(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How much, in each period."""
+
+    @_builtins.property
+    def price_usd(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """What a unit in each period is paid, US dollars of 2020."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """By the clock of the giver, when it lapses unless it was accepted."""
+
+    def __init__(
+        self,
+        *,
+        giver: _builtins.str = ...,
+        taker: _builtins.str = ...,
+        good: _builtins.str = ...,
+        unit: _builtins.str = ...,
+        start_ns: _builtins.int = ...,
+        periods_ns: _abc.Iterable[_builtins.int] | None = ...,
+        quantity: _abc.Iterable[_builtins.float] | None = ...,
+        price_usd: _abc.Iterable[_builtins.float] | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        nonce: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "giver", b"giver", "good", b"good", "nonce", b"nonce", "periods_ns", b"periods_ns", "price_usd", b"price_usd", "quantity", b"quantity", "start_ns", b"start_ns", "taker", b"taker", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Terms: _TypeAlias = Terms  # noqa: Y015
+
+@_typing.final
+class Deed(_message.Message):
+    """One signed word of a city about a promise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Word:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _WordEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Deed._Word.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        WORD_UNSPECIFIED: Deed._Word.ValueType  # 0
+        """Not said; refused with WRONG_SHAPE."""
+        WORD_OFFER: Deed._Word.ValueType  # 1
+        """The giver offers it, and keeps it until it expires."""
+        WORD_ACCEPTANCE: Deed._Word.ValueType  # 2
+        """The taker accepts it."""
+        WORD_RECEIPT: Deed._Word.ValueType  # 3
+        """The giver has heard the acceptance in time: both are bound."""
+        WORD_REFUSAL: Deed._Word.ValueType  # 4
+        """It is not to be; of a giver after it has expired, of a taker that does not accept."""
+        WORD_STATEMENT: Deed._Word.ValueType  # 5
+        """What was delivered, as this city has measured it."""
+
+    class Word(_Word, metaclass=_WordEnumTypeWrapper):
+        """What is said."""
+
+    WORD_UNSPECIFIED: Deed.Word.ValueType  # 0
+    """Not said; refused with WRONG_SHAPE."""
+    WORD_OFFER: Deed.Word.ValueType  # 1
+    """The giver offers it, and keeps it until it expires."""
+    WORD_ACCEPTANCE: Deed.Word.ValueType  # 2
+    """The taker accepts it."""
+    WORD_RECEIPT: Deed.Word.ValueType  # 3
+    """The giver has heard the acceptance in time: both are bound."""
+    WORD_REFUSAL: Deed.Word.ValueType  # 4
+    """It is not to be; of a giver after it has expired, of a taker that does not accept."""
+    WORD_STATEMENT: Deed.Word.ValueType  # 5
+    """What was delivered, as this city has measured it."""
+
+    WORD_FIELD_NUMBER: _builtins.int
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    DELIVERED_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    word: Global___Deed.Word.ValueType
+    """What is said."""
+    commitment: _builtins.str
+    """The id of what it is said about: 64 hexadecimal digits."""
+    by: _builtins.str
+    """The city that says it."""
+    why: _builtins.str
+    """Of a refusal why."""
+    signature: _builtins.bytes
+    """By the key of the city (Ed25519), of all that stands above."""
+    @_builtins.property
+    def terms(self) -> Global___Terms:
+        """Of an offer what is offered."""
+
+    @_builtins.property
+    def delivered(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of a statement how much was delivered in each period, in the unit of the terms."""
+
+    def __init__(
+        self,
+        *,
+        word: Global___Deed.Word.ValueType = ...,
+        commitment: _builtins.str = ...,
+        by: _builtins.str = ...,
+        terms: Global___Terms | None = ...,
+        why: _builtins.str = ...,
+        delivered: _abc.Iterable[_builtins.float] | None = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["terms", b"terms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "commitment", b"commitment", "delivered", b"delivered", "signature", b"signature", "terms", b"terms", "why", b"why", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Deed: _TypeAlias = Deed  # noqa: Y015
+
+@_typing.final
+class PledgeRequest(_message.Message):
+    """What a city has signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEEDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Deed]:
+        """In the order in which it was; at most 256."""
+
+    def __init__(
+        self,
+        *,
+        deeds: _abc.Iterable[Global___Deed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deeds", b"deeds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PledgeRequest: _TypeAlias = PledgeRequest  # noqa: Y015
+
+@_typing.final
+class PledgeResponse(_message.Message):
+    """What the other has signed in answer, and what it waits to hear of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEEDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Deed]:
+        """In the order in which they are to be read."""
+
+    def __init__(
+        self,
+        *,
+        deeds: _abc.Iterable[Global___Deed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deeds", b"deeds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PledgeResponse: _TypeAlias = PledgeResponse  # noqa: Y015

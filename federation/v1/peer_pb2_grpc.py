@@ -42,6 +42,16 @@ class PeersStub:
                 request_serializer=federation_dot_v1_dot_peer__pb2.AskRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_peer__pb2.AskResponse.FromString,
                 _registered_method=True)
+        self.Bargain = channel.stream_stream(
+                '/federation.v1.Peers/Bargain',
+                request_serializer=federation_dot_v1_dot_peer__pb2.BargainRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_peer__pb2.BargainResponse.FromString,
+                _registered_method=True)
+        self.Pledge = channel.unary_unary(
+                '/federation.v1.Peers/Pledge',
+                request_serializer=federation_dot_v1_dot_peer__pb2.PledgeRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_peer__pb2.PledgeResponse.FromString,
+                _registered_method=True)
 
 
 class PeersServicer:
@@ -60,6 +70,37 @@ class PeersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Bargain(self, request_iterator, context):
+        """Bargains over what the two cities give each other: the caller asks in rounds what this city
+        would do at prices, and what it costs it to keep to quotas; this city answers from blocks that
+        it keeps to itself. At the end the caller may draft an agreement, and gets signed offers for
+        what this city gives. Every good needs a rule of the export policy for the flexibility
+        `aid.GOOD`.
+
+        Messages are numbered from 1 on; the first one opens, and each is answered before the next. The
+        stream ends, and nothing is changed, with NOT_EXPORTED (with the rule's name), INVALID_FRAME
+        for what is out of order, WRONG_SHAPE, NOT_FINITE, INCOMPATIBLE_UNITS, PEER_LIMIT (too many
+        conversations, rounds or too much of this city's processor), EXPIRED after the deadline,
+        OUTSIDE_ENVELOPE when this city's guard refuses a draft, PLAN_INFEASIBLE when this city can't keep
+        to a draft, or not any more, NO_PLAN when a draft does not pay it what it costs it,
+        UNKNOWN_VARIABLE for a good that it has not, and UNSUPPORTED when this city gives no aid.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pledge(self, request, context):
+        """Hands over what the caller has signed, and gets what this city has signed in answer, with
+        everything that this city still waits to hear of. To say the same again changes nothing; so
+        it is also how two cities agree on what holds after they were apart.
+
+        Fails with NOT_AUTHORISED when a signature is not that of the city that calls, WRONG_SHAPE,
+        NOT_FINITE or UNSUPPORTED; then nothing of the request counts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -67,6 +108,16 @@ def add_PeersServicer_to_server(servicer, server):
                     servicer.Ask,
                     request_deserializer=federation_dot_v1_dot_peer__pb2.AskRequest.FromString,
                     response_serializer=federation_dot_v1_dot_peer__pb2.AskResponse.SerializeToString,
+            ),
+            'Bargain': grpc.stream_stream_rpc_method_handler(
+                    servicer.Bargain,
+                    request_deserializer=federation_dot_v1_dot_peer__pb2.BargainRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_peer__pb2.BargainResponse.SerializeToString,
+            ),
+            'Pledge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pledge,
+                    request_deserializer=federation_dot_v1_dot_peer__pb2.PledgeRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_peer__pb2.PledgeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -99,6 +150,60 @@ class Peers:
             '/federation.v1.Peers/Ask',
             federation_dot_v1_dot_peer__pb2.AskRequest.SerializeToString,
             federation_dot_v1_dot_peer__pb2.AskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Bargain(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/federation.v1.Peers/Bargain',
+            federation_dot_v1_dot_peer__pb2.BargainRequest.SerializeToString,
+            federation_dot_v1_dot_peer__pb2.BargainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pledge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Peers/Pledge',
+            federation_dot_v1_dot_peer__pb2.PledgeRequest.SerializeToString,
+            federation_dot_v1_dot_peer__pb2.PledgeResponse.FromString,
             options,
             channel_credentials,
             insecure,

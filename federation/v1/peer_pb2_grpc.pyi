@@ -42,6 +42,29 @@ class PeersStub:
 
     Fails with SCENARIO_INVALID when the question names no sort of thing.
     """
+    Bargain: _grpc.StreamStreamMultiCallable[_peer_pb2.BargainRequest, _peer_pb2.BargainResponse]
+    """Bargains over what the two cities give each other: the caller asks in rounds what this city
+    would do at prices, and what it costs it to keep to quotas; this city answers from blocks that
+    it keeps to itself. At the end the caller may draft an agreement, and gets signed offers for
+    what this city gives. Every good needs a rule of the export policy for the flexibility
+    `aid.GOOD`.
+
+    Messages are numbered from 1 on; the first one opens, and each is answered before the next. The
+    stream ends, and nothing is changed, with NOT_EXPORTED (with the rule's name), INVALID_FRAME
+    for what is out of order, WRONG_SHAPE, NOT_FINITE, INCOMPATIBLE_UNITS, PEER_LIMIT (too many
+    conversations, rounds or too much of this city's processor), EXPIRED after the deadline,
+    OUTSIDE_ENVELOPE when this city's guard refuses a draft, PLAN_INFEASIBLE when this city can't keep
+    to a draft, or not any more, NO_PLAN when a draft does not pay it what it costs it,
+    UNKNOWN_VARIABLE for a good that it has not, and UNSUPPORTED when this city gives no aid.
+    """
+    Pledge: _grpc.UnaryUnaryMultiCallable[_peer_pb2.PledgeRequest, _peer_pb2.PledgeResponse]
+    """Hands over what the caller has signed, and gets what this city has signed in answer, with
+    everything that this city still waits to hear of. To say the same again changes nothing; so
+    it is also how two cities agree on what holds after they were apart.
+
+    Fails with NOT_AUTHORISED when a signature is not that of the city that calls, WRONG_SHAPE,
+    NOT_FINITE or UNSUPPORTED; then nothing of the request counts.
+    """
 
 @_typing.type_check_only
 class PeersAsyncStub(PeersStub):
@@ -56,6 +79,29 @@ class PeersAsyncStub(PeersStub):
     the same whether there is such a thing or not: it follows from the export policy alone.
 
     Fails with SCENARIO_INVALID when the question names no sort of thing.
+    """
+    Bargain: _aio.StreamStreamMultiCallable[_peer_pb2.BargainRequest, _peer_pb2.BargainResponse]  # type: ignore[assignment]
+    """Bargains over what the two cities give each other: the caller asks in rounds what this city
+    would do at prices, and what it costs it to keep to quotas; this city answers from blocks that
+    it keeps to itself. At the end the caller may draft an agreement, and gets signed offers for
+    what this city gives. Every good needs a rule of the export policy for the flexibility
+    `aid.GOOD`.
+
+    Messages are numbered from 1 on; the first one opens, and each is answered before the next. The
+    stream ends, and nothing is changed, with NOT_EXPORTED (with the rule's name), INVALID_FRAME
+    for what is out of order, WRONG_SHAPE, NOT_FINITE, INCOMPATIBLE_UNITS, PEER_LIMIT (too many
+    conversations, rounds or too much of this city's processor), EXPIRED after the deadline,
+    OUTSIDE_ENVELOPE when this city's guard refuses a draft, PLAN_INFEASIBLE when this city can't keep
+    to a draft, or not any more, NO_PLAN when a draft does not pay it what it costs it,
+    UNKNOWN_VARIABLE for a good that it has not, and UNSUPPORTED when this city gives no aid.
+    """
+    Pledge: _aio.UnaryUnaryMultiCallable[_peer_pb2.PledgeRequest, _peer_pb2.PledgeResponse]  # type: ignore[assignment]
+    """Hands over what the caller has signed, and gets what this city has signed in answer, with
+    everything that this city still waits to hear of. To say the same again changes nothing; so
+    it is also how two cities agree on what holds after they were apart.
+
+    Fails with NOT_AUTHORISED when a signature is not that of the city that calls, WRONG_SHAPE,
+    NOT_FINITE or UNSUPPORTED; then nothing of the request counts.
     """
 
 class PeersServicer(metaclass=_abc_1.ABCMeta):
@@ -74,6 +120,41 @@ class PeersServicer(metaclass=_abc_1.ABCMeta):
         the same whether there is such a thing or not: it follows from the export policy alone.
 
         Fails with SCENARIO_INVALID when the question names no sort of thing.
+        """
+
+    @_abc_1.abstractmethod
+    def Bargain(
+        self,
+        request_iterator: _MaybeAsyncIterator[_peer_pb2.BargainRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_peer_pb2.BargainResponse], _abc.AsyncIterator[_peer_pb2.BargainResponse]]:
+        """Bargains over what the two cities give each other: the caller asks in rounds what this city
+        would do at prices, and what it costs it to keep to quotas; this city answers from blocks that
+        it keeps to itself. At the end the caller may draft an agreement, and gets signed offers for
+        what this city gives. Every good needs a rule of the export policy for the flexibility
+        `aid.GOOD`.
+
+        Messages are numbered from 1 on; the first one opens, and each is answered before the next. The
+        stream ends, and nothing is changed, with NOT_EXPORTED (with the rule's name), INVALID_FRAME
+        for what is out of order, WRONG_SHAPE, NOT_FINITE, INCOMPATIBLE_UNITS, PEER_LIMIT (too many
+        conversations, rounds or too much of this city's processor), EXPIRED after the deadline,
+        OUTSIDE_ENVELOPE when this city's guard refuses a draft, PLAN_INFEASIBLE when this city can't keep
+        to a draft, or not any more, NO_PLAN when a draft does not pay it what it costs it,
+        UNKNOWN_VARIABLE for a good that it has not, and UNSUPPORTED when this city gives no aid.
+        """
+
+    @_abc_1.abstractmethod
+    def Pledge(
+        self,
+        request: _peer_pb2.PledgeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.PledgeResponse, _abc.Awaitable[_peer_pb2.PledgeResponse]]:
+        """Hands over what the caller has signed, and gets what this city has signed in answer, with
+        everything that this city still waits to hear of. To say the same again changes nothing; so
+        it is also how two cities agree on what holds after they were apart.
+
+        Fails with NOT_AUTHORISED when a signature is not that of the city that calls, WRONG_SHAPE,
+        NOT_FINITE or UNSUPPORTED; then nothing of the request counts.
         """
 
 def add_PeersServicer_to_server(servicer: PeersServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -47,7 +47,18 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "ReplayRun": "operator planner",
         "CancelRun": "guard operator",
     },
-    "federation.v1.Peers": {"Ask": f"{_READERS} peer"},
+    "federation.v1.Peers": {
+        "Ask": f"{_READERS} peer",
+        # what cities promise each other they promise themselves, and sign
+        "Bargain": "peer",
+        "Pledge": "peer",
+    },
+    "federation.v1.Aid": {
+        "Seek": "guard operator planner",
+        "ListCommitments": _READERS,
+        "Reconcile": "guard operator",
+        "Settle": "guard operator",
+    },
     "federation.v1.Plans": {"ListPlans": _READERS},
     "federation.v1.Control": {
         "SubmitAction": "guard operator",
@@ -75,6 +86,7 @@ SERVED_BY: Mapping[str, frozenset[Part]] = {
     "federation.v1.Scenarios": frozenset({Part.BROKER}),
     "federation.v1.Plans": frozenset({Part.BROKER}),
     "federation.v1.Peers": frozenset({Part.BROKER}),
+    "federation.v1.Aid": frozenset({Part.BROKER}),
     "federation.v1.Control": frozenset({Part.BROKER}),
     "federation.v1.Autonomy": frozenset({Part.GUARD}),
 }

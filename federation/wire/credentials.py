@@ -44,6 +44,8 @@ class Role(StrEnum):
     OPERATOR = "operator"
     OPTIMISER = "optimiser"
     OBSERVER = "observer"
+    PEER = "peer"
+    """Another city, which signs what it promises; it acts on nothing here."""
 
     @classmethod
     def _missing_(cls, value: object) -> Role | None:

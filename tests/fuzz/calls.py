@@ -30,9 +30,18 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from federation.v1 import broker_pb2, control_pb2, peer_pb2, plan_pb2, scenario_pb2, twin_pb2
+from federation.v1 import (
+    aid_pb2,
+    broker_pb2,
+    control_pb2,
+    peer_pb2,
+    plan_pb2,
+    scenario_pb2,
+    twin_pb2,
+)
 from federation.wire import caller
-from tests.cities import write_birch
+from federation.wire.credentials import Identity
+from tests.cities import BIRCH_POLICY, write_birch
 from tests.kills import process
 from tests.waterworks import GUARD, RUN
 
@@ -43,12 +52,25 @@ BROKER = (
     plan_pb2.DESCRIPTOR.services_by_name["Plans"],
     # a city that is exported is a twin for its peers
     peer_pb2.DESCRIPTOR.services_by_name["Peers"],
+    aid_pb2.DESCRIPTOR.services_by_name["Aid"],
     twin_pb2.DESCRIPTOR.services_by_name["Twin"],
 )
 TWIN = (twin_pb2.DESCRIPTOR.services_by_name["Twin"],)
 
 PEER = caller.claim("spiffe://ash/peer/broker")
 """Calls come from another city; only what a city serves to its peers looks at that."""
+
+AID_POLICY = """
+  - name: aid
+    who: [ash]
+    what: {flexibility: [aid.x]}
+"""
+GOODS = """
+version: 1
+goods:
+  x: {unit: x, gives: [{most: 3, usd_per_h: 9}], takes: [{most: 3, usd_per_h: 9}]}
+"""
+"""What odd texts may name among others."""
 
 DEADLINE_S = 20.0
 """A call that takes longer hangs; on a busy machine a good one may take a second."""
@@ -254,8 +276,21 @@ def _servers(folder: Path, tally: Tally) -> list[AbstractAsyncContextManager[Tar
     guard = {"name": GUARD.name, "public_key": GUARD.public_key, "roles": ["guard"]}
     known = {"identities": [{**guard, "domains": ["*"]}]}
     keyring.write_text(json.dumps(known), encoding="utf-8")
-    scenario, policy = write_birch(folder)
-    city = ("--city", "birch", "--export", str(policy), "--scenario", str(scenario))
+    scenario, policy = write_birch(folder, BIRCH_POLICY + AID_POLICY)
+    city: tuple[str, ...] = (
+        "--city",
+        "birch",
+        "--export",
+        str(policy),
+        "--scenario",
+        str(scenario),
+    )
+    goods, key, peers = folder / "goods.yaml", folder / "birch.pem", folder / "peers.yaml"
+    goods.write_text(GOODS, encoding="utf-8")
+    Identity.generate("birch").save(key)
+    ash = {"name": "ash", "public_key": Identity.generate("ash").public_key, "roles": ["peer"]}
+    peers.write_text(json.dumps({"identities": [ash]}), encoding="utf-8")
+    city += ("--aid", str(goods), "--aid-key", str(key), "--aid-keyring", str(peers))
     store, state = str(folder / "broker.sqlite"), str(folder / "north.state")
     return [
         _serving("broker", BROKER, tally, "broker", "--port", "0", "--store", store, *city),

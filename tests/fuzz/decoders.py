@@ -23,10 +23,12 @@ import atheris
 with atheris.instrument_imports(include=["federation"]):
     from federation.broker import why
     from federation.control import rules
+    from federation.core.aid import Deed, Terms, Word
     from federation.core.coupling import parse_unit
     from federation.core.desk import Desk
     from federation.core.ledger import Record
     from federation.errors import FederationError
+    from federation.peer.estate import read_estate
     from federation.peer.policy import read_policy
     from federation.scenario import spec
     from federation.snapshot import Snapshots
@@ -36,10 +38,11 @@ with atheris.instrument_imports(include=["federation"]):
         broker_pb2,
         control_pb2,
         error_pb2,
+        peer_pb2,
         plan_pb2,
         twin_pb2,
     )
-    from federation.wire import acting, codec, status
+    from federation.wire import acting, aid, codec, status
     from federation.wire.authority import Authority
     from federation.wire.credentials import Keyring, permit
     from federation.wire.link import Errand
@@ -130,6 +133,20 @@ def restored(data: bytes) -> object:
     session = TwinSession(Forgetful(), "north")
     session.open(1, {})
     return codec.restore_session(session, data)
+
+
+GOODS = b"""version: 1
+goods:
+  power: {unit: MW, gives: {port: grid.out}, takes: [{most: 3, usd_per_h: 90}]}
+"""
+
+
+def deeds() -> Iterable[bytes]:
+    """An offer and an answer to it."""
+    terms = Terms("birch", "ash", "power", "MW", 0, (1, 2), (3.0, 4.0), (5.0, 6.0), 7, "n" * 16)
+    offer = Deed(Word.OFFER, terms.id, "birch", terms, signature=bytes(64))
+    no = Deed(Word.REFUSAL, terms.id, "ash", why="no")
+    return [aid.encode_deed(deed).SerializeToString() for deed in (offer, no)]
 
 
 def desk(data: bytes) -> object:
@@ -252,6 +269,8 @@ DECODERS: Mapping[str, Decoder] = {
     ),
     "rules": Decoder(of_text(rules.parse), files("tests/hostile/*.yaml")),
     "policy": Decoder(of_text(read_policy), files("twins/regions/shelby/export.yaml")),
+    "deed": Decoder(of_message(peer_pb2.Deed, aid.decode_deed), deeds),
+    "goods": Decoder(of_text(read_estate), lambda: [GOODS]),
     "party": Decoder(party, lambda: [b"spiffe://shelby/twin/tower"]),
     "certificate": Decoder(certificate, certificates),
     "errand": Decoder(of_message(twin_pb2.Errand, Errand.decode), bytes_of(twin_pb2.Errand())),
