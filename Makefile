@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos guard kills fuzz level5 region published proto lock sbom audit system clean
+.PHONY: demo test property check soak bench chaos guard kills fuzz ring level5 region published proto lock sbom audit system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -32,6 +32,9 @@ region: $(INSTALLED)  ## the loop of level 5 over the region, live and in proces
 
 soak: $(INSTALLED)  ## half an hour at 200 twins: memory, tasks, threads and sockets stay as they are
 	$(BIN)/python -m tests.soak
+
+ring: $(INSTALLED)  ## ten minutes of three cities in a ring whose lines fail at random; one JSON line
+	$(BIN)/python -m tests.ring
 
 bench: $(INSTALLED)  ## the federation beside HELICS and mosaik on the same work, 15 minutes on two idle cores
 	$(BIN)/python -m benchmarks.federation

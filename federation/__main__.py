@@ -13,6 +13,7 @@ from pathlib import Path
 from federation import telemetry
 from federation.acting import add_acting
 from federation.aiding import add_aid, add_aid_options, aid_options
+from federation.asking import add_plan
 from federation.certs import add_certs
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.exporting import add_policy
@@ -152,6 +153,24 @@ def command_why(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_outages(options: argparse.Namespace) -> int:
+    from federation.broker.client import print_outages
+
+    run(print_outages(options.broker, options.run))
+    return 0
+
+
+def command_member_list(options: argparse.Namespace) -> int:
+    from federation.broker.client import print_members
+
+    run(
+        print_members(
+            options.broker, options.domain, options.area, options.feature, options.step_min
+        )
+    )
+    return 0
+
+
 def command_member_add(options: argparse.Namespace) -> int:
     from federation.broker.client import add_members
 
@@ -254,6 +273,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_run(commands)
     add_studies(commands)
+    add_plan(commands)
 
     explain = commands.add_parser("explain", help="print why a run went as it did")
     explain.add_argument("run", help="the folder of a run, such as runs/demo")
@@ -336,7 +356,13 @@ def parser() -> argparse.ArgumentParser:
     broker_option(why)
     why.set_defaults(do=command_why)
 
-    _member_commands(commands.add_parser("member", help="let members join, leave and be replaced"))
+    absent = commands.add_parser("outages", help="when a run went on without somebody")
+    run_argument(absent)
+    absent.set_defaults(do=command_outages)
+
+    _member_commands(
+        commands.add_parser("member", help="find members; let them join, leave and be replaced")
+    )
 
     fork = commands.add_parser(
         "fork",
@@ -388,6 +414,29 @@ def parser() -> argparse.ArgumentParser:
 
 def _member_commands(command: argparse.ArgumentParser) -> None:
     commands = command.add_subparsers(dest="change", required=True, metavar="CHANGE")
+    found = commands.add_parser(
+        "list",
+        help="who is registered at a broker",
+        description="Write who is registered and heard of: name, address, domain, model, "
+        "fidelity, step. What is asked for has to hold, all of it.",
+        epilog="Such as: member list --feature kind:hospital --area -90.4 34.9 -89.6 35.5",
+    )
+    found.add_argument("--domain", default="", metavar="D", help="only of this domain")
+    found.add_argument(
+        "--area", type=float, nargs=4, metavar=("W", "S", "E", "N"), help="only in these degrees"
+    )
+    found.add_argument(
+        "--feature",
+        action="append",
+        default=[],
+        metavar="KIND:NAME",
+        help="only with this variable, actuator, kind or kpi (several: with all)",
+    )
+    found.add_argument(
+        "--step-min", type=float, default=0.0, metavar="M", help="only with steps of at most M"
+    )
+    broker_option(found)
+    found.set_defaults(do=command_member_list)
     add = commands.add_parser(
         "add",
         help="let members join a run",

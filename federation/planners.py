@@ -3,71 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from federation.errors import Reason, ScenarioError
 
 # A planner's rooms are imported when there is one to make: a scenario may have nothing to plan.
 if TYPE_CHECKING:
+    from federation.plan.crews import CrewPlanner
     from federation.scenario.spec import DispatchPolicy, Policy, Scenario
     from federation.twin import Actuator, Description, Planner
+
+
+_CrewPlanner = TypeVar("_CrewPlanner", bound="CrewPlanner")
 
 
 def planner(
     scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
 ) -> Planner:
     """The planner of a scenario; here, because scenario and plan are strangers."""
-    from federation.plan.belief import Assessment
-    from federation.plan.crews import CrewPlanner, Family
-    from federation.twin import HOUR_NS, MINUTE_NS
-
     if scenario.dispatch is not None:
         return _dispatch_planner(scenario, descriptions, policy)
+    if policy != "level5":
+        from federation.plan import crews
+
+        return crew_planner(scenario, descriptions, policy, crews.CrewPlanner)
+    from federation.control.foresight import Foreseeing, ForesightPlanner
+    from federation.control.foresight_crews import LATER_FUTURES, CrewProposer, Sources
+    from federation.twin import HOUR_NS
+
+    common = _of_crews(scenario, descriptions)
+    _check_weighted(scenario)
+    repairs = scenario.repairs
+    assert repairs is not None
+    proposer = CrewProposer(
+        sources=[Sources(work.remaining, work.busy, work.travel) for work in repairs.work],
+        renew=repairs.renew,
+        **common,
+    )
+    rehearse_ns = round(repairs.rehearse_h * HOUR_NS)
+    ahead = Foreseeing(rehearse_ns, repairs.futures, LATER_FUTURES)
+    return ForesightPlanner(proposer, common["period_ns"], ahead)
+
+
+def crew_planner(
+    scenario: Scenario,
+    descriptions: Mapping[str, Description],
+    policy: Policy | DispatchPolicy,
+    make: type[_CrewPlanner],
+) -> _CrewPlanner:
+    """What sends the crews of a scenario by a policy that foresees nothing."""
+    if policy not in ("none", "nearest", "plan", "once"):
+        raise ScenarioError(Reason.SCENARIO_INVALID, f"crews are not sent by {policy!r}")
+    return make(policy, **_of_crews(scenario, descriptions))
+
+
+def _of_crews(scenario: Scenario, descriptions: Mapping[str, Description]) -> dict[str, Any]:
+    """What every planner of crews is made with."""
+    from federation.plan.belief import Assessment
+    from federation.plan.crews import Family
+    from federation.twin import HOUR_NS, MINUTE_NS
+
     repairs = scenario.repairs
     if repairs is None:
         raise ScenarioError(Reason.SCENARIO_INVALID, "the scenario has no repairs to plan")
-    if policy == "rule":
-        raise ScenarioError(Reason.SCENARIO_INVALID, f"crews are not sent by {policy!r}")
     families = []
     for work in repairs.work:
         member, name, actuator = _actuator(descriptions, work.actuator)
         components = descriptions[member].ids(actuator.kind)
         families.append(Family(member, name, components, actuator.high))
     given = repairs.assessment
-    assessment = Assessment(given.sigma, *given.inspected_after_h) if given else None
-    offset_ns = round(repairs.decide_from_min * MINUTE_NS)
-    period_ns = round(repairs.decide_every_min * MINUTE_NS)
-    horizon_ns = round(repairs.horizon_h * HOUR_NS)
-    couplings = scenario.couplings_resolved()
-    if policy == "level5":
-        from federation.control.foresight import Foreseeing, ForesightPlanner
-        from federation.control.foresight_crews import LATER_FUTURES, CrewProposer, Sources
-
-        _check_weighted(scenario)
-        proposer = CrewProposer(
-            families,
-            [Sources(work.remaining, work.busy, work.travel) for work in repairs.work],
-            repairs.crews,
-            period_ns,
-            horizon_ns,
-            couplings,
-            assessment,
-            offset_ns,
-            repairs.renew,
-        )
-        rehearse_ns = round(repairs.rehearse_h * HOUR_NS)
-        ahead = Foreseeing(rehearse_ns, repairs.futures, LATER_FUTURES)
-        return ForesightPlanner(proposer, period_ns, ahead)
-    return CrewPlanner(
-        policy,
-        families,
-        repairs.crews,
-        period_ns,
-        horizon_ns,
-        couplings,
-        assessment,
-        offset_ns,
-    )
+    return {
+        "families": families,
+        "crews": repairs.crews,
+        "period_ns": round(repairs.decide_every_min * MINUTE_NS),
+        "horizon_ns": round(repairs.horizon_h * HOUR_NS),
+        "couplings": scenario.couplings_resolved(),
+        "assessment": Assessment(given.sigma, *given.inspected_after_h) if given else None,
+        "offset_ns": round(repairs.decide_from_min * MINUTE_NS),
+    }
 
 
 def _check_weighted(scenario: Scenario) -> None:

@@ -52,6 +52,20 @@ class Risk(StrEnum):
     HIGH = "high"
 
 
+class Fidelity(StrEnum):
+    """How closely a model follows what it stands for; each value of it is that good."""
+
+    UNSTATED = "unstated"
+    RECORDED = "recorded"
+    """What was measured or logged, played back."""
+    SURROGATE = "surrogate"
+    """Fitted to data or to a finer model, without the laws behind them."""
+    REDUCED = "reduced"
+    """The laws of its domain, with parts taken together or effects left out."""
+    DETAILED = "detailed"
+    """The laws of its domain, component by component."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entity:
     """A thing that a twin models. Coordinates are WGS84 degrees, NaN if it has no place."""
@@ -68,7 +82,8 @@ class Variable:
     """A vector over all entities of `kind`, in `unit` (a pint expression; "1" if pure).
 
     `initial` is the value before the first that is visible. `low` and `high` bound the
-    nominal range; a value outside is legal but unusual.
+    nominal range; a value outside is legal but unusual. `via` are the cities that it came through,
+    the last first, where a city tells what it has from others.
     """
 
     name: str
@@ -79,6 +94,7 @@ class Variable:
     low: float = float("-inf")
     high: float = float("inf")
     doc: str = ""
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,7 @@ class Description:
     kpis: tuple[str, ...] = ()
     doc: str = ""
     data_hash: str = ""
+    fidelity: Fidelity = Fidelity.UNSTATED
 
     @cached_property
     def _ids(self) -> dict[str, tuple[str, ...]]:
@@ -188,7 +205,8 @@ class Event:
 
     `id` is `member/serial`, the serial counting from 1 in a session. `kind` is a short
     stable word (`pump_stopped`), `entity` the id of what it happened to, `text` a sentence.
-    `through` says of causes that came from outside which input told of them.
+    `through` says of causes that came from outside which input told of them. `via` are the cities
+    that the event came through, the last first.
     """
 
     id: str
@@ -198,6 +216,7 @@ class Event:
     text: str
     causes: tuple[str, ...] = ()
     through: tuple[tuple[str, str], ...] = ()
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +267,9 @@ class StepInput(NamedTuple):
 
     `causes[variable][index]` are the events behind an entry, sent when the entry changed. A step
     that is done again has in `desk` what the desk had to do with it then (`NO_DESK` for nothing),
-    and its session's desk keeps to that; None is for a step that is done for the first time.
+    and its session's desk keeps to that; None is for a step that is done for the first time. In
+    `seen_ns` it has what the answer said then. `missed_since_ns` is the instant since which the run
+    goes on without the session's answers, if it does.
     """
 
     time_ns: int
@@ -257,6 +278,8 @@ class StepInput(NamedTuple):
     causes: Mapping[str, Mapping[int, tuple[str, ...]]] = NOTHING
     actions: tuple[Action, ...] = ()
     desk: DeskStep | None = None
+    seen_ns: int | None = None
+    missed_since_ns: int | None = None
 
 
 class StepResult(NamedTuple):
@@ -265,7 +288,8 @@ class StepResult(NamedTuple):
     `causes[variable][index]` is the event that explains the present value of an entry.
     `next_ns` is the next instant wanted by an event-driven twin, or None for none. `desk` is set
     by the service of a twin whose desk had to do with the step. `held` says why the values are not
-    those of this instant but the last that were known; it is empty when they are.
+    those of this instant but the last that were known; it is empty when they are. `seen_ns` is set
+    by a twin that looks at a run that goes on: up to where that was on record.
     """
 
     time_ns: int
@@ -277,6 +301,7 @@ class StepResult(NamedTuple):
     next_ns: int | None = None
     desk: DeskStep | None = None
     held: str = ""
+    seen_ns: int | None = None
 
 
 def failed(member: str, error: BaseException) -> TwinError:
@@ -349,8 +374,22 @@ def check_finite(member: str, variable: str, value: Vector, time_ns: int) -> Non
         )
 
 
+def not_yet(member: str, event: Event, time_ns: int) -> TwinError:
+    """The error of an event that is told of before it happens."""
+    return TwinError(
+        Reason.INVALID_FRAME,
+        f"{member} told at {time_ns} ns of {event.id} ({event.kind}), which happens at "
+        f"{event.time_ns} ns",
+        {"member": member, "event": event.id},
+    )
+
+
 def check_outputs(member: str, sizes: Mapping[str, int], result: StepResult) -> None:
-    """Refuse outputs that are undeclared, of the wrong length, or not finite."""
+    """Refuse outputs that are undeclared, of the wrong length, or not finite, and events that have
+    not happened yet."""
+    for event in result.events:
+        if event.time_ns > result.time_ns:
+            raise not_yet(member, event, result.time_ns)
     for variable, value in result.outputs.items():
         size = sizes.get(variable)
         if size is None:
@@ -396,10 +435,13 @@ class Step:
         "_held",
         "_next_ns",
         "_outputs",
+        "_seen_ns",
         "_session",
         "actions",
         "last_ns",
         "micro",
+        "missed_since_ns",
+        "seen_ns",
         "time_ns",
     )
 
@@ -416,6 +458,9 @@ class Step:
         self._acts: list[Action] = []
         self._next_ns: int | None = None
         self._held = ""
+        self._seen_ns: int | None = None
+        self.seen_ns: int | None = None
+        self.missed_since_ns: int | None = None
 
     @property
     def changed(self) -> frozenset[str]:
@@ -442,7 +487,14 @@ class Step:
             self._session.told_by[cause] = variable
         return causes
 
-    def emit(self, kind: str, entity: str, text: str, causes: Iterable[str] = ()) -> str:
+    def emit(
+        self,
+        kind: str,
+        entity: str,
+        text: str,
+        causes: Iterable[str] = (),
+        via: tuple[str, ...] = (),
+    ) -> str:
         """Record an event of this instant and return its id, to be named as a cause."""
         self._session.serial += 1
         event_id = f"{self._session.name}/{self._session.serial}"
@@ -450,7 +502,8 @@ class Step:
         told_by = self._session.told_by
         through = tuple((c, told_by[c]) for c in unique if c in told_by)
         self._session.has_more = True
-        self._events.append(Event(event_id, self.time_ns, kind, entity, text, unique, through))
+        told = (kind, entity, text, unique, through, via)
+        self._events.append(Event(event_id, self.time_ns, *told))
         return event_id
 
     def publish(
@@ -493,6 +546,12 @@ class Step:
         self._session.has_more = True
         self._held = why
 
+    def saw(self, seen_ns: int) -> None:
+        """Say up to where the run was on record that the twin looks at; when the step is done again
+        it has this in `seen_ns`, and must look no further."""
+        self._session.has_more = True
+        self._seen_ns = seen_ns
+
     def _begin(self) -> None:
         """Forget the story of the step before."""
         self._causes = {}
@@ -500,6 +559,7 @@ class Step:
         self._acts = []
         self._next_ns = None
         self._held = ""
+        self._seen_ns = None
 
 
 class Twin(ABC):
@@ -841,6 +901,7 @@ class Session:
             self.values[variable] = value
         for variable, causes in given.causes.items():
             self.input_causes.setdefault(variable, {}).update(causes)
+        self._step.seen_ns, self._step.missed_since_ns = given.seen_ns, given.missed_since_ns
         self.run(given.time_ns, given.inputs, given.actions, given.micro)
         return self.result()
 
@@ -899,4 +960,5 @@ class Session:
             tuple(step._acts),
             step._next_ns,
             held=step._held,
+            seen_ns=step._seen_ns,
         )

@@ -299,6 +299,7 @@ def test_who_watches_sees_what_holds_and_then_every_change() -> None:
 
 
 def test_a_reader_goes_on_after_the_broker_was_started_again(tmp_path: Path) -> None:
+    """LEVEL45 6."""
     options = BrokerOptions(store=tmp_path / "broker.sqlite", planner=planner, grace_s=0.2)
 
     async def story() -> None:

@@ -364,7 +364,10 @@ def test_a_cut_holds_nothing_from_later_and_a_run_goes_on_from_it(
     changing: tuple[World, dict[int, Request]], order: int, frame_steps: int, cut_ns: int
 ) -> None:
     """What members answered up to the cut is what they answer in a run that never hears of what
-    came later, whenever it was asked for; and from there that run goes on to its own end."""
+    came later, whenever it was asked for; and from there that run goes on to its own end.
+
+    LEVEL45 5.
+    """
     world, said = changing
 
     class Recorded(Story):

@@ -484,6 +484,8 @@ couplings:
 
 
 def test_in_a_ring_of_three_brokers_a_write_arrives_at_each_once(tmp_path: Path) -> None:
+    """LEVEL45 8."""
+
     async def story() -> None:
         async with ring(tmp_path, "leave-out") as brokers, talkers(brokers["ash"]):
             scenario = parse(from_ash(brokers))
@@ -617,8 +619,8 @@ def told_of_birch(outcome: Outcome, variable: str) -> dict[int, tuple[float, Qua
 
 
 async def lived(birch: BrokerServer, run: str, variable: str, time_ns: int) -> float:
-    """A value of birch's own record at an instant."""
-    found = birch.store.history(run, "grid", variable, 0, time_ns)
+    """A value of birch's own record before an instant."""
+    found = birch.store.history(run, "grid", variable, 0, time_ns - 1)
     record = found[-1].entry
     assert isinstance(record, Record)
     return float(record.value[0])
@@ -667,6 +669,7 @@ def test_where_the_run_of_the_city_has_not_come_yet_values_are_held_and_marked(
             await birch.members_ready(["grid", "clinic"], 10)
             own = parse(BIRCH + "pace: {factor: 1}\n")
             live, task = await birch.begin(own, case_of(own, 11), None)
+            await until(lambda: birch.store.run(live.name).settled_ns >= 0)
             scenario = parse(watching(birch.address))
             outcome = await broker.run(scenario, case_of(scenario), keep_ledger=True)
             marks = [e.event for e in outcome.events if e.event.kind == "member_held"]
@@ -682,7 +685,10 @@ def test_where_the_run_of_the_city_has_not_come_yet_values_are_held_and_marked(
 def test_a_city_goes_on_alone_when_the_line_is_down_and_both_agree_when_it_is_back(
     tmp_path: Path,
 ) -> None:
-    """The values of the neighbour are marked as stale meanwhile; nothing of them is lost."""
+    """The values of the neighbour are marked as stale meanwhile; nothing of them is lost.
+
+    LEVEL45 12.
+    """
     files = write_birch(tmp_path, live_policy(1))
 
     async def story() -> None:

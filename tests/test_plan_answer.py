@@ -59,6 +59,7 @@ def test_a_port_that_has_all_it_wants_has_no_price() -> None:
 
 
 def test_what_binds_is_named_with_what_it_costs() -> None:
+    """LEVEL45 23."""
     found = ask(feeders([1.0, 9.0], [[0], [1]]), [Task("grid", "f1", 73.0, 0.0)], care=SOLE)
     by_name = {b.limit: b for b in found.bindings}
     limit = "crews: grid f1 works only once it is mended, period 1"
@@ -69,6 +70,7 @@ def test_what_binds_is_named_with_what_it_costs() -> None:
 
 
 def test_the_next_best_plan_lacks_one_action() -> None:
+    """LEVEL45 23."""
     found = ask(feeders([1.0, 5.0], [[0], [1]]), TWO, care=SOLE)
     assert found.actions == ("crews: 1 to grid f1 at hour 0", "crews: 1 to grid f0 at hour 12")
     first, second = found.alternatives
@@ -191,6 +193,7 @@ def feasible(problem: Joined, without: int | None = None) -> bool:
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_every_limit_of_a_conflict_is_needed_and_all_are_enough(data: st.DataObject) -> None:
+    """LEVEL45 23."""
     number = st.integers(-3, 3)
     size, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     columns = {f"x{j}": (0.0, 4.0, 0.0) for j in range(size)}

@@ -398,6 +398,7 @@ def test_a_refusal_is_the_same_for_what_there_is_and_what_there_is_not(
 
 
 def test_an_empty_policy_shares_nothing_with_anybody() -> None:
+    """LEVEL45 7."""
     empty = Policy(version=1)
     for case in CASES:
         thing = Thing(case.sort, case.name, case.entity, case.risk)
@@ -411,7 +412,7 @@ def test_an_empty_policy_shares_nothing_with_anybody() -> None:
 def interior() -> Interior:
     descriptions = {"grid": Grid().describe(), "clinic": Clinic().describe()}
     unfed = {("grid", "tie"): (0,), ("clinic", "power"): ()}
-    return Interior("birch", descriptions, (), unfed)
+    return Interior("birch", descriptions, {}, unfed)
 
 
 def seen_by(
@@ -425,6 +426,7 @@ def seen_by(
 
 
 def test_a_description_has_nothing_that_its_reader_may_not_have() -> None:
+    """LEVEL45 7."""
     assert seen_by(ASH) == {
         "grid_load[N1]",
         "grid_load[N2]",
@@ -739,7 +741,10 @@ def test_the_commands_explain_a_policy_without_asking_anybody(
 
 def test_a_broker_answers_as_the_policy_says(tmp_path: Path) -> None:
     """The cases about variables, read off the descriptions that a broker gives; and those without
-    an entity, asked for. Policy and readers are the same, the sockets are real."""
+    an entity, asked for. Policy and readers are the same, the sockets are real.
+
+    LEVEL45 7.
+    """
     scenario, file = write_birch(tmp_path, POLICY)
     times = [NOON]
     there = {("grid", e.id) for e in (*STATIONS, *HOSPITALS)} | {("grid", SYSTEM)}

@@ -30,6 +30,7 @@ from federation.twin import (
     Causality,
     Description,
     Entity,
+    Fidelity,
     LinearBlock,
     Parameter,
     Planner,
@@ -123,6 +124,7 @@ class Dams(Twin):
                 Variable("spilled", SYSTEM, "m^3", Causality.OUTPUT),
             ),
             time=TimePolicy(period_ns=10 * MINUTE_NS),
+            fidelity=Fidelity.REDUCED,
             actuators=(Actuator("gate", "basin", "1", 0.0, 1.0, 0.2),),
             kpis=("spilled",),
         )

@@ -12,10 +12,11 @@ from contextlib import asynccontextmanager
 import grpc
 import numpy as np
 
+from federation.broker import outages
 from federation.broker.why import words
 from federation.core.waits import instant
 from federation.errors import Reason
-from federation.twin import HOUR_NS
+from federation.twin import HOUR_NS, MINUTE_NS
 from federation.v1 import (
     broker_pb2,
     broker_pb2_grpc,
@@ -27,6 +28,7 @@ from federation.v1 import (
 from federation.wire import codec, footing, greeting, secure, status
 from federation.wire.link import channel_options
 from federation.wire.party import Part
+from federation.wire.profile import Area, decode_profile, encode_area
 
 ANSWER_S = 30.0
 """How long a broker may take to answer a question."""
@@ -53,6 +55,31 @@ async def print_why(broker: str, run: str) -> None:
     async with asking(broker) as channel:
         stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
         print(words(await stub.Why(control_pb2.WhyRequest(run=run), timeout=ANSWER_S)))
+
+
+async def print_members(
+    broker: str,
+    domain: str,
+    area_deg: Sequence[float] | None,
+    features: Sequence[str],
+    step_min: float,
+) -> None:
+    """Write who is registered and is what is looked for, a line each."""
+    request = broker_pb2.ListMembersRequest(
+        domain=domain, features=features, max_period_ns=round(step_min * MINUTE_NS)
+    )
+    if area_deg is not None:
+        west, south, east, north = area_deg
+        request.area.CopyFrom(encode_area(Area(west, south, east, north)))
+    async with asking(broker) as channel:
+        stub: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
+        answer = await stub.ListMembers(request, timeout=ANSWER_S)
+    for member in answer.members:
+        profile = decode_profile(member.profile)
+        step = "" if profile.time is None else f"every {profile.time.period_ns / MINUTE_NS:g} min"
+        step = "by events" if step == "every 0 min" else step
+        told = (member.domain, f"{member.model} {member.version}", profile.fidelity, step)
+        print("  ".join((f"{member.name:12}", f"{member.address:21}", *filter(None, told))))
 
 
 async def start_run(
@@ -152,6 +179,14 @@ def _operator() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"user {os.getuid()}"
+
+
+async def print_outages(broker: str, run: str) -> None:
+    """Write when a run went on without somebody, a line for each time."""
+    async with asking(broker) as channel:
+        stub: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
+        answer = await stub.ListOutages(broker_pb2.ListOutagesRequest(run=run))
+    print(outages.words(answer))
 
 
 async def print_history(

@@ -18,7 +18,7 @@ from federation.broker.seats import Done, Place, Saved
 from federation.core.messages import Joined
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.scenario.run import Case
-from federation.scenario.spec import PLANNER, Addition, Member, OnFailure, Scenario
+from federation.scenario.spec import PLANNER, Addition, Member, OnFailure, Peering, Scenario
 from federation.twin import (
     NOTHING,
     LinearBlock,
@@ -30,7 +30,7 @@ from federation.twin import (
     blame,
 )
 from federation.wire import codec
-from federation.wire.link import Link, LinkSession
+from federation.wire.link import Errand, Link, LinkOptions, LinkSession, for_a_look
 
 CONNECT_AGAIN_S = 0.5
 """How long one attempt to reach a member that was lost may take."""
@@ -210,6 +210,16 @@ class RunHome:
         """Whether a member goes on in another future than the one that its past is from."""
         return self._ahead is not None and member != PLANNER
 
+    def looks(self, member: str) -> bool:
+        """Whether a member's sessions look at the run of another city."""
+        return self.peering(member) is not None and not self.diverges(member)
+
+    def peering(self, member: str) -> Peering | None:
+        """How another city is asked whose run that goes on is looked at; None for all others."""
+        found = self.members.get(member)
+        peer = None if found is None else found.peer
+        return peer if peer is not None and peer.session == "live" else None
+
     def reaches(self, member: str) -> bool:
         """Whether a member is known to be anywhere; one that has left need not be."""
         return member in self._links or (member == PLANNER and self.planner is not None)
@@ -323,7 +333,7 @@ class RunHome:
             raise ScenarioError(
                 Reason.UNKNOWN_MEMBER, f"there is no link to {service}", {"member": service}
             )
-        options = replace(link.options, connect_timeout_s=CONNECT_AGAIN_S)
+        options = options_to(link.errand, link.options, again=True)
         expects, errand = link.line.expects, link.errand
         return await Link.connect(link.address, service, options, expects, errand)
 
@@ -360,6 +370,13 @@ class RunHome:
             return await session.flexibility(periods_ns)
         finally:
             await session.close()
+
+
+def options_to(errand: Errand, options: LinkOptions, *, again: bool = False) -> LinkOptions:
+    """How patient a link on an errand is, for the first time or `again`."""
+    if errand.is_live:
+        return for_a_look(options)
+    return replace(options, connect_timeout_s=CONNECT_AGAIN_S) if again else options
 
 
 AWAY = (Reason.MEMBER_LOST, Reason.UNREACHABLE, Reason.UNKNOWN_MEMBER)

@@ -18,7 +18,7 @@ from federation.broker.memory import Memory, Origin
 from federation.broker.registry import Lease
 from federation.broker.seats import Place
 from federation.broker.shell import Asked, Batch, Inbox, Prepared, run_live
-from federation.broker.store import NOT_SETTLED, State, Store
+from federation.broker.store import NOT_SETTLED, Note, State, Store
 from federation.broker.why import Lookout, write_results
 from federation.core.ledger import ActionRecord, Entry, EventRecord, Record
 from federation.core.messages import Accepted, Failed, Joined, Left, Ordered
@@ -72,6 +72,8 @@ class LiveRun:
     """States of members that forks of one run share."""
     turn_within_s: float = TURN_WITHIN_S
     lookout: Lookout = field(default_factory=Lookout)
+    cities: dict[str, str] = field(default_factory=dict)
+    """The members that are, or ever were, other cities, and which."""
     _inbox: Inbox = field(default_factory=Inbox)
     _task: asyncio.Task[Outcome] | None = None
     _ended_by: str = ""
@@ -82,6 +84,7 @@ class LiveRun:
 
     def __post_init__(self) -> None:
         self._descriptions.update(self.prepared.experiment.descriptions)
+        self._know_cities(self.places)
         for asked in self.asked:
             if isinstance(asked, Entrance):
                 self._descriptions.update(asked.event.descriptions)
@@ -212,6 +215,8 @@ class LiveRun:
         UNKNOWN_PARAMETER, SCENARIO_INVALID when a name is taken, and INSTANT_PASSED.
         """
         self._more_links += links.values()
+        # before anybody may be told of what they tell
+        self._know_cities(places)
         asked = await entrance(addition, links, time_ns, operator)
         descriptions = asked.event.descriptions
         accepted = await self._inbox.ask(asked)
@@ -219,6 +224,9 @@ class LiveRun:
         self.leases.update(leases)
         self.places.update(places)
         return accepted
+
+    def _know_cities(self, places: Mapping[str, Place]) -> None:
+        self.cities.update({name: place.city for name, place in places.items() if place.city})
 
     async def leave(self, member: str, time_ns: int | None, operator: str) -> Accepted:
         """Let a member make no step at `time_ns` of the run or later, or as soon as that can be.
@@ -296,6 +304,10 @@ class LiveRun:
                 f"{self.name} has another ledger than {origin.run}: {difference}",
                 {"run": origin.run},
             )
+
+    def note(self, note: Note) -> None:
+        """Put something on the run's record that the run does not go by."""
+        self._inbox.put(note)
 
     def lose(self, member: str, why: str) -> None:
         """End the run because a member may not be heard any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,11 +15,15 @@ from federation.broker.store import Frame, Item, Note, Store
 from federation.core.ledger import Quality
 from federation.core.messages import Degraded, Left, Ordered
 from federation.errors import Reason, ScenarioError
+from federation.peer.live import Absence
 from federation.scenario.future import Future
 from federation.scenario.run import Case
 from federation.twin import NO_DESK, Action, Description, DeskStep, StepResult
 from federation.v1 import error_pb2, twin_pb2
 from federation.wire import codec, status
+
+LATE, ABSENCE = "late", "absence"
+"""Kinds of notes that tell of an outage, and that a run does not go by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,31 @@ def write_replaced(member: str, change: Succession) -> Note:
     return Note("replaced", change.time_ns, json.dumps({**body, "place": place}).encode())
 
 
+def write_late(member: str, results: Sequence[StepResult], receive_ns: int) -> Note:
+    """What a member said late of its values, when its instants had been answered for."""
+    values = [StepResult(result.time_ns, outputs=result.outputs) for result in results]
+    told = base64.b64encode(codec.encode_results(values)).decode()
+    body = {"member": member, "receive_ns": receive_ns, "told": told}
+    return Note(LATE, results[-1].time_ns, json.dumps(body).encode())
+
+
+def read_late(note: Note) -> tuple[str, int, list[StepResult]]:
+    """The same again: the member, when it was heard, and its values."""
+    said = json.loads(note.body)
+    results = codec.decode_results(base64.b64decode(said["told"]))
+    return said["member"], said["receive_ns"], results
+
+
+def write_absence(absence: Absence) -> Note:
+    """That another city, which looks at the run, went on without it for a while."""
+    return Note(ABSENCE, absence.end_ns, json.dumps(asdict(absence)).encode())
+
+
+def read_absence(note: Note) -> Absence:
+    said = json.loads(note.body)
+    return Absence(**{**said, "variables": tuple(said["variables"])})
+
+
 def write_asked(asked: Asked) -> Note:
     assert asked.time_ns is not None
     match asked:
@@ -208,6 +237,8 @@ def remember(run: str, items: Iterable[Item]) -> Memory:
                 asked.append(Left(said["member"], item.time_ns, said["operator"]))
             case "added":
                 asked.append(Added(said["document"], item.time_ns, said["operator"]))
+            case kind if kind in (LATE, ABSENCE):
+                pass  # what was so, and not what the run went by
             case _:
                 raise ScenarioError(
                     Reason.STORE_FAILED,

@@ -92,8 +92,9 @@ class LateSeat:
 
     A step that the member takes too long for is answered without news, as are those that come
     meanwhile; `changed` hears first that its values are stale. Nothing is kept from the member:
-    it is given all the steps that it missed, in order, and what it then has to say is said with
-    the first step that follows. It is in time again when it has answered the step at hand, and
+    it is given all the steps that it missed, in order, with the instant since which it has been
+    missed, and what it then has to say is said with the first step that follows; `told` hears what
+    belongs to the instants before. It is in time again when it has answered the step at hand, and
     with that all that it ever published is published anew.
     """
 
@@ -103,8 +104,12 @@ class LateSeat:
         late_after_s: float,
         changed: Callable[[int, Quality], None],
         failed: Callable[[FederationError], None],
+        told: Callable[[Sequence[StepResult]], None] = lambda results: None,
     ) -> None:
         self.is_late = False
+        self._since_ns = 0
+        """Since when, while it is late."""
+        self._told = told
         self._begin = begin
         self._late_after_s = late_after_s
         self._changed = changed
@@ -143,6 +148,8 @@ class LateSeat:
     def _give(self) -> None:
         frame, self._missed = self._missed[:CATCH_UP_STEPS], self._missed[CATCH_UP_STEPS:]
         self._working = len(frame)
+        if self.is_late:
+            frame = [step._replace(missed_since_ns=self._since_ns) for step in frame]
         self._begin(frame, self._heard)
 
     def _heard(self, results: Sequence[StepResult] | FederationError) -> None:
@@ -173,12 +180,14 @@ class LateSeat:
         """Answer the step at hand with what there is."""
         assert self._owed is not None
         if not self.is_late:
-            self.is_late = True
+            self.is_late, self._since_ns = True, self._owed.time_ns
             self._changed(self._owed.time_ns, Quality.STALE)
         self._answer(self._owed)
 
     def _answer(self, step: StepInput, outputs: dict[str, Vector] | None = None) -> None:
         late, self._late = self._late, []
+        if passed := [result for result in late if result.time_ns < step.time_ns]:
+            self._told(passed)
         news: dict[str, Vector] = {}
         causes: dict[str, dict[int, str]] = {}
         events: list[Event] = []

@@ -2,7 +2,8 @@
 
 The rules: a name has at most one holder. A lease that has ended, was given up or was replaced
 never revives. Every lease has a higher epoch than all before it, of any name. Time is a
-monotonic clock in nanoseconds that never runs backwards.
+monotonic clock in nanoseconds that never runs backwards. Who missed two beats of its heart, each
+a third of a lease, is not found any more, though nobody else gets its name yet.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import re
 from dataclasses import dataclass, replace
 
 from federation.errors import Reason, ScenarioError
+from federation.wire.profile import NOTHING_TOLD, Profile, Search
 
 DEFAULT_TTL_NS = 10_000_000_000
+
+BEATS = 3
+"""How often a lease is renewed in the time for which it holds."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _ADDRESS = re.compile(r"\S+:\d{1,5}")
@@ -28,6 +33,7 @@ class Member:
     model: str = ""
     version: str = ""
     domain: str = ""
+    profile: Profile = NOTHING_TOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,15 @@ class Registry:
         """All leases that hold, by name."""
         return tuple(
             lease for _, lease in sorted(self._by_name.items()) if lease.expires_ns > now_ns
+        )
+
+    def found(self, search: Search, now_ns: int) -> tuple[Lease, ...]:
+        """The leases of those who are heard of and are what is looked for, by name."""
+        beat_ns = self.ttl_ns // BEATS
+        return tuple(
+            lease
+            for lease in self.members(now_ns + beat_ns)
+            if search.finds(lease.member.domain, lease.member.profile)
         )
 
     def _remove(self, lease: Lease) -> None:

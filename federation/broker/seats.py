@@ -6,6 +6,11 @@ must be those that are known; then it goes on where the lost one stopped. A run 
 of the broker continues is the same thing with a longer past: what a member answered then is on
 record, and is only carried out again after the last state that was saved.
 
+A session that looks at the run of another city has nothing to be at fault for: it is sought for
+as long as the run goes on. It, too, gives the known answers again, for each step says how far that
+city's record went. Only if the record is not what it was does a fresh session begin where the lost
+one stopped.
+
 A member may also be replaced by another service. With the same model the state is handed over, so
 that nobody notices; another model begins afresh, is shown every input, and counts its events on.
 """
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import math
 import time
 from collections import deque
@@ -37,6 +43,12 @@ _T = TypeVar("_T")
 
 ATTEMPTS = 3
 """How often a step is tried in fresh sessions before its error is believed."""
+
+SAVE_LOOKS = 64
+"""After how many steps the state is saved of a session that looks at the run of another city."""
+
+LONGEST_PAUSE_S = 5.0
+"""Between two attempts to look at the run of another city again."""
 
 Answer = Sequence[StepResult] | FederationError
 """What became of a grant: a result for each step, or why there is none."""
@@ -198,10 +210,13 @@ class MemberSeat:
         *,
         diverges: bool = False,
         asks_to_wake: bool = False,
+        looks: bool = False,
     ) -> None:
         """With `diverges` the member goes on, after its past, in another future of it.
-        `asks_to_wake` says that it has no period."""
+        `asks_to_wake` says that it has no period, `looks` that its sessions look at the run of
+        another city."""
         self.member = member
+        self._looks = looks
         self._diverges = diverges
         self._asks_to_wake = asks_to_wake
         self._desks = desks
@@ -215,7 +230,7 @@ class MemberSeat:
         self._session: Session | None = None
         self._is_known = bool(self._past.items)
         """Whether it had a session before, here or in an earlier life of the broker."""
-        self._track = _Track(self._past, policy, start_ns)
+        self._track = _Track(self._past, policy, start_ns, fills=looks)
         self.trouble: Trouble | None = None
         """How the member is being brought back, while it is lost."""
         self._quality = Quality.GOOD
@@ -386,12 +401,33 @@ class MemberSeat:
                 if (step.time_ns, step.micro) != (result.time_ns, result.micro):
                     raise self._misfit(f"for {step.time_ns} ns answered for {result.time_ns} ns")
                 check_outputs(self.member, self._sizes, result)
-                sound.append(self._track.renumbered(self.member, result))
+                result = self._track.renumbered(self.member, result)
+                if self._looks:
+                    self._check_story(sound, result)
+                sound.append(result)
             if is_whole and len(answer) != len(self._rest):
                 raise self._misfit(f"{len(self._rest)} steps answered for {len(answer)}")
         except FederationError as error:
             return tuple(sound), error
         return tuple(sound), None
+
+    def _check_story(self, before: Sequence[StepResult], result: StepResult) -> None:
+        """Hold what another city tells to what may be on record here, which must not fail for it:
+        events that are new, and caused by none but such of its own."""
+        told = [event for each in before for event in each.events]
+        last = _serial(self.member, told[-1].id) if told else self._track.serial
+        for event in result.events:
+            serial = _serial(self.member, event.id)
+            causes = (_serial(self.member, cause) for cause in event.causes)
+            if serial <= last or not all(0 < cause < serial for cause in causes):
+                raise self._misfit(f"for {result.time_ns} ns told of {event.id} out of its order")
+            last = serial
+        if result.actions:
+            raise self._misfit(f"for {result.time_ns} ns wanted to act")
+        for entries in result.causes.values():
+            for event_id in entries.values():
+                if not 0 < _serial(self.member, event_id) <= last:
+                    raise self._misfit(f"for {result.time_ns} ns named the cause {event_id!r}")
 
     def _misfit(self, how: str) -> TwinError:
         text = f"{self.member}, asked {how}"
@@ -570,6 +606,8 @@ class MemberSeat:
     # -- saving and coming back ------------------------------------------------------------
 
     def _is_time_to_save(self) -> bool:
+        if self._looks and self._policy.do == "recover" and self._track.unsaved >= SAVE_LOOKS:
+            return True
         every_ns = self._policy.save_every_ns
         return (
             every_ns > 0
@@ -598,8 +636,9 @@ class MemberSeat:
         A step that fails the same way in every fresh session is the twin's own fault, and its
         error is the answer. A service that is lost again was not there to be at fault.
         """
-        began_s = time.perf_counter()
-        for attempt in range(1, ATTEMPTS + 1):
+        began_s, pause_s = time.perf_counter(), 0.05
+        is_sought = self._looks and self._policy.do == "recover"
+        for attempt in itertools.count(1) if is_sought else range(1, ATTEMPTS + 1):
             try:
                 self._recover(attempt, "a session is opened", error, self._policy.back_within_s)
                 session = await self._open()
@@ -615,6 +654,14 @@ class MemberSeat:
             except FederationError as failure:
                 is_same = error is not None and str(failure) == str(error)
                 error = failure
+                if is_sought:
+                    if failure.reason in _OTHERWISE:
+                        # what was told has been told; from here on it is the city's new record
+                        self._track.begin_anew(self._track.last_ns)
+                    self._recover(attempt, "it is sought again", error, LONGEST_PAUSE_S)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                    continue
                 if is_same and failure.reason is not Reason.MEMBER_LOST:
                     break
                 if failure.reason in _FINAL:
@@ -687,15 +734,19 @@ class MemberSeat:
 class _Track:
     """Where a member is: its last saved state, and what it was given since."""
 
-    def __init__(self, past: Past, policy: OnFailure, start_ns: int) -> None:
+    def __init__(
+        self, past: Past, policy: OnFailure, start_ns: int, *, fills: bool = False
+    ) -> None:
         self.saved = past.saved
         self.start_ns = start_ns
         """When the session began that does the member's steps."""
         self._redoes = policy.do in ("recover", "substitute")
         """Whether a fresh session may have to do again what was done."""
         self._is_past = bool(past.items)
-        self._fills = policy.do == "substitute" or any(
-            isinstance(item, Succession) and not item.is_same for item in past.items
+        self._fills = (
+            fills
+            or policy.do == "substitute"
+            or any(isinstance(item, Succession) and not item.is_same for item in past.items)
         )
         self._count = 0
         self.last_ns = start_ns
@@ -705,6 +756,8 @@ class _Track:
         self._marks: list[bytes] = []
         self._desks: dict[int, DeskStep] = {}
         """Per place in `_steps` what the desk had to do with it; nothing with most."""
+        self._seen_ns: dict[int, int] = {}
+        """Per place in `_steps` up to where it was looked, by sessions that look."""
         self._inputs: dict[str, Vector] = {}
         self._causes: dict[str, dict[int, tuple[str, ...]]] = {}
         self._is_new = False
@@ -720,6 +773,16 @@ class _Track:
     def is_saved(self) -> bool:
         """Whether the saved state is that after the last step."""
         return self.saved is not None and self.saved.steps == self._count
+
+    @property
+    def unsaved(self) -> int:
+        """How many steps would have to be done again."""
+        return len(self._steps)
+
+    @property
+    def serial(self) -> int:
+        """Of the last event that was told of, where it is counted."""
+        return self._serial
 
     @property
     def saved_ns(self) -> int:
@@ -741,6 +804,8 @@ class _Track:
         if is_after and self.is_whole:
             if result.desk is not None:
                 self._desks[len(self._steps)] = result.desk
+            if result.seen_ns is not None:
+                self._seen_ns[len(self._steps)] = result.seen_ns
             self._steps.append(step)
             self._marks.append(mark_of(result))
 
@@ -770,6 +835,7 @@ class _Track:
         self._steps.clear()
         self._marks.clear()
         self._desks.clear()
+        self._seen_ns.clear()
 
     def begin_anew(self, start_ns: int = 0) -> None:
         """Another session takes over, without the memory of the one before."""
@@ -800,7 +866,9 @@ class _Track:
         for start in range(0, len(self._steps), REPLAY_STEPS):
             end = start + REPLAY_STEPS
             steps = [
-                step._replace(desk=self._desks.get(place, NO_DESK))
+                step._replace(
+                    desk=self._desks.get(place, NO_DESK), seen_ns=self._seen_ns.get(place)
+                )
                 for place, step in enumerate(self._steps[start:end], start)
             ]
             yield steps, self._marks[start:end]
@@ -813,9 +881,8 @@ def renumbered(member: str, result: StepResult, shift: int) -> StepResult:
     prefix = f"{member}/"
 
     def new(event: str) -> str:
-        if not event.startswith(prefix):
-            return event
-        return f"{prefix}{int(event.removeprefix(prefix)) + shift}"
+        serial = _serial(member, event)
+        return f"{prefix}{serial + shift}" if serial else event
 
     return result._replace(
         causes={
@@ -843,6 +910,17 @@ def off_the_record(member: str, item: StepResult, step: StepInput) -> TwinError:
         {"member": member, "time_ns": str(min(step.time_ns, item.time_ns))},
     )
 
+
+def _serial(member: str, event_id: str) -> int:
+    """The serial of an event of a member; 0 when it is none."""
+    prefix = f"{member}/"
+    digits = event_id.removeprefix(prefix) if event_id.startswith(prefix) else ""
+    # a number that reads otherwise than it is written would be another name of the same event
+    return int(digits) if digits.isascii() and digits.isdigit() and digits[0] != "0" else 0
+
+
+_OTHERWISE = (Reason.REPLAY_DIFFERS, Reason.INVALID_FRAME, Reason.UNSUPPORTED)
+"""Errors of a city that can't give again what it gave."""
 
 _FINAL = (Reason.REPLAY_DIFFERS, Reason.UNREACHABLE, Reason.UNSUPPORTED)
 """Errors that another attempt would only meet again."""

@@ -32,10 +32,11 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from federation.broker import outages
 from federation.broker.aid import AidService
 from federation.broker.branches import Attempt, Branches, Tried
 from federation.broker.cuts import Cuts
-from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, substitute_of
+from federation.broker.home import AWAY, CONNECT_AGAIN_S, Find, options_to, substitute_of
 from federation.broker.live import TURN_WITHIN_S, LiveRun, entrance
 from federation.broker.memory import (
     Added,
@@ -79,7 +80,7 @@ from federation.scenario.spec import (
     parse_addition,
 )
 from federation.scenario.study import cases
-from federation.twin import HOUR_NS
+from federation.twin import HOUR_NS, Fidelity
 from federation.v1 import (
     aid_pb2,
     aid_pb2_grpc,
@@ -324,7 +325,7 @@ class BrokerServer:
         )
         _say(f"{options.city} is served to its peers as {policy} has it; {how}")
         city = City(options.city, scenario, quarters, options.planner)
-        record = RunRecord(options.city, scenario.name, self.store, self._live)
+        record = RunRecord(options.city, scenario.name, self.store, self._live, loop)
         file, parlour = PolicyFile(policy, _say, options.clock), None
         if options.aid is not None:
             from federation.peer.aid import AidDesk
@@ -510,6 +511,7 @@ class BrokerServer:
                     time.time_ns(),
                     tuple((*figure, units[figure]) for figure in figures),
                     tuple((a.source, a.target, a.delay_ns) for a in experiment.wiring.actuations),
+                    fidelities=tuple((n, d.fidelity) for n, d in experiment.descriptions.items()),
                 ),
                 (
                     write_case(case),
@@ -694,10 +696,10 @@ class BrokerServer:
 
     def _finder(self, places: Mapping[str, Place], leases: dict[str, Lease]) -> Find:
         """Finds a member, or a substitute, where it is registered at the time."""
-        options = replace(self._link_options(), connect_timeout_s=CONNECT_AGAIN_S)
 
         async def find(name: str) -> Link:
             place = places[name]
+            options = options_to(place.errand, self._link_options(), again=True)
             address, expects = place.address, place.expects
             if address is None:
                 lease = self._leased(place.name)
@@ -889,6 +891,7 @@ class BrokerServer:
                 time.time_ns(),
                 like.figures,
                 like.delays,
+                fidelities=like.fidelities,
             ),
             items,
         )
@@ -934,7 +937,9 @@ class BrokerServer:
         Notes the leases of those that are found by their names. Over TLS a member has to be whom
         its lease names, the broker of the city that it is or, at an address of its own, itself.
         """
-        options = self._link_options()
+        options = {
+            name: options_to(place.errand, self._link_options()) for name, place in places.items()
+        }
         addresses = self._addresses(places, leases)
 
         def expects(name: str) -> Party | None:
@@ -943,7 +948,7 @@ class BrokerServer:
 
         results = await asyncio.gather(
             *(
-                Link.connect(address, name, options, expects(name), places[name].errand)
+                Link.connect(address, name, options[name], expects(name), places[name].errand)
                 for name, address in addresses.items()
             ),
             return_exceptions=True,
@@ -1000,6 +1005,11 @@ class BrokerServer:
         values = read_results(run.results, scenario_pb2.Run()).stale_values
         return frozenset((stale.member, stale.variable) for stale in values)
 
+    def _fidelities(self, run: Run) -> Mapping[str, Fidelity]:
+        live = self._live.get(run.name)
+        now = {} if live is None else {n: d.fidelity for n, d in live.descriptions.items()}
+        return dict(run.fidelities) | now
+
     async def why(self, name: str) -> control_pb2.WhyResponse:
         """What a run waits for or, when it has ended, what its time went to."""
         run = await self.find(name)
@@ -1042,13 +1052,13 @@ class BrokerServer:
                 self.store.snapshot, name, members=members, variables=variables
             )
             told_ns = run.settled_ns
-            stale = self._stale(run)
+            stale, fidelities = self._stale(run), self._fidelities(run)
             yield self._checked(
                 broker_pb2.WatchResponse(
                     cursor=f"{prefix}{after}",
                     snapshot=True,
                     time_ns=run.settled_ns,
-                    entries=[_encode(stored, stale) for stored in found],
+                    entries=[_encode(stored, fidelities, stale) for stored in found],
                 )
             )
         while True:
@@ -1057,9 +1067,10 @@ class BrokerServer:
                 self.store.entries, name, after, members=members, variables=variables
             )
             response = broker_pb2.WatchResponse()
+            fidelities = self._fidelities(run)
             size = 0
             for stored in found:
-                message = _encode(stored)
+                message = _encode(stored, fidelities)
                 if size and size + message.ByteSize() > CHUNK_BYTES:
                     yield response
                     response, size = broker_pb2.WatchResponse(), 0
@@ -1095,6 +1106,14 @@ class BrokerServer:
                 {"bytes": str(size)},
             )
 
+    async def outages(
+        self, request: broker_pb2.ListOutagesRequest
+    ) -> broker_pb2.ListOutagesResponse:
+        """When a run went on without somebody; fails as `ListOutages` says."""
+        run = await self.find(request.run)
+        found = await asyncio.to_thread(outages.outages, self.store, run.name)
+        return broker_pb2.ListOutagesResponse(outages=map(outages.encode, found))
+
     async def history(
         self, request: broker_pb2.QueryHistoryRequest
     ) -> broker_pb2.QueryHistoryResponse:
@@ -1121,7 +1140,8 @@ class BrokerServer:
         response = broker_pb2.QueryHistoryResponse()
         if request.buckets == 0:
             found = await asyncio.to_thread(self.store.history, *where, request.start_ns, end_ns)
-            response.entries.extend(map(_encode, found))
+            fidelities = self._fidelities(run)
+            response.entries.extend(_encode(stored, fidelities) for stored in found)
         else:
             outline = await asyncio.to_thread(
                 partial(self.store.outline, entity=entity),
@@ -1364,13 +1384,19 @@ def _instant(unix_ns: int) -> Timestamp:
     return found
 
 
-def _encode(stored: Stored, stale: Collection[tuple[str, str]] = ()) -> broker_pb2.LedgerEntry:
+def _encode(
+    stored: Stored,
+    fidelities: Mapping[str, Fidelity],
+    stale: Collection[tuple[str, str]] = (),
+) -> broker_pb2.LedgerEntry:
     """An entry for a reader; a value that is stale by now is told as such."""
     entry = stored.entry
     if isinstance(entry, Record) and (entry.owner, entry.variable) in stale:
         entry = entry._replace(quality=Quality.STALE)
     message = codec.encode_entry(entry)
     message.receive_time.FromNanoseconds(stored.receive_ns)
+    if isinstance(entry, Record) and entry.quality is not Quality.SUBSTITUTED:
+        message.fidelity = codec.encode_fidelity(fidelities.get(entry.owner, Fidelity.UNSTATED))
     return message
 
 
@@ -1525,6 +1551,17 @@ class _Broker(BrokerService):
     ) -> broker_pb2.QueryHistoryResponse:
         async with refusing(context):
             return await self._broker.history(request)
+        raise AssertionError("abort raises")
+
+    async def ListOutages(  # noqa: N802
+        self,
+        request: broker_pb2.ListOutagesRequest,
+        context: grpc.aio.ServicerContext[
+            broker_pb2.ListOutagesRequest, broker_pb2.ListOutagesResponse
+        ],
+    ) -> broker_pb2.ListOutagesResponse:
+        async with refusing(context):
+            return await self._broker.outages(request)
         raise AssertionError("abort raises")
 
 

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from federation.broker.registry import Lease, Member, Registry
 from federation.v1 import broker_pb2, broker_pb2_grpc
 from federation.wire.gate import check_owns
+from federation.wire.profile import check_schema, decode_profile, decode_search, encode_profile
 from federation.wire.status import refusing
 
 
@@ -40,6 +41,7 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
     ) -> broker_pb2.RegisterResponse:
         async with refusing(context):
             check_owns(request.name)
+            check_schema(request.schema)
             self.expire()
             member = Member(
                 request.name,
@@ -48,6 +50,7 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
                 request.model,
                 request.version,
                 request.domain,
+                decode_profile(request.profile),
             )
             lease = self.registry.register(member, self._now_ns())
             return broker_pb2.RegisterResponse(lease=self._lease(lease))
@@ -83,23 +86,27 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
             broker_pb2.ListMembersRequest, broker_pb2.ListMembersResponse
         ],
     ) -> broker_pb2.ListMembersResponse:
-        self.expire()
-        now_ns = self._now_ns()
-        return broker_pb2.ListMembersResponse(
-            members=[
-                broker_pb2.Member(
-                    name=lease.member.name,
-                    address=lease.member.address,
-                    model=lease.member.model,
-                    version=lease.member.version,
-                    domain=lease.member.domain,
-                    incarnation=lease.member.incarnation,
-                    epoch=lease.epoch,
-                    remaining_duration=_duration(lease.expires_ns - now_ns),
-                )
-                for lease in self.registry.members(now_ns)
-            ]
-        )
+        async with refusing(context):
+            search = decode_search(request)
+            self.expire()
+            now_ns = self._now_ns()
+            return broker_pb2.ListMembersResponse(
+                members=[
+                    broker_pb2.Member(
+                        name=lease.member.name,
+                        address=lease.member.address,
+                        model=lease.member.model,
+                        version=lease.member.version,
+                        domain=lease.member.domain,
+                        incarnation=lease.member.incarnation,
+                        epoch=lease.epoch,
+                        remaining_duration=_duration(lease.expires_ns - now_ns),
+                        profile=encode_profile(lease.member.profile),
+                    )
+                    for lease in self.registry.found(search, now_ns)
+                ]
+            )
+        raise AssertionError("abort raises")
 
     def _check_owns(self, lease_id: str) -> None:
         lease = self.registry.find(lease_id)

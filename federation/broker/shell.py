@@ -35,11 +35,12 @@ from federation.broker.memory import (
     write_asked,
     write_degraded,
     write_description,
+    write_late,
     write_replaced,
 )
 from federation.broker.pace import LateSeat, Pacer
 from federation.broker.seats import Answer, Degradation, Done, Heir, MemberSeat, Saved, Succession
-from federation.broker.store import Frame, Item
+from federation.broker.store import Frame, Item, Note
 from federation.broker.why import Lookout, Standing
 from federation.core import critical
 from federation.core.ages import Ages
@@ -112,7 +113,7 @@ but not further than `BACKLOG` entries, and has not ended before all is kept."""
 Asked = Ordered | Left | Entrance
 """What people may ask of a live run, and get a verdict on."""
 
-Said = Input | Entrance | Takeover
+Said = Input | Entrance | Takeover | Note
 """All that may be said to a live run."""
 
 Ear = asyncio.Future[Any]
@@ -130,7 +131,7 @@ class Inbox:
         self._taker: Callable[[Said, Ear | None], None] | None = None
         self._is_closed = False
 
-    def put(self, event: Input) -> None:
+    def put(self, event: Input | Note) -> None:
         """Hand in an event."""
         self._give(event, None)
 
@@ -433,7 +434,10 @@ class Shell:
         def failed(error: FederationError) -> None:
             self._do(lambda: self._coordinator.handle(Failed(place.name, error)))
 
-        return LateSeat(place.seat.begin, late_after_s, changed, failed)
+        def told(results: Sequence[StepResult]) -> None:
+            self._items.append(write_late(place.name, results, time.time_ns()))
+
+        return LateSeat(place.seat.begin, late_after_s, changed, failed, told)
 
     def _seat(self, name: str, description: Description, start_ns: int = 0) -> MemberSeat:
         policy, past = self._home.policy(name), self._memory.pasts.get(name)
@@ -450,6 +454,7 @@ class Shell:
             desks,
             diverges=self._home.diverges(name),
             asks_to_wake=not description.time.period_ns,
+            looks=self._home.looks(name),
         )
 
     def _sit(self, name: str, seat: Seat) -> None:
@@ -555,6 +560,7 @@ class Shell:
                     paced_s,
                     None if self._clocks is None else self._clocks.of(wait.member),
                     place.late is not None and place.late.is_late,
+                    self._clock_fault(wait.member),
                 )
             )
         return found
@@ -600,6 +606,9 @@ class Shell:
             case Takeover():
                 assert verdict is not None
                 self._take_over(said, verdict)
+            case Note():
+                self._items.append(said)
+                self._keep(())
             case _:
                 raise AssertionError(f"nobody says {said} to a run")
 
@@ -679,6 +688,8 @@ class Shell:
         if isinstance(results, FederationError):
             answer = Failed(place.name, results)
         else:
+            if fault := self._clock_fault(place.name):
+                results = [r if r.held else r._replace(held=fault) for r in results]
             answer = Stepped(place.name, tuple(results))
         if place.span is not None:
             if isinstance(results, FederationError):
@@ -689,6 +700,13 @@ class Shell:
             self._held.append((answer, frame))
         else:
             self._handle(answer, frame)
+
+    def _clock_fault(self, member: str) -> str:
+        """Why the values of another city can't be trusted, by its clock."""
+        peer = self._home.peering(member)
+        if peer is None or self._clocks is None:
+            return ""
+        return self._clocks.fault(member, peer.clock_within_s)
 
     def _handle(self, answer: Stepped | Failed, frame: critical.Frame) -> None:
         self._last = frame

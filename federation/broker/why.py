@@ -47,6 +47,8 @@ class Standing:
     """How long its grant still waits for its instant on the wall clock."""
     clock: Clock | None = None
     is_late: bool = False
+    clock_fault: str = ""
+    """Why the clock can't be trusted as far as it must."""
 
 
 class Lookout:
@@ -128,6 +130,7 @@ def _encode(standing: Standing, last: Standing, now_s: float) -> control_pb2.Mem
     if standing.clock is not None:
         message.clock.clock_offset.CopyFrom(duration(standing.clock.offset_s))
         message.clock.round_trip_duration.CopyFrom(duration(standing.clock.round_trip_s))
+        message.clock.fault = standing.clock_fault
     return message
 
 
@@ -298,6 +301,8 @@ def _member_words(message: control_pb2.MemberWait) -> str:
         offset_s = _seconds(message.clock.clock_offset)
         round_trip_s = _seconds(message.clock.round_trip_duration)
         text += f"; its clock {offset_s * 1e3:+.1f} ms, {round_trip_s * 1e3:.1f} ms away"
+        if message.clock.fault:
+            text += f"; its values are marked as held: {message.clock.fault}"
     return text
 
 

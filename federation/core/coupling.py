@@ -14,7 +14,7 @@ import numpy as np
 import pint
 from numpy.typing import NDArray
 
-from federation.errors import Reason, ScenarioError
+from federation.errors import Reason, ScenarioError, TwinError
 from federation.twin import SYSTEM, Causality, Description, Variable, Vector, plain_zeros
 
 MAX_CAUSES = 8
@@ -284,7 +284,8 @@ def wire(
     `arrivals`, so that the order of those does not change; a coupling without delay from one of
     them to one that ranks before it is refused. Raises `ScenarioError`: UNKNOWN_MEMBER,
     UNKNOWN_VARIABLE, UNKNOWN_ENTITY, UNKNOWN_UNIT, INCOMPATIBLE_UNITS, AMBIGUOUS_INPUT,
-    LATE_WITHOUT_DELAY or LOOP_WITHOUT_DELAY. Nothing has started by then.
+    LATE_WITHOUT_DELAY or LOOP_WITHOUT_DELAY; and `TwinError` INVALID_DESCRIPTION on a place that
+    is not on Earth. Nothing has started by then.
     """
     couplings, actuations = tuple(couplings), tuple(actuations)
     arrivals = tuple(arrivals)
@@ -316,6 +317,7 @@ def wire(
     for name, description in descriptions.items():
         for variable in description.variables:
             parse_unit(variable.unit)
+        _check_places(name, description)
         slots[name] = tuple(
             _slot(name, description, variable, by_input, combine)
             for variable in description.inputs()
@@ -415,6 +417,17 @@ def _variable(
             {"member": member, "variable": name},
         )
     return found
+
+
+def _check_places(member: str, description: Description) -> None:
+    for entity in description.entities:
+        if abs(entity.lon_deg) > 180 or abs(entity.lat_deg) > 90:
+            raise TwinError(
+                Reason.INVALID_DESCRIPTION,
+                f"{member}: {entity.kind} {entity.id} lies at {entity.lon_deg:g}, "
+                f"{entity.lat_deg:g}, which are no WGS84 degrees; convert them in the twin",
+                {"member": member, "entity": entity.id},
+            )
 
 
 def _resolve(descriptions: Mapping[str, Description], coupling: Coupling) -> Wire:

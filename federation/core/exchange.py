@@ -34,6 +34,7 @@ from federation.twin import (
     Vector,
     check_finite,
     has_minus_zero,
+    not_yet,
     plain_zeros,
     undeclared,
     wrong_shape,
@@ -566,6 +567,8 @@ class Exchange:
                     f"{member.name} may not name an event {event.id!r}",
                     {"member": member.name, "event": event.id},
                 )
+            if event.time_ns > result.time_ns:
+                raise not_yet(member.name, event, result.time_ns)
             via = []
             for cause in event.causes:
                 if cause in member.own_events:

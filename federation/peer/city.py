@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.peer.export import (
@@ -155,9 +157,10 @@ class City:
         return Interior(self.name, descriptions, self.cities, free, self.version)
 
     @property
-    def cities(self) -> frozenset[str]:
-        """The members that are other cities."""
-        return frozenset(n for n, m in self.scenario.members.items() if m.peer is not None)
+    def cities(self) -> Mapping[str, str]:
+        """The members that are other cities, and which."""
+        members = self.scenario.members.items()
+        return {n: m.peer.city or n for n, m in members if m.peer is not None}
 
     def case(self, seed: int) -> Case:
         """The run that a session of this seed is: of the scenario's first measure."""
@@ -278,6 +281,16 @@ class Rights:
         thing = Thing(Sort.EVENT, f"{owner}.{event.kind}", entity, is_relayed=is_relayed)
         return decide(policy, asked, thing)
 
+    def via(self, owner: str, event: Event) -> tuple[str, ...] | None:
+        """The cities that an event came through, the last first; None when the reader's is among
+        them, so that in a ring of cities nothing comes back to where it has been."""
+        city = self._interior.cities.get(owner)
+        if city is None:
+            return ()
+        came = (city, *event.via)
+        _, asked = self._standing()
+        return None if asked.reader.city in came else came
+
     def action(self, action: Action) -> None:
         """Refuse an action on what the reader may not set."""
         for entry, actuator in zip(
@@ -317,9 +330,13 @@ class Teller:
                 self._behind[event.id] = tuple(event.text.split("\n"))
                 continue
             self._behind[event.id] = self.outside(event.causes)
+            via = self._rights.via(owner, event)
+            if via is None:
+                continue
             decision = self._rights.event(owner, event)
             if not decision.allowed:
                 continue
+            event = replace(event, via=via)
             how = decision.resolution
             entity = event.entity if how.space == "each" else "system"
             text = event.text if how.text else f"{event.kind.replace('_', ' ')} ({entity})"
@@ -327,8 +344,22 @@ class Teller:
         due = [later for later in self._later if later[0] <= time_ns]
         self._later = [later for later in self._later if later[0] > time_ns]
         for _, owner, event, entity, text in due:
-            id_ = emit(f"{owner}_{event.kind}", entity, text, self.outside(event.causes))
+            causes = self.outside(event.causes)
+            id_ = emit(f"{owner}_{event.kind}", entity, text, causes, event.via)
             self._behind[event.id] = (id_,)
+
+    def forget(self, most: int) -> None:
+        """Remember only so many events as causes, the newest."""
+        for event in list(itertools.islice(self._behind, max(len(self._behind) - most, 0))):
+            del self._behind[event]
+
+    def state(self) -> list[object]:
+        """What is remembered and what is told later, for another one of the same rights."""
+        return [dict(self._behind), list(self._later)]
+
+    def resume(self, state: list[Any]) -> None:
+        behind, later = state
+        self._behind, self._later = dict(behind), [tuple(each) for each in later]
 
     def outside(self, causes: Iterable[str]) -> tuple[str, ...]:
         """The events outside that stand behind events inside."""
@@ -376,8 +407,10 @@ class CityRun(Twin):
             step.actions,
         )
 
-        def emit(kind: str, entity: str, text: str, causes: Iterable[str]) -> str:
-            id_ = step.emit(kind, entity, text, causes)
+        def emit(
+            kind: str, entity: str, text: str, causes: Iterable[str], via: tuple[str, ...]
+        ) -> str:
+            id_ = step.emit(kind, entity, text, causes, via)
             self._emitted.append(id_)
             return id_
 

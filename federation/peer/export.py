@@ -9,9 +9,9 @@ variable in the same way but not as finely, the second's has the name of the rul
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,12 +51,12 @@ AREA = "area"
 
 @dataclass(frozen=True)
 class Interior:
-    """What there is in a city: its members, which of them are other cities, and which entries of
-    their inputs nothing in the city feeds."""
+    """What there is in a city: its members, which of them are other cities and whose, and which
+    entries of their inputs nothing in the city feeds."""
 
     city: str
     descriptions: Mapping[str, Description]
-    cities: Collection[str] = ()
+    cities: Mapping[str, str] = field(default_factory=dict)
     unfed: Mapping[tuple[str, str], Sequence[int]] = field(default_factory=dict)
     version: str = ""
 
@@ -191,7 +191,12 @@ class _Makes:
         return self._of_kind[key]
 
     def take_outputs(self, member: str, description: Description) -> None:
+        city = self._interior.cities.get(member)
         for variable in description.outputs():
+            if city is not None:
+                variable = replace(variable, via=(city, *variable.via))
+                if self._asked.reader.city in variable.via:
+                    continue  # it has come from there
             found = self._granted(Sort.VARIABLE, member, variable.name, variable.kind)
             for rule, resolution, columns in found:
                 view = self._view(member, variable, rule, resolution, columns)
@@ -276,7 +281,9 @@ class _Makes:
                 kind = self._told_kind(AREA, rule, whose, told_areas)
             name = self._name(f"{member}_{variable.name}_{resolution.space}", rule)
             # a range of each is none of their sum
-            told = Variable(name, kind, variable.unit, Causality.OUTPUT, doc=variable.doc)
+            told = Variable(
+                name, kind, variable.unit, Causality.OUTPUT, doc=variable.doc, via=variable.via
+            )
         view = View(name, member, variable.name, groups, resolution, rule)
         size = len(self._entities(member, variable.kind))
         initial = view.told(np.full(size, variable.initial))
@@ -378,14 +385,22 @@ class Lens:
                 told[sight.view.name] = found
         return told
 
+    def state(self) -> list[list[Any]]:
+        """What is gathered and what is told later, for another one of the same views."""
+        return [[sight.window, sight.later] for sight in self._sights]
+
+    def resume(self, state: Sequence[Sequence[Any]]) -> None:
+        for sight, (window, later) in zip(self._sights, state, strict=True):
+            sight.window, sight.later = list(window), [tuple(each) for each in later]
+
 
 class _Sight:
     """One view over time."""
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self._window: list[Vector] = []
-        self._later: list[tuple[int, Vector]] = []
+        self.window: list[Vector] = []
+        self.later: list[tuple[int, Vector]] = []
         """What is told later, and when."""
 
     def see(self, time_ns: int, value: Vector | None) -> Vector | None:
@@ -396,22 +411,22 @@ class _Sight:
         if not resolution.delay_ns:
             return told
         if told is not None:
-            self._later.append((time_ns + resolution.delay_ns, told))
+            self.later.append((time_ns + resolution.delay_ns, told))
         due = None
-        while self._later and self._later[0][0] <= time_ns:
-            due = self._later.pop(0)[1]
+        while self.later and self.later[0][0] <= time_ns:
+            due = self.later.pop(0)[1]
         return due
 
     def _of_window(self, time_ns: int, value: Vector | None) -> Vector | None:
         """What is told of a window at its end; it has all but its first instant."""
         if value is not None:
             finest = replace(self.view, resolution=_unrounded(self.view.resolution))
-            self._window.append(finest.told(value))
-        if not time_ns or time_ns % self.view.resolution.window_ns or not self._window:
+            self.window.append(finest.told(value))
+        if not time_ns or time_ns % self.view.resolution.window_ns or not self.window:
             if not time_ns:
-                self._window.clear()
+                self.window.clear()
             return None
-        seen, self._window = np.array(self._window), []
+        seen, self.window = np.array(self.window), []
         match self.view.resolution.take:
             case "mean":
                 found = seen.mean(axis=0)

@@ -71,6 +71,12 @@ class Budget:
                     {"after_s": f"{left_s:.0f}"},
                 )
 
+    def pause(self, seconds: float) -> None:
+        """Wait for something; to wait uses up nothing."""
+        began_s = self._clock()
+        time.sleep(seconds)
+        self._wall_s -= self._clock() - began_s
+
     @contextlib.contextmanager
     def spending(self) -> Any:
         """Count what is done inside, in this thread."""
@@ -156,7 +162,8 @@ class PeerService(TwinService):
             super()._advance(hosted, advance, response)
 
     def _build(self, opened: twin_pb2.SessionRequest.Open) -> Twin:
-        return self._gate.build(self.reader, Errand.decode(opened.errand), self.limits())
+        errand, limits = Errand.decode(opened.errand), self.limits()
+        return self._gate.build(self.reader, errand, limits, self.budget.pause)
 
 
 class Gate(peer_pb2_grpc.PeersServicer):
@@ -229,9 +236,15 @@ class Gate(peer_pb2_grpc.PeersServicer):
 
     # -- what a reader gets ------------------------------------------------------------------
 
-    def build(self, reader: Reader, errand: Errand, limits: Limits) -> Twin:
-        """A session for a reader; called in its thread. Fails with NOT_EXPORTED, PATH_LOOP, and as
-        the members of the city do."""
+    def build(
+        self,
+        reader: Reader,
+        errand: Errand,
+        limits: Limits,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> Twin:
+        """A session for a reader; called in its thread, which it lets wait with `pause`. Fails with
+        NOT_EXPORTED, PATH_LOOP, and as the members of the city do."""
 
         def standing() -> tuple[Policy, Question]:
             return self.policy, self._file.question(reader, errand.purpose)
@@ -243,7 +256,7 @@ class Gate(peer_pb2_grpc.PeersServicer):
             run = self._record.run()
             rights = Rights(self._interior_of(run), standing, mode)
             self._note(rights, reader)
-            return LiveCity(rights, self._record, run, policy.patience_s)
+            return LiveCity(rights, self._record, run, policy.patience_s, str(reader), pause=pause)
         rights = Rights(self.city.interior(path), standing, mode)
         self._note(rights, reader)
         horizon_ns = None if limits.horizon_h is None else round(limits.horizon_h * HOUR_NS)
@@ -258,8 +271,9 @@ class Gate(peer_pb2_grpc.PeersServicer):
 
     def _interior_of(self, run: str) -> Interior:
         descriptions = self._record.describe(run)
-        version = self.city.version
-        return Interior(self.city.name, descriptions, self.city.cities, {}, version)
+        # cities may have joined the run that the scenario does not know, and may yet
+        cities = self._record.cities(run)
+        return Interior(self.city.name, descriptions, cities, {}, self.city.version)
 
     def _export(self, service: PeerService, errand: Errand) -> Export:
         """What a reader may have now; it is said at its expense."""

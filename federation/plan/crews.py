@@ -222,6 +222,13 @@ class CrewPlanner(Planner):
             )
             step.act(family.member, family.actuator, component, float(there + crews), event)
 
+    def tasks_at(self, step: Step) -> list[Task]:
+        """What is left to repair at a step that it has just done, as it is believed to be."""
+        places = range(len(self.families))
+        busy = [step[f"busy_{i}"] for i in places]
+        travel = [step[f"travel_{i}"] for i in places]
+        return self._tasks(self._belief.hours, busy, travel)[1]
+
     def _tasks(
         self, remaining: list[Vector], busy: list[Vector], travel: list[Vector]
     ) -> tuple[list[tuple[int, int]], list[Task]]:

@@ -126,15 +126,20 @@ class Peering(Part):
     """How a member that is another city is asked: what for, and for which kind of session.
 
     A `what-if` is a run of that city's scenario for this run alone; a `live` session looks at the
-    run of the city that goes on. When the request would come back to a city that it has come from,
-    that city refuses it, and the run can't begin; or this one may `leave-out` the member: what it
-    feeds keeps its first value.
+    run of the city that goes on, and has at each instant what was so there before it. With
+    `on_failure: recover` it is never given up: the city is sought for as long as the run goes on.
+
+    When the request would come back to a city that it has come from, that city refuses it, and the
+    run can't begin; or this one may `leave-out` the member: what it feeds keeps its first value.
     """
 
     purpose: str = ""
     city: str = Field("", description="whose broker has to answer; the member's name if unset")
     session: Literal["what-if", "live"] = "what-if"
     on_loop: Literal["refuse", "leave-out"] = "refuse"
+    clock_within_s: PositiveFloat = Field(
+        1.0, description="values of a city whose clock is further off than this are marked as held"
+    )
 
 
 class Member(Service):

@@ -34,6 +34,8 @@ class RegisterRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    SCHEMA_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name: a lower-case letter and then up to 62 of a-z, 0-9, hyphen and underscore."""
     address: _builtins.str
@@ -46,6 +48,12 @@ class RegisterRequest(_message.Message):
     """The model's domain."""
     incarnation: _builtins.str
     """A random text that the process made at its start; it tells one life of it from the next."""
+    schema: _builtins.int
+    """The version of this contract that the twin was written for: 1, or 0 for not said."""
+    @_builtins.property
+    def profile(self) -> Global___Profile:
+        """By what it can be found; without it, by its name and domain alone."""
+
     def __init__(
         self,
         *,
@@ -55,14 +63,90 @@ class RegisterRequest(_message.Message):
         version: _builtins.str = ...,
         domain: _builtins.str = ...,
         incarnation: _builtins.str = ...,
+        schema: _builtins.int = ...,
+        profile: Global___Profile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "domain", b"domain", "incarnation", b"incarnation", "model", b"model", "name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "domain", b"domain", "incarnation", b"incarnation", "model", b"model", "name", b"name", "profile", b"profile", "schema", b"schema", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
+
+@_typing.final
+class Profile(_message.Message):
+    """What a twin is found by: its description, in short."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIDELITY_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    AREA_FIELD_NUMBER: _builtins.int
+    fidelity: _twin_pb2.Fidelity.ValueType
+    """How closely the model follows what it stands for."""
+    @_builtins.property
+    def time(self) -> _twin_pb2.TimePolicy:
+        """Its clock: when it steps, and whether a step can be done again."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it offers, each once: `variable:load`, `actuator:gate`, `kind:pump`, `kpi:unserved`."""
+
+    @_builtins.property
+    def area(self) -> Global___Area:
+        """What its entities lie within; unset when none has a place."""
+
+    def __init__(
+        self,
+        *,
+        fidelity: _twin_pb2.Fidelity.ValueType = ...,
+        time: _twin_pb2.TimePolicy | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        area: Global___Area | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["area", b"area", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["area", b"area", "features", b"features", "fidelity", b"fidelity", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class Area(_message.Message):
+    """A rectangle in WGS84 degrees, from west to east and from south to north."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEST_DEG_FIELD_NUMBER: _builtins.int
+    SOUTH_DEG_FIELD_NUMBER: _builtins.int
+    EAST_DEG_FIELD_NUMBER: _builtins.int
+    NORTH_DEG_FIELD_NUMBER: _builtins.int
+    west_deg: _builtins.float
+    """Its western side."""
+    south_deg: _builtins.float
+    """Its southern side."""
+    east_deg: _builtins.float
+    """Its eastern side."""
+    north_deg: _builtins.float
+    """Its northern side."""
+    def __init__(
+        self,
+        *,
+        west_deg: _builtins.float = ...,
+        south_deg: _builtins.float = ...,
+        east_deg: _builtins.float = ...,
+        north_deg: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["east_deg", b"east_deg", "north_deg", b"north_deg", "south_deg", b"south_deg", "west_deg", b"west_deg"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Area: _TypeAlias = Area  # noqa: Y015
 
 @_typing.final
 class RegisterResponse(_message.Message):
@@ -207,16 +291,37 @@ Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015
 
 @_typing.final
 class ListMembersRequest(_message.Message):
-    """Asks who is there."""
+    """Asks who is there; what is set has to hold of a member, all of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    AREA_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    MAX_PERIOD_NS_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    """Its domain."""
+    max_period_ns: _builtins.int
+    """Its fixed period is at most this, in nanoseconds, or it steps by events."""
+    @_builtins.property
+    def area(self) -> Global___Area:
+        """Its area has a point in common with this one."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """It has each of these features (`Profile.features`)."""
+
     def __init__(
         self,
+        *,
+        domain: _builtins.str = ...,
+        area: Global___Area | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        max_period_ns: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["area", b"area"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["area", b"area", "domain", b"domain", "features", b"features", "max_period_ns", b"max_period_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,7 +336,7 @@ class ListMembersResponse(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
-        """All members whose leases hold, by name."""
+        """The members that were asked for, by name."""
 
     def __init__(
         self,
@@ -260,6 +365,7 @@ class Member(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     REMAINING_DURATION_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     address: _builtins.str
@@ -278,6 +384,10 @@ class Member(_message.Message):
     def remaining_duration(self) -> _duration_pb2.Duration:
         """How long its lease still holds unless renewed."""
 
+    @_builtins.property
+    def profile(self) -> Global___Profile:
+        """What it is found by, as far as it told."""
+
     def __init__(
         self,
         *,
@@ -289,10 +399,11 @@ class Member(_message.Message):
         incarnation: _builtins.str = ...,
         epoch: _builtins.int = ...,
         remaining_duration: _duration_pb2.Duration | None = ...,
+        profile: Global___Profile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["remaining_duration", b"remaining_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "remaining_duration", b"remaining_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "domain", b"domain", "epoch", b"epoch", "incarnation", b"incarnation", "model", b"model", "name", b"name", "remaining_duration", b"remaining_duration", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "domain", b"domain", "epoch", b"epoch", "incarnation", b"incarnation", "model", b"model", "name", b"name", "profile", b"profile", "remaining_duration", b"remaining_duration", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -512,6 +623,128 @@ class QueryHistoryResponse(_message.Message):
 Global___QueryHistoryResponse: _TypeAlias = QueryHistoryResponse  # noqa: Y015
 
 @_typing.final
+class ListOutagesRequest(_message.Message):
+    """Asks when somebody was not heard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's name, `runs/{run}`."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOutagesRequest: _TypeAlias = ListOutagesRequest  # noqa: Y015
+
+@_typing.final
+class ListOutagesResponse(_message.Message):
+    """When somebody was not heard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outage]:
+        """In the order of their beginnings."""
+
+    def __init__(
+        self,
+        *,
+        outages: _abc.Iterable[Global___Outage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outages", b"outages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOutagesResponse: _TypeAlias = ListOutagesResponse  # noqa: Y015
+
+@_typing.final
+class Outage(_message.Message):
+    """A span of a run in which it went on without a member; or in which another city, that looks at
+    the run, went on without it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    IS_READER_FIELD_NUMBER: _builtins.int
+    START_NS_FIELD_NUMBER: _builtins.int
+    END_NS_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    LATE_VALUES_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """The member; of a city that looks at the run, who it is."""
+    is_reader: _builtins.bool
+    """True for a city that looks at the run."""
+    start_ns: _builtins.int
+    """The first instant that whoever was alone went on from alone: of this run, which for a city that
+    looks at it are the same instants.
+    """
+    end_ns: _builtins.int
+    """The first instant at which all was well again; unset while it is not."""
+    quality: Global___LedgerEntry.Quality.ValueType
+    """How the values were marked meanwhile; unset for a city that looks at the run."""
+    why: _builtins.str
+    """Why, in a sentence."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the outage was noticed, by this broker's clock; of a city that looks at the run, when it
+        was last heard before, if that is known.
+        """
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was heard again, by this broker's clock; unset while it is not."""
+
+    @_builtins.property
+    def variables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The variables whose values were held, or of which the city that looks at the run had none."""
+
+    @_builtins.property
+    def late_values(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
+        """Values of instants of the outage that came when it was over, in the order of their instants.
+        The run did not go by them; they are what was so.
+        """
+
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        is_reader: _builtins.bool = ...,
+        start_ns: _builtins.int = ...,
+        end_ns: _builtins.int | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        quality: Global___LedgerEntry.Quality.ValueType = ...,
+        why: _builtins.str = ...,
+        variables: _abc.Iterable[_builtins.str] | None = ...,
+        late_values: _abc.Iterable[Global___LedgerEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns", "end_ns", b"end_ns", "end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns", "end_ns", b"end_ns", "end_time", b"end_time", "is_reader", b"is_reader", "late_values", b"late_values", "peer", b"peer", "quality", b"quality", "start_ns", b"start_ns", "start_time", b"start_time", "variables", b"variables", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end_ns: _TypeAlias = _typing.Literal["end_ns"]  # noqa: Y015
+    _WhichOneofArgType__end_ns: _TypeAlias = _typing.Literal["_end_ns", b"_end_ns"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_ns) -> _WhichOneofReturnType__end_ns | None: ...
+
+Global___Outage: _TypeAlias = Outage  # noqa: Y015
+
+@_typing.final
 class LedgerEntry(_message.Message):
     """One entry of a run's ledger. Entries are ordered by time, iteration, rank, and then values
     before events before actions.
@@ -668,6 +901,7 @@ class LedgerEntry(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     OCCURRENCE_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
     time_ns: _builtins.int
     """The instant that it is true for."""
     micro: _builtins.int
@@ -676,6 +910,10 @@ class LedgerEntry(_message.Message):
     """The place of the member among those that step at one instant."""
     member: _builtins.str
     """The member that it comes from."""
+    fidelity: _twin_pb2.Fidelity.ValueType
+    """How closely the model that a value comes from follows what it stands for; unspecified for
+    that of a substitute and, when the run has ended, of a member that had joined it.
+    """
     @_builtins.property
     def receive_time(self) -> _timestamp_pb2.Timestamp:
         """When the broker got it, by its own clock; unset in runs that are not live."""
@@ -703,10 +941,11 @@ class LedgerEntry(_message.Message):
         value: Global___LedgerEntry.Value | None = ...,
         occurrence: Global___LedgerEntry.Occurrence | None = ...,
         order: Global___LedgerEntry.Order | None = ...,
+        fidelity: _twin_pb2.Fidelity.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "occurrence", b"occurrence", "order", b"order", "receive_time", b"receive_time", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "member", b"member", "micro", b"micro", "occurrence", b"occurrence", "order", b"order", "rank", b"rank", "receive_time", b"receive_time", "time_ns", b"time_ns", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "fidelity", b"fidelity", "member", b"member", "micro", b"micro", "occurrence", b"occurrence", "order", b"order", "rank", b"rank", "receive_time", b"receive_time", "time_ns", b"time_ns", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_entry: _TypeAlias = _typing.Literal["value", "occurrence", "order"]  # noqa: Y015
     _WhichOneofArgType_entry: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015

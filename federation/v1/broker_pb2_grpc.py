@@ -65,6 +65,11 @@ class BrokerStub:
                 request_serializer=federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.SerializeToString,
                 response_deserializer=federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.FromString,
                 _registered_method=True)
+        self.ListOutages = channel.unary_unary(
+                '/federation.v1.Broker/ListOutages',
+                request_serializer=federation_dot_v1_dot_broker__pb2.ListOutagesRequest.SerializeToString,
+                response_deserializer=federation_dot_v1_dot_broker__pb2.ListOutagesResponse.FromString,
+                _registered_method=True)
 
 
 class BrokerServicer:
@@ -74,8 +79,9 @@ class BrokerServicer:
     def Register(self, request, context):
         """Asks for a name. The lease that comes back is the right to be heard under it for a time.
 
-        Fails with SCENARIO_INVALID on a bad name or address, and with NAME_LEASED while another
-        process holds the name (metadata `name`, `address`,
+        Fails with SCENARIO_INVALID on a bad name or address, with SCHEMA_INCOMPATIBLE on a twin of
+        another contract or a profile that contradicts itself (metadata `field`), and with NAME_LEASED
+        while another process holds the name (metadata `name`, `address`,
         `expires_in_ns`). The same process, told by its incarnation, may register again: it gets a
         new lease and the one before is void.
         """
@@ -101,7 +107,10 @@ class BrokerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMembers(self, request, context):
-        """Lists the members whose leases hold, by name.
+        """Lists the members that are heard of, by name: a third of the lease is the beat at which they
+        renew it, and one that missed two beats is not listed, though its name is still its own.
+
+        Fails with SCENARIO_INVALID on an area that is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +132,16 @@ class BrokerServicer:
         Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
         record, with SCENARIO_INVALID on an empty span or too many buckets, and with
         MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOutages(self, request, context):
+        """Lists when members of a run were not heard, and when other cities that look at it were not:
+        both ends of a line tell of the same instants.
+
+        Fails with RUN_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,6 +179,11 @@ def add_BrokerServicer_to_server(servicer, server):
                     servicer.QueryHistory,
                     request_deserializer=federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.FromString,
                     response_serializer=federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.SerializeToString,
+            ),
+            'ListOutages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOutages,
+                    request_deserializer=federation_dot_v1_dot_broker__pb2.ListOutagesRequest.FromString,
+                    response_serializer=federation_dot_v1_dot_broker__pb2.ListOutagesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -325,6 +349,33 @@ class Broker:
             '/federation.v1.Broker/QueryHistory',
             federation_dot_v1_dot_broker__pb2.QueryHistoryRequest.SerializeToString,
             federation_dot_v1_dot_broker__pb2.QueryHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOutages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/federation.v1.Broker/ListOutages',
+            federation_dot_v1_dot_broker__pb2.ListOutagesRequest.SerializeToString,
+            federation_dot_v1_dot_broker__pb2.ListOutagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

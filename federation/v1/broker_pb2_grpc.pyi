@@ -36,8 +36,9 @@ class BrokerStub:
     Register: _grpc.UnaryUnaryMultiCallable[_broker_pb2.RegisterRequest, _broker_pb2.RegisterResponse]
     """Asks for a name. The lease that comes back is the right to be heard under it for a time.
 
-    Fails with SCENARIO_INVALID on a bad name or address, and with NAME_LEASED while another
-    process holds the name (metadata `name`, `address`,
+    Fails with SCENARIO_INVALID on a bad name or address, with SCHEMA_INCOMPATIBLE on a twin of
+    another contract or a profile that contradicts itself (metadata `field`), and with NAME_LEASED
+    while another process holds the name (metadata `name`, `address`,
     `expires_in_ns`). The same process, told by its incarnation, may register again: it gets a
     new lease and the one before is void.
     """
@@ -50,7 +51,11 @@ class BrokerStub:
     Leave: _grpc.UnaryUnaryMultiCallable[_broker_pb2.LeaveRequest, _broker_pb2.LeaveResponse]
     """Gives a lease up, so that the name is free at once. Leaving twice is no error."""
     ListMembers: _grpc.UnaryUnaryMultiCallable[_broker_pb2.ListMembersRequest, _broker_pb2.ListMembersResponse]
-    """Lists the members whose leases hold, by name."""
+    """Lists the members that are heard of, by name: a third of the lease is the beat at which they
+    renew it, and one that missed two beats is not listed, though its name is still its own.
+
+    Fails with SCENARIO_INVALID on an area that is none.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_broker_pb2.WatchRequest, _broker_pb2.WatchResponse]
     """Follows the shared state of a run: first all that holds now, then every change, until the
     run ends or the caller goes.
@@ -64,6 +69,12 @@ class BrokerStub:
     record, with SCENARIO_INVALID on an empty span or too many buckets, and with
     MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
     """
+    ListOutages: _grpc.UnaryUnaryMultiCallable[_broker_pb2.ListOutagesRequest, _broker_pb2.ListOutagesResponse]
+    """Lists when members of a run were not heard, and when other cities that look at it were not:
+    both ends of a line tell of the same instants.
+
+    Fails with RUN_NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class BrokerAsyncStub(BrokerStub):
@@ -73,8 +84,9 @@ class BrokerAsyncStub(BrokerStub):
     Register: _aio.UnaryUnaryMultiCallable[_broker_pb2.RegisterRequest, _broker_pb2.RegisterResponse]  # type: ignore[assignment]
     """Asks for a name. The lease that comes back is the right to be heard under it for a time.
 
-    Fails with SCENARIO_INVALID on a bad name or address, and with NAME_LEASED while another
-    process holds the name (metadata `name`, `address`,
+    Fails with SCENARIO_INVALID on a bad name or address, with SCHEMA_INCOMPATIBLE on a twin of
+    another contract or a profile that contradicts itself (metadata `field`), and with NAME_LEASED
+    while another process holds the name (metadata `name`, `address`,
     `expires_in_ns`). The same process, told by its incarnation, may register again: it gets a
     new lease and the one before is void.
     """
@@ -87,7 +99,11 @@ class BrokerAsyncStub(BrokerStub):
     Leave: _aio.UnaryUnaryMultiCallable[_broker_pb2.LeaveRequest, _broker_pb2.LeaveResponse]  # type: ignore[assignment]
     """Gives a lease up, so that the name is free at once. Leaving twice is no error."""
     ListMembers: _aio.UnaryUnaryMultiCallable[_broker_pb2.ListMembersRequest, _broker_pb2.ListMembersResponse]  # type: ignore[assignment]
-    """Lists the members whose leases hold, by name."""
+    """Lists the members that are heard of, by name: a third of the lease is the beat at which they
+    renew it, and one that missed two beats is not listed, though its name is still its own.
+
+    Fails with SCENARIO_INVALID on an area that is none.
+    """
     Watch: _aio.UnaryStreamMultiCallable[_broker_pb2.WatchRequest, _broker_pb2.WatchResponse]  # type: ignore[assignment]
     """Follows the shared state of a run: first all that holds now, then every change, until the
     run ends or the caller goes.
@@ -101,6 +117,12 @@ class BrokerAsyncStub(BrokerStub):
     record, with SCENARIO_INVALID on an empty span or too many buckets, and with
     MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
     """
+    ListOutages: _aio.UnaryUnaryMultiCallable[_broker_pb2.ListOutagesRequest, _broker_pb2.ListOutagesResponse]  # type: ignore[assignment]
+    """Lists when members of a run were not heard, and when other cities that look at it were not:
+    both ends of a line tell of the same instants.
+
+    Fails with RUN_NOT_FOUND.
+    """
 
 class BrokerServicer(metaclass=_abc_1.ABCMeta):
     """The meeting point: twins register here, and whoever wants to see a run watches it here."""
@@ -113,8 +135,9 @@ class BrokerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_broker_pb2.RegisterResponse, _abc.Awaitable[_broker_pb2.RegisterResponse]]:
         """Asks for a name. The lease that comes back is the right to be heard under it for a time.
 
-        Fails with SCENARIO_INVALID on a bad name or address, and with NAME_LEASED while another
-        process holds the name (metadata `name`, `address`,
+        Fails with SCENARIO_INVALID on a bad name or address, with SCHEMA_INCOMPATIBLE on a twin of
+        another contract or a profile that contradicts itself (metadata `field`), and with NAME_LEASED
+        while another process holds the name (metadata `name`, `address`,
         `expires_in_ns`). The same process, told by its incarnation, may register again: it gets a
         new lease and the one before is void.
         """
@@ -145,7 +168,11 @@ class BrokerServicer(metaclass=_abc_1.ABCMeta):
         request: _broker_pb2.ListMembersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_broker_pb2.ListMembersResponse, _abc.Awaitable[_broker_pb2.ListMembersResponse]]:
-        """Lists the members whose leases hold, by name."""
+        """Lists the members that are heard of, by name: a third of the lease is the beat at which they
+        renew it, and one that missed two beats is not listed, though its name is still its own.
+
+        Fails with SCENARIO_INVALID on an area that is none.
+        """
 
     @_abc_1.abstractmethod
     def Watch(
@@ -170,6 +197,18 @@ class BrokerServicer(metaclass=_abc_1.ABCMeta):
         Fails with RUN_NOT_FOUND, with UNKNOWN_VARIABLE when the run has nothing of that name on
         record, with SCENARIO_INVALID on an empty span or too many buckets, and with
         MESSAGE_TOO_LARGE when the answer would not fit: ask for a shorter span or for buckets.
+        """
+
+    @_abc_1.abstractmethod
+    def ListOutages(
+        self,
+        request: _broker_pb2.ListOutagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_broker_pb2.ListOutagesResponse, _abc.Awaitable[_broker_pb2.ListOutagesResponse]]:
+        """Lists when members of a run were not heard, and when other cities that look at it were not:
+        both ends of a line tell of the same instants.
+
+        Fails with RUN_NOT_FOUND.
         """
 
 def add_BrokerServicer_to_server(servicer: BrokerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -609,6 +609,11 @@ class ClockReading(_message.Message):
 
     CLOCK_OFFSET_FIELD_NUMBER: _builtins.int
     ROUND_TRIP_DURATION_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
+    fault: _builtins.str
+    """Of another city: why its clock can't be trusted as far as the scenario asks, so that its values
+    are marked as held; empty when it can.
+    """
     @_builtins.property
     def clock_offset(self) -> _duration_pb2.Duration:
         """What the other clock shows when the broker's shows zero; true within half the round trip."""
@@ -622,10 +627,11 @@ class ClockReading(_message.Message):
         *,
         clock_offset: _duration_pb2.Duration | None = ...,
         round_trip_duration: _duration_pb2.Duration | None = ...,
+        fault: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "round_trip_duration", b"round_trip_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "round_trip_duration", b"round_trip_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "fault", b"fault", "round_trip_duration", b"round_trip_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,6 +22,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Fidelity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FidelityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fidelity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIDELITY_UNSPECIFIED: _Fidelity.ValueType  # 0
+    """Not said, or not known."""
+    FIDELITY_RECORDED: _Fidelity.ValueType  # 1
+    """What was measured or logged, played back."""
+    FIDELITY_SURROGATE: _Fidelity.ValueType  # 2
+    """Fitted to data or to a finer model, without the laws behind them."""
+    FIDELITY_REDUCED: _Fidelity.ValueType  # 3
+    """The laws of its domain, with parts taken together or effects left out."""
+    FIDELITY_DETAILED: _Fidelity.ValueType  # 4
+    """The laws of its domain, component by component."""
+
+class Fidelity(_Fidelity, metaclass=_FidelityEnumTypeWrapper):
+    """How closely a model follows what it stands for. Each value that it publishes has this fidelity."""
+
+FIDELITY_UNSPECIFIED: Fidelity.ValueType  # 0
+"""Not said, or not known."""
+FIDELITY_RECORDED: Fidelity.ValueType  # 1
+"""What was measured or logged, played back."""
+FIDELITY_SURROGATE: Fidelity.ValueType  # 2
+"""Fitted to data or to a finer model, without the laws behind them."""
+FIDELITY_REDUCED: Fidelity.ValueType  # 3
+"""The laws of its domain, with parts taken together or effects left out."""
+FIDELITY_DETAILED: Fidelity.ValueType  # 4
+"""The laws of its domain, component by component."""
+Global___Fidelity: _TypeAlias = Fidelity  # noqa: Y015
+
 @_typing.final
 class Errand(_message.Message):
     """On what errand a broker comes to a twin. Twins that are models of their own ignore it; to a twin
@@ -42,7 +74,9 @@ class Errand(_message.Message):
         MODE_WHAT_IF: Errand._Mode.ValueType  # 1
         """A run of the city's scenario for this session alone."""
         MODE_LIVE: Errand._Mode.ValueType  # 2
-        """The run of the city that goes on, at which the session looks."""
+        """The run of the city that goes on, at which the session looks: at each instant it tells what
+        was so before it.
+        """
 
     class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
         """What a session of a city is."""
@@ -52,7 +86,9 @@ class Errand(_message.Message):
     MODE_WHAT_IF: Errand.Mode.ValueType  # 1
     """A run of the city's scenario for this session alone."""
     MODE_LIVE: Errand.Mode.ValueType  # 2
-    """The run of the city that goes on, at which the session looks."""
+    """The run of the city that goes on, at which the session looks: at each instant it tells what
+    was so before it.
+    """
 
     PURPOSE_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
@@ -162,6 +198,7 @@ class Description(_message.Message):
     KPIS_FIELD_NUMBER: _builtins.int
     DOC_FIELD_NUMBER: _builtins.int
     DATA_HASH_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model, such as `energy`."""
     version: _builtins.str
@@ -172,6 +209,8 @@ class Description(_message.Message):
     """What the model covers and what it leaves out."""
     data_hash: _builtins.str
     """A hash of the data that the model was built from; empty if it has none."""
+    fidelity: Global___Fidelity.ValueType
+    """How closely the model follows what it stands for."""
     @_builtins.property
     def entities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entity]:
         """All entities. Their order within a kind is the order of every vector over that kind."""
@@ -210,10 +249,11 @@ class Description(_message.Message):
         kpis: _abc.Iterable[_builtins.str] | None = ...,
         doc: _builtins.str = ...,
         data_hash: _builtins.str = ...,
+        fidelity: Global___Fidelity.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actuators", b"actuators", "data_hash", b"data_hash", "doc", b"doc", "domain", b"domain", "entities", b"entities", "kpis", b"kpis", "model", b"model", "parameters", b"parameters", "time", b"time", "variables", b"variables", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actuators", b"actuators", "data_hash", b"data_hash", "doc", b"doc", "domain", b"domain", "entities", b"entities", "fidelity", b"fidelity", "kpis", b"kpis", "model", b"model", "parameters", b"parameters", "time", b"time", "variables", b"variables", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -303,6 +343,7 @@ class Variable(_message.Message):
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
     DOC_FIELD_NUMBER: _builtins.int
+    VIA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, unique within the twin (`supplied_fraction`)."""
     kind: _builtins.str
@@ -319,6 +360,10 @@ class Variable(_message.Message):
     """The upper end of the nominal range; unset if there is none."""
     doc: _builtins.str
     """What it means."""
+    @_builtins.property
+    def via(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of what a city tells that it has from others: the cities that it came through, the last first."""
+
     def __init__(
         self,
         *,
@@ -330,10 +375,11 @@ class Variable(_message.Message):
         low: _builtins.float | None = ...,
         high: _builtins.float | None = ...,
         doc: _builtins.str = ...,
+        via: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "causality", b"causality", "doc", b"doc", "high", b"high", "initial", b"initial", "kind", b"kind", "low", b"low", "name", b"name", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "causality", b"causality", "doc", b"doc", "high", b"high", "initial", b"initial", "kind", b"kind", "low", b"low", "name", b"name", "unit", b"unit", "via", b"via"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
     _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
@@ -1004,11 +1050,21 @@ class StepInput(_message.Message):
     CAUSES_FIELD_NUMBER: _builtins.int
     ACTIONS_FIELD_NUMBER: _builtins.int
     DESK_FIELD_NUMBER: _builtins.int
+    SEEN_NS_FIELD_NUMBER: _builtins.int
+    MISSED_SINCE_NS_FIELD_NUMBER: _builtins.int
     time_ns: _builtins.int
     """The instant of the step: it covers the span since the last one."""
     micro: _builtins.int
     """The iteration at this instant, from 0. Above 0, the last step is done again with these
     inputs.
+    """
+    seen_ns: _builtins.int
+    """Set when the step is done again by a session that looks at a run that goes on: the `seen_ns` of
+    the answer that it gave then. It looks no further, so that the answer is the same.
+    """
+    missed_since_ns: _builtins.int
+    """Set when the run that asks has gone on without this step's answer, or asks for it together
+    with such: the first instant that it went on from alone.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___VariableValues]:
@@ -1037,12 +1093,21 @@ class StepInput(_message.Message):
         causes: _abc.Iterable[Global___VariableCauses] | None = ...,
         actions: _abc.Iterable[Global___Action] | None = ...,
         desk: Global___DeskStep | None = ...,
+        seen_ns: _builtins.int | None = ...,
+        missed_since_ns: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["desk", b"desk"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_missed_since_ns", b"_missed_since_ns", "_seen_ns", b"_seen_ns", "desk", b"desk", "missed_since_ns", b"missed_since_ns", "seen_ns", b"seen_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "causes", b"causes", "desk", b"desk", "inputs", b"inputs", "micro", b"micro", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_missed_since_ns", b"_missed_since_ns", "_seen_ns", b"_seen_ns", "actions", b"actions", "causes", b"causes", "desk", b"desk", "inputs", b"inputs", "micro", b"micro", "missed_since_ns", b"missed_since_ns", "seen_ns", b"seen_ns", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__missed_since_ns: _TypeAlias = _typing.Literal["missed_since_ns"]  # noqa: Y015
+    _WhichOneofArgType__missed_since_ns: _TypeAlias = _typing.Literal["_missed_since_ns", b"_missed_since_ns"]  # noqa: Y015
+    _WhichOneofReturnType__seen_ns: _TypeAlias = _typing.Literal["seen_ns"]  # noqa: Y015
+    _WhichOneofArgType__seen_ns: _TypeAlias = _typing.Literal["_seen_ns", b"_seen_ns"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__missed_since_ns) -> _WhichOneofReturnType__missed_since_ns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seen_ns) -> _WhichOneofReturnType__seen_ns | None: ...
 
 Global___StepInput: _TypeAlias = StepInput  # noqa: Y015
 
@@ -1061,6 +1126,7 @@ class StepResult(_message.Message):
     NEXT_NS_FIELD_NUMBER: _builtins.int
     DESK_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    SEEN_NS_FIELD_NUMBER: _builtins.int
     time_ns: _builtins.int
     """The instant of the step, as asked."""
     micro: _builtins.int
@@ -1072,6 +1138,10 @@ class StepResult(_message.Message):
     held: _builtins.str
     """Why the values are not those of `time_ns` but the last that were known; empty when they are.
     Whoever coordinates the run marks the values of this twin as held until it is empty again.
+    """
+    seen_ns: _builtins.int
+    """Of a session that looks at a run that goes on: up to which instant that run was on record when
+    the session looked, `time_ns` at most. To do the step again, give this to it.
     """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___VariableValues]:
@@ -1107,14 +1177,20 @@ class StepResult(_message.Message):
         next_ns: _builtins.int | None = ...,
         desk: Global___DeskStep | None = ...,
         held: _builtins.str = ...,
+        seen_ns: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "desk", b"desk", "next_ns", b"next_ns"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "_seen_ns", b"_seen_ns", "desk", b"desk", "next_ns", b"next_ns", "seen_ns", b"seen_ns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "actions", b"actions", "causes", b"causes", "desk", b"desk", "events", b"events", "held", b"held", "micro", b"micro", "next_ns", b"next_ns", "outputs", b"outputs", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns", "_seen_ns", b"_seen_ns", "actions", b"actions", "causes", b"causes", "desk", b"desk", "events", b"events", "held", b"held", "micro", b"micro", "next_ns", b"next_ns", "outputs", b"outputs", "seen_ns", b"seen_ns", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__next_ns: _TypeAlias = _typing.Literal["next_ns"]  # noqa: Y015
     _WhichOneofArgType__next_ns: _TypeAlias = _typing.Literal["_next_ns", b"_next_ns"]  # noqa: Y015
+    _WhichOneofReturnType__seen_ns: _TypeAlias = _typing.Literal["seen_ns"]  # noqa: Y015
+    _WhichOneofArgType__seen_ns: _TypeAlias = _typing.Literal["_seen_ns", b"_seen_ns"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__next_ns) -> _WhichOneofReturnType__next_ns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seen_ns) -> _WhichOneofReturnType__seen_ns | None: ...
 
 Global___StepResult: _TypeAlias = StepResult  # noqa: Y015
 
@@ -1273,6 +1349,7 @@ class Event(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CAUSES_FIELD_NUMBER: _builtins.int
     THROUGH_FIELD_NUMBER: _builtins.int
+    VIA_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`{member}/{serial}`, the serial counting from 1 in a session."""
     time_ns: _builtins.int
@@ -1293,6 +1370,10 @@ class Event(_message.Message):
         be left out; then the coupling by which the event first came counts.
         """
 
+    @_builtins.property
+    def via(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As of a variable: the cities that it came through, the last first."""
+
     def __init__(
         self,
         *,
@@ -1303,10 +1384,11 @@ class Event(_message.Message):
         text: _builtins.str = ...,
         causes: _abc.Iterable[_builtins.str] | None = ...,
         through: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        via: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "entity", b"entity", "id", b"id", "kind", b"kind", "text", b"text", "through", b"through", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "entity", b"entity", "id", b"id", "kind", b"kind", "text", b"text", "through", b"through", "time_ns", b"time_ns", "via", b"via"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,7 @@ _TABLE: Mapping[str, Mapping[str, str]] = {
         "ListMembers": _READERS,
         "Watch": _READERS,
         "QueryHistory": _READERS,
+        "ListOutages": _READERS,
     },
     "federation.v1.Scenarios": {
         "CreateRun": "operator planner",

@@ -29,6 +29,7 @@ from federation.twin import (
     DeskStep,
     Entity,
     Event,
+    Fidelity,
     LinearBlock,
     Operated,
     Parameter,
@@ -99,11 +100,19 @@ _RISKS = {
     Risk.MEDIUM: twin_pb2.Actuator.RISK_MEDIUM,
     Risk.HIGH: twin_pb2.Actuator.RISK_HIGH,
 }
+_FIDELITIES = {
+    Fidelity.UNSTATED: twin_pb2.FIDELITY_UNSPECIFIED,
+    Fidelity.RECORDED: twin_pb2.FIDELITY_RECORDED,
+    Fidelity.SURROGATE: twin_pb2.FIDELITY_SURROGATE,
+    Fidelity.REDUCED: twin_pb2.FIDELITY_REDUCED,
+    Fidelity.DETAILED: twin_pb2.FIDELITY_DETAILED,
+}
+_FIDELITY_OF = {number: fidelity for fidelity, number in _FIDELITIES.items()}
+
 _RISK_OF = {number: risk for risk, number in _RISKS.items()}
 
 
 def encode_description(description: Description) -> twin_pb2.Description:
-    time = description.time
     return twin_pb2.Description(
         model=description.model,
         version=description.version,
@@ -128,15 +137,11 @@ def encode_description(description: Description) -> twin_pb2.Description:
                 low=_unless(variable.low, -math.inf),
                 high=_unless(variable.high, math.inf),
                 doc=variable.doc,
+                via=variable.via,
             )
             for variable in description.variables
         ],
-        time=twin_pb2.TimePolicy(
-            period_ns=time.period_ns,
-            offset_ns=time.offset_ns,
-            wakes_on_input=time.wakes_on_input,
-            can_redo=time.can_redo,
-        ),
+        time=encode_time(description.time),
         parameters=[
             twin_pb2.Parameter(
                 name=parameter.name,
@@ -168,7 +173,32 @@ def encode_description(description: Description) -> twin_pb2.Description:
         kpis=description.kpis,
         doc=description.doc,
         data_hash=description.data_hash,
+        fidelity=encode_fidelity(description.fidelity),
     )
+
+
+def encode_time(time: TimePolicy) -> twin_pb2.TimePolicy:
+    return twin_pb2.TimePolicy(
+        period_ns=time.period_ns,
+        offset_ns=time.offset_ns,
+        wakes_on_input=time.wakes_on_input,
+        can_redo=time.can_redo,
+    )
+
+
+def decode_time(message: twin_pb2.TimePolicy) -> TimePolicy:
+    return TimePolicy(
+        message.period_ns, message.offset_ns, message.wakes_on_input, message.can_redo
+    )
+
+
+def encode_fidelity(fidelity: Fidelity) -> twin_pb2.Fidelity.ValueType:
+    return _FIDELITIES[fidelity]
+
+
+def decode_fidelity(number: twin_pb2.Fidelity.ValueType) -> Fidelity:
+    """One of a later version is one that we do not know."""
+    return _FIDELITY_OF.get(number, Fidelity.UNSTATED)
 
 
 def decode_description(message: twin_pb2.Description) -> Description:
@@ -188,12 +218,7 @@ def decode_description(message: twin_pb2.Description) -> Description:
             for entity in message.entities
         ),
         variables=tuple(_decode_variable(variable) for variable in message.variables),
-        time=TimePolicy(
-            message.time.period_ns,
-            message.time.offset_ns,
-            message.time.wakes_on_input,
-            message.time.can_redo,
-        ),
+        time=decode_time(message.time),
         parameters=tuple(
             Parameter(
                 parameter.name,
@@ -225,6 +250,7 @@ def decode_description(message: twin_pb2.Description) -> Description:
         kpis=tuple(message.kpis),
         doc=message.doc,
         data_hash=message.data_hash,
+        fidelity=decode_fidelity(message.fidelity),
     )
 
 
@@ -245,6 +271,7 @@ def _decode_variable(variable: twin_pb2.Variable) -> Variable:
         variable.low if variable.HasField("low") else -math.inf,
         variable.high if variable.HasField("high") else math.inf,
         variable.doc,
+        tuple(variable.via),
     )
 
 
@@ -282,6 +309,10 @@ def write_step_input(message: twin_pb2.StepInput, given: StepInput) -> None:
         message.actions.append(encode_action(action))
     if given.desk is not None:
         _write_desk(message.desk, given.desk)
+    if given.seen_ns is not None:
+        message.seen_ns = given.seen_ns
+    if given.missed_since_ns is not None:
+        message.missed_since_ns = given.missed_since_ns
 
 
 def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
@@ -309,6 +340,8 @@ def decode_step_input(message: twin_pb2.StepInput) -> StepInput:
         causes,
         tuple(map(decode_action, message.actions)),
         _decode_desk(message.desk) if message.HasField("desk") else None,
+        message.seen_ns if message.HasField("seen_ns") else None,
+        message.missed_since_ns if message.HasField("missed_since_ns") else None,
     )
 
 
@@ -337,6 +370,8 @@ def write_step_result(message: twin_pb2.StepResult, result: StepResult) -> None:
         _write_desk(message.desk, result.desk)
     if result.held:
         message.held = result.held
+    if result.seen_ns is not None:
+        message.seen_ns = result.seen_ns
 
 
 def encode_results(results: Iterable[StepResult]) -> bytes:
@@ -368,6 +403,7 @@ def decode_step_result(message: twin_pb2.StepResult) -> StepResult:
         message.next_ns if message.HasField("next_ns") else None,
         _decode_desk(message.desk) if message.HasField("desk") else None,
         message.held,
+        message.seen_ns if message.HasField("seen_ns") else None,
     )
 
 
@@ -380,6 +416,7 @@ def encode_event(event: Event) -> twin_pb2.Event:
         text=event.text,
         causes=event.causes,
         through=dict(event.through),
+        via=event.via,
     )
 
 
@@ -392,6 +429,7 @@ def decode_event(message: twin_pb2.Event) -> Event:
         message.text,
         tuple(message.causes),
         tuple(sorted(message.through.items())),
+        tuple(message.via),
     )
 
 
@@ -670,6 +708,12 @@ _QUALITIES = {
     Quality.SUBSTITUTED: broker_pb2.LedgerEntry.QUALITY_SUBSTITUTED,
     Quality.STALE: broker_pb2.LedgerEntry.QUALITY_STALE,
 }
+
+
+def encode_quality(quality: Quality) -> broker_pb2.LedgerEntry.Quality.ValueType:
+    return _QUALITIES[quality]
+
+
 _QUALITY_OF = {number: quality for quality, number in _QUALITIES.items()}
 
 

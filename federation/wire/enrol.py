@@ -14,6 +14,7 @@ from federation.twin import Description
 from federation.v1 import broker_pb2, broker_pb2_grpc
 from federation.wire import footing, greeting, secure, status
 from federation.wire.party import Part
+from federation.wire.profile import SCHEMA, encode_profile, profile_of
 
 RETRY_S = 1.0
 """The pause before a broker that did not answer is asked again."""
@@ -42,6 +43,8 @@ async def keep_name(
         version=description.version,
         domain=description.domain,
         incarnation=uuid.uuid4().hex,
+        schema=SCHEMA,
+        profile=encode_profile(profile_of(description)),
     )
     async with secure.channel(
         broker,

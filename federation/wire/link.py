@@ -15,7 +15,7 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -46,6 +46,9 @@ EXPECTED = "expected_frame"
 BATCH_BYTES = MEBIBYTE
 """Frames that wait together leave together up to this size; a larger one goes by itself."""
 
+LONGEST_PAUSE_S = 1.0
+"""Between two attempts to take up a stream: after a long absence it is not missed much longer."""
+
 SERVICE = twin_pb2.DESCRIPTOR.services_by_name["Twin"].full_name
 _FRAMES = twin_pb2.SessionRequest.DESCRIPTOR.fields_by_name["frames"].number
 _OVERHEAD_BYTES = 64
@@ -71,9 +74,31 @@ class LinkOptions:
     answer_timeout_s: float = 120.0
     resume_timeout_s: float = 1.0
     keepalive_s: float = 20.0
+    """How long it may be silent before a sign of life is asked for."""
+    keepalive_timeout_s: float = 20.0
+    """How long that sign may take."""
+    attempt_s: float = 0.2
+    """How long one attempt to connect may take, at least; on a long line it takes round trips."""
     max_message_bytes: int = 64 * MEBIBYTE
     identity: str = ""
     """As whom the link comes, where the other side takes a word for it (`wire.caller`)."""
+
+
+def for_a_look(options: LinkOptions) -> LinkOptions:
+    """As patient as a line between cities may need it, when a run that goes on is looked at.
+
+    An opening takes several round trips of seconds. A line that is silent is given up after 16 s,
+    for TCP would try again when it likes, and taken up again for as long as the other city keeps
+    the session.
+    """
+    return replace(
+        options,
+        connect_timeout_s=max(options.connect_timeout_s, 20.0),
+        resume_timeout_s=max(options.resume_timeout_s, 55.0),
+        keepalive_s=min(options.keepalive_s, 6.0),
+        keepalive_timeout_s=min(options.keepalive_timeout_s, 10.0),
+        attempt_s=max(options.attempt_s, 10.0),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +170,10 @@ class _Line:
             [
                 *channel_options(options.max_message_bytes),
                 ("grpc.keepalive_time_ms", int(options.keepalive_s * 1e3)),
-                ("grpc.keepalive_timeout_ms", int(options.keepalive_s * 1e3)),
+                ("grpc.keepalive_timeout_ms", int(options.keepalive_timeout_s * 1e3)),
                 ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 200),
+                # by this name gRPC has the time that an attempt to connect may take
+                ("grpc.min_reconnect_backoff_ms", int(options.attempt_s * 1e3)),
                 ("grpc.max_reconnect_backoff_ms", 1000),
                 # a proxy for the web is no way to reach a twin
                 ("grpc.enable_http_proxy", 0),
@@ -227,7 +253,7 @@ class _Line:
                 self._carrier = None
                 return
             await asyncio.sleep(pause)
-            pause = max(0.05, 2 * pause)
+            pause = min(max(0.05, 2 * pause), LONGEST_PAUSE_S)
 
     async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         """Send what is unsent, all that there is at a time; ends with the stream."""
@@ -441,7 +467,9 @@ class Link:
         heard_ns = time.time_ns()
         came_ns, left_ns = answer.receive_time.ToNanoseconds(), answer.send_time.ToNanoseconds()
         offset_ns = ((came_ns - asked_ns) + (left_ns - heard_ns)) / 2
-        return Clock(offset_ns / 1e9, ((heard_ns - asked_ns) - (left_ns - came_ns)) / 1e9)
+        # it can't have taken less than nothing, nor longer than we have waited, whatever it says
+        took_ns = min(max(left_ns - came_ns, 0), heard_ns - asked_ns)
+        return Clock(offset_ns / 1e9, (heard_ns - asked_ns - took_ns) / 1e9)
 
     async def session(
         self,

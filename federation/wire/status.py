@@ -43,6 +43,7 @@ _TABLE: Mapping[Reason, tuple[grpc.StatusCode, _Kind]] = {
     Reason.JOURNAL_PRUNED: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.MISSING_EXTRA: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.RUN_NOT_FOUND: (grpc.StatusCode.NOT_FOUND, ScenarioError),
+    Reason.SCHEMA_INCOMPATIBLE: (grpc.StatusCode.FAILED_PRECONDITION, ScenarioError),
     Reason.NAME_LEASED: (grpc.StatusCode.ALREADY_EXISTS, ScenarioError),
     Reason.LEASE_UNKNOWN: (grpc.StatusCode.NOT_FOUND, ScenarioError),
     Reason.STALE_EPOCH: (grpc.StatusCode.ABORTED, ScenarioError),

@@ -15,6 +15,7 @@ from federation.twin import (
     Actuator,
     Causality,
     Description,
+    Fidelity,
     LinearBlock,
     Parameter,
     Risk,
@@ -196,6 +197,7 @@ class CityTwin(Twin):
             entities=self.layout.entities,
             variables=_inputs() + _outputs(),
             time=TimePolicy(period_ns=PERIOD_NS),
+            fidelity=Fidelity.REDUCED,
             parameters=tuple(declared[name] for name in ASSUMED) + OWN,
             actuators=tuple(
                 Actuator(

@@ -16,6 +16,7 @@ from federation.twin import (
     Causality,
     Description,
     Entity,
+    Fidelity,
     LinearBlock,
     Step,
     TimePolicy,
@@ -112,6 +113,7 @@ def _description(region: str) -> Description:
         entities=tuple(entities),
         variables=tuple(variables),
         time=TimePolicy(period_ns=MINUTE_NS),
+        fidelity=Fidelity.DETAILED,
         parameters=region_parameters(region),
         kpis=("ambulance_response_min", "deaths", "untreated_after_6h"),
         doc=(

@@ -7,12 +7,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 from federation.broker.store import chunks
 from federation.core.ledger import ActionRecord, Entry, EventRecord
 from federation.errors import FederationError
-from federation.twin import Action, Event
+from federation.twin import Action, Event, Fidelity
 from federation.v1 import error_pb2
 from federation.wire import status
 
@@ -105,7 +106,8 @@ class Run:
     """What is known about a run besides its ledger and its journal.
 
     `figures` are the `(member, variable, unit)` of its KPIs, `delays` the `(source, target,
-    delay_ns)` after which an action takes effect. `settled_ns` is the instant up to which the
+    delay_ns)` after which an action takes effect, `fidelities` the `(member, fidelity)` of those
+    that it began with. `settled_ns` is the instant up to which the
     stored ledger is complete; `entries` and `items` are how many the ledger and the journal
     have ever had. `ended_by` and `ended_because` are for the record of a run that somebody
     ended; `results` is what one that succeeded is told with, besides its ledger.
@@ -130,6 +132,7 @@ class Run:
     ended_because: str = ""
     items: int = 0
     results: str = ""
+    fidelities: tuple[tuple[str, Fidelity], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,7 @@ def said(plain: str) -> str:
 def facts(run: Run) -> str:
     seed = str(run.seed)  # of 64 bits, without a sign
     known = (run.scenario, run.measure, run.document, seed, run.horizon_ns, run.create_ns)
-    return json.dumps([*known, run.figures, run.delays])
+    return json.dumps([*known, run.figures, run.delays, run.fidelities])
 
 
 def ending(
@@ -196,7 +199,8 @@ def ending(
 
 def run_of(row: Sequence[Any]) -> Run:
     name, state, settled_ns, entries, items, end_ns, facts, ending = row
-    scenario, measure, document, seed, horizon_ns, create_ns, figures, delays = json.loads(facts)
+    known = json.loads(facts)
+    scenario, measure, document, seed, horizon_ns, create_ns, figures, delays, *later = known
     digest, error, by, because, *results = json.loads(ending)
     return Run(
         name,
@@ -218,6 +222,7 @@ def run_of(row: Sequence[Any]) -> Run:
         because,
         items,
         "".join(results),
+        tuple((m, Fidelity(f)) for m, f in chain.from_iterable(later)),
     )
 
 
@@ -228,6 +233,8 @@ def happening(entry: EventRecord | ActionRecord, receive_ns: int) -> tuple[objec
         event = entry.event
         what, kind, entity = EVENT, event.kind, event.entity
         body: tuple[object, ...] = (event.id, event.time_ns, event.text, event.causes, entry.via)
+        if event.via:
+            body = (*body, event.via)
     else:
         action = entry.action
         what, kind, entity = ACTION, action.actuator, action.entity
@@ -242,8 +249,10 @@ def happened(number: int, what: str, data: bytes) -> Stored:
         bytes(chunks.unseal(data))
     )
     if what == EVENT:
-        id_, event_ns, text, causes, via = rest
-        event = Event(id_, event_ns, kind, entity, text, tuple(causes))
+        id_, event_ns, text, causes, via, *more = rest
+        event = Event(
+            id_, event_ns, kind, entity, text, tuple(causes), via=tuple(more[0]) if more else ()
+        )
         channels = tuple((cause, channel) for cause, channel in via)
         return Stored(number, receive_ns, EventRecord(time_ns, micro, rank, owner, event, channels))
     member, setpoint, cause, refusal = rest
