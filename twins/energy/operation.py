@@ -120,6 +120,7 @@ class Supply:
     served_mw: float
     power_flows: int
     taken: Vector
+    is_solved: bool = True
 
 
 class ControlRoom:
@@ -349,6 +350,13 @@ def _serve(
             share[:] = 0.0
             taken[sources] = 0.0
             continue
+        if v is None and is_empty:
+            # what goes can't be brought there even so: on from the whole load, block by block
+            is_empty = False
+            share[:] = taken[:] = 1.0
+            ceiling[:] = 1.0
+        if v is None and given_mw is not None and not (share > LEAST).any():
+            return _nothing(size, rounds)
         if v is None:
             ceiling = np.where(share > LEAST, share * (1.0 - BLOCK), 0.0)
             share = ceiling.copy()
@@ -440,6 +448,13 @@ def _serve(
         power_flows=rounds,
         taken=taken,
     )
+
+
+def _nothing(size: int, rounds: int) -> Supply:
+    """An island that can't be run with what is to go from it, even without a load."""
+    dead = np.zeros(size)
+    reason = np.full(size, COLLAPSE, dtype=np.int64)
+    return Supply(dead, reason, 0.0, 0.0, 0.0, rounds, dead.copy(), is_solved=False)
 
 
 def _by_spill(

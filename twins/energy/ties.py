@@ -21,7 +21,7 @@ from twins.energy.operation import (
 )
 from twins.energy.powerflow import Island, Mask
 
-LEASE_NS = HOUR_NS
+LEASE_NS = HOUR_NS // 2
 """How long an exchange that was ordered lasts when nobody renews it."""
 HALVINGS = 8
 """How finely the export is found that no own load is shed for."""
@@ -107,7 +107,8 @@ class _Ties:
             for attempt in range(HALVINGS + 1):
                 factor = high if attempt == 0 else 0.5 * (low + high)
                 trial = self._served(key, island, demand_mva, coming + factor * going)
-                if trial.served_mw >= own_mw - TOLERATED_PU * max(own_mw, 1.0):
+                spares_own = trial.served_mw >= own_mw - TOLERATED_PU * max(own_mw, 1.0)
+                if trial.is_solved and spares_own:
                     low, flow, served = factor, coming + factor * going, trial
                     if factor == 1.0:
                         break
@@ -144,6 +145,8 @@ class _Ties:
             own_share = min(1.0, coming[slack] / own_mw) if own_mw > 0.0 else 1.0
             most_mw = float(coming[slack]) - own_mw * own_share
             served = self._served(key, island, demand_mva, others, most_mw)
+            if served.served_mw + own_mw * own_share <= 0.0:
+                continue  # what comes is not enough to hold the lines themselves at voltage
             scaled = demand_mva.copy()
             scaled[at] *= own_share
             tally.add(island, scaled, served)
