@@ -34,7 +34,7 @@ import grpc
 
 from benchmarks.cities_files import PURPOSE, CityPlan, Files, document, write
 from benchmarks.cities_record import CityRecord, covers, crossing, promises
-from benchmarks.cities_wire import Apart, Place, apart
+from benchmarks.cities_wire import Apart, Place, apart, stand_as_root
 from federation.twin import HOUR_NS, MINUTE_NS
 from federation.v1 import (
     aid_pb2,
@@ -453,7 +453,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    return asyncio.run(main_(parser().parse_args()))
+    options = parser().parse_args()
+    if options.line != "proxy":
+        stand_as_root()
+    return asyncio.run(main_(options))
 
 
 if __name__ == "__main__":

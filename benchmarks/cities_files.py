@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ def write(plans: tuple[CityPlan, CityPlan], folder: Path, most_mw: float) -> tup
             here / "rules.yaml",
         )
         made.scenario.write_text(document(plan), encoding="utf-8")
+        signals = "signals.csv"
+        shutil.copyfile(plan.scenario.with_name(signals), here / signals)
         own_policy = plan.scenario.with_name("export.yaml")
         text = POLICY.format(other=other.name)
         if not plan.hit:

@@ -61,6 +61,17 @@ def can_separate() -> bool:
     return done.returncode == 0
 
 
+def stand_as_root() -> None:
+    """Begin this program again in a user namespace, where it may make namespaces of networks; if
+    it is root already, or the machine does not allow it, go on as it is."""
+    if os.getuid() == 0 or not shutil.which("unshare"):
+        return
+    within = ["unshare", "--user", "--map-root-user"]
+    done = subprocess.run([*within, "unshare", "--net", "true"], capture_output=True, check=False)
+    if done.returncode == 0:
+        os.execvp("unshare", [*within, sys.executable, *sys.orig_argv[1:]])
+
+
 @asynccontextmanager
 async def apart(folder: Path, kind: str = "") -> AsyncIterator[Apart]:
     """Two places for cities, for as long as the context lasts; `kind` is netns or proxy."""
