@@ -7,10 +7,11 @@ by themselves. Where there is aid, the city that was hit asks for power ahead of
 bind themselves, and in each city its own operator orders what its own book says, for half an hour
 at a time. What is told at the end comes from the stores and books of the two brokers.
 
-One JSON line on stdout: `delivered` (instants of the neighbour's values, its events and promises
-that are on both records), `lost` and `doubled` among them, `acted_after_expiry` (steps with power
-over the line that no promise covers), `reconverge_s` (from healing to the first good value of the
-neighbour, the worst) and `kpis`. The table on stderr is for readers.
+One JSON line on stdout: `delivered` (instants of the neighbour's values, its events, promises that
+are on both books, and orders that took effect), `lost` and `doubled` among them,
+`acted_after_expiry` (steps with power over the line that no promise covers), `reconverge_s` (from
+healing to the first good value of the neighbour, the worst) and `kpis`. The table on stderr is for
+readers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 import grpc
 
 from benchmarks.cities_files import PURPOSE, CityPlan, Files, document, write
-from benchmarks.cities_record import CityRecord, covers, crossing, promises
+from benchmarks.cities_record import CityRecord, covers, crossing, orders, promises
 from benchmarks.cities_wire import Apart, Place, apart, stand_as_root
 from federation.twin import HOUR_NS, MINUTE_NS
 from federation.v1 import (
@@ -80,8 +81,8 @@ class City:
     broker: subprocess.Popen[bytes] | None = None
     channel: grpc.aio.Channel | None = None
     run: str = ""
-    orders: list[tuple[int, float]] = field(default_factory=list)
-    """When exchanges took effect, by what the broker answered, and how much (MW)."""
+    orders: list[str] = field(default_factory=list)
+    """The events of exchanges that its operator ordered, as its broker answered."""
 
     @property
     def told(self) -> grpc.aio.Channel:
@@ -112,7 +113,7 @@ class City:
         request.action.member, request.action.actuator = "energy", "tie_exchange"
         request.action.entity, request.action.value = self.plan.tie_line, value_mw
         taken = await stub.SubmitAction(request, timeout=ANSWER_S)
-        self.orders.append((taken.time_ns, value_mw))
+        self.orders.append(taken.event)
 
 
 @dataclass(frozen=True)
@@ -213,9 +214,11 @@ async def seek_aid(hit: City, giver: City, horizon_ns: int, failures: list[str])
             await asyncio.sleep(LOOK_S)
             continue
         start_h = max(first_h, int(now_h) + 1)
-        hours = first_h + BLOCK_H - start_h
+        end_h = min(first_h + BLOCK_H, horizon_ns // HOUR_NS)
+        hours = end_h - start_h
         if hours <= 0:
             first_h += BLOCK_H
+            await asyncio.sleep(LOOK_S)
             continue
         request = aid_pb2.SeekRequest(
             addresses={giver.plan.name: hit.place.beyond},
@@ -262,7 +265,7 @@ async def keep_promises(city: City, sign: float, horizon_ns: int) -> None:
         last_ns = now_ns
 
 
-def quantity(terms: aid_pb2.Terms, time_ns: int) -> float:
+def quantity(terms: peer_pb2.Terms, time_ns: int) -> float:
     """What is promised at an instant of the run."""
     start_ns = terms.start_ns
     for length_ns, amount in zip(terms.periods_ns, terms.quantity, strict=True):
@@ -340,7 +343,8 @@ def told(
 ) -> dict[str, Any]:
     """What the records and the books of both cities have of a trial."""
     values = crossing(*records, giver.plan.name, NEIGHBOUR_VALUE)
-    bound = promises(*books)
+    parts = [values, promises(*books)]
+    parts += [orders(r, c.orders) for r, c in zip(records, (hit, giver), strict=True)]
     state = aid_pb2.Commitment.STATE_BOUND
     late = 0
     for record, book in zip(records, books, strict=True):
@@ -351,12 +355,12 @@ def told(
         reconverge_s = None if good_ns is None else round((good_ns - spell[1]) / 1e9, 2)
     return {
         "trial": trial.name,
-        "delivered": values.delivered + bound.delivered,
-        "lost": values.lost + bound.lost,
-        "doubled": values.doubled + bound.doubled,
+        "delivered": sum(part.delivered for part in parts),
+        "lost": sum(part.lost for part in parts),
+        "doubled": sum(part.doubled for part in parts),
         "acted_after_expiry": late,
         "reconverge_s": reconverge_s,
-        "promises": bound.delivered,
+        "promises": parts[1].delivered,
         "late_marks": sum(record.late_marks(tuple(TWINS)) for record in records),
         hit.plan.name: records[0].kpis(),
         giver.plan.name: records[1].kpis(),

@@ -12,9 +12,9 @@ import numpy as np
 
 from federation.broker.outages import outages
 from federation.broker.store import Store
-from federation.core.ledger import EventRecord, Quality, Record
+from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.twin import HOUR_NS, MINUTE_NS, Vector
-from federation.v1 import aid_pb2
+from federation.v1 import aid_pb2, peer_pb2
 
 STEP_NS = 5 * MINUTE_NS
 FLOWS_MW = 0.5
@@ -89,13 +89,13 @@ class CityRecord:
             for start_ns, end_ns, value in self.flows()
         )
 
-    def orders(self) -> list[tuple[int, float]]:
-        """When an exchange was ordered, and how much."""
+    def orders(self) -> list[str]:
+        """The events behind the exchanges that were ordered and took effect."""
+        found = [stored.entry for stored in self.store.actions(self.run, "operator")]
         return [
-            (stored.entry.time_ns, stored.entry.action.value)
-            for stored in self.store.actions(self.run, "energy")
-            if getattr(stored.entry, "action", None) is not None
-            and stored.entry.action.actuator == "tie_exchange"
+            entry.action.cause
+            for entry in found
+            if isinstance(entry, ActionRecord) and entry.action.actuator == "tie_exchange"
         ]
 
     def acted_after_expiry(self, bound: Sequence[aid_pb2.Commitment]) -> int:
@@ -121,12 +121,12 @@ class CityRecord:
         return sum(e.event.kind == "member_stale" and e.event.entity in own for e in found)
 
 
-def covers(terms: aid_pb2.Terms, time_ns: int) -> bool:
+def covers(terms: peer_pb2.Terms, time_ns: int) -> bool:
     """Whether a promise has anything to be given at an instant of the run."""
     start_ns = terms.start_ns
     for length_ns, quantity in zip(terms.periods_ns, terms.quantity, strict=True):
         if start_ns <= time_ns < start_ns + length_ns:
-            return quantity > 0.0
+            return bool(quantity > 0.0)
         start_ns += length_ns
     return False
 

@@ -22,7 +22,9 @@ from federation.wire.credentials import Keyring
 BOUND, LAPSED = aid_pb2.Commitment.STATE_BOUND, aid_pb2.Commitment.STATE_LAPSED
 
 
-def promise(id_: str, state: aid_pb2.Commitment.State, *quantity: float) -> aid_pb2.Commitment:
+def promise(
+    id_: str, state: aid_pb2.Commitment.State.ValueType, *quantity: float
+) -> aid_pb2.Commitment:
     made = aid_pb2.Commitment(id=id_, state=state)
     made.terms.start_ns = 2 * HOUR_NS
     made.terms.periods_ns.extend([HOUR_NS] * len(quantity))

@@ -806,7 +806,7 @@ def _base_flows(region: str) -> Vector:
 def _describe(region: str) -> Description:
     net = power_net(region)
     declared = assumptions(region)
-    inputs = (
+    inputs: tuple[Variable, ...] = (
         Variable(
             "damage_state",
             "power_component",
@@ -920,7 +920,7 @@ def _describe(region: str) -> Description:
         high = 1.0 if unit == "1" and kind != SYSTEM else float("inf")
         return Variable(name, kind, unit, Causality.OUTPUT, initial, 0.0, high, doc)
 
-    outputs = (
+    outputs: tuple[Variable, ...] = (
         output("supplied_fraction", "load_point", "1", "served share of the demand", 1.0),
         output("pump_supplied", "pump", "1", "served share of the pump's feeder", 1.0),
         output("hospital_supplied", "hospital", "1", "served share of the hospital's feeder", 1.0),

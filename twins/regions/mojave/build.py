@@ -380,8 +380,8 @@ def build_roads(
         km = great_circle_km(points[a], points[b]) * value["highway_detour"]
         for one, other in ((a, b), (b, a)):
             name = f"H_{buses[one]['Bus Name']}_{buses[other]['Bus Name']}"
-            kmh, capacity = value["highway_kmh"], round(value["highway_capacity"])
-            road(name, ends[one], ends[other], km, kmh, capacity, "road_major")
+            kmh, lanes = value["highway_kmh"], round(value["highway_capacity"])
+            road(name, ends[one], ends[other], km, kmh, lanes, "road_major")
             neighbours.setdefault(one, []).append(other)
     for bus, town in towns.items():
         around = _towns_around(bus, neighbours, towns)
