@@ -186,6 +186,13 @@ TOLD_OF = ("CA-", "CB-", "DC", "G_", "C", "T_", "U_", "system")
 """How the names of things begin of whose events the giver's policy tells."""
 
 
+def orders(record: CityRecord, asked: Sequence[str]) -> Crossing:
+    """Orders that a broker has taken, by the events that it answered, and that took effect."""
+    one, other = Counter(asked), Counter(record.orders())
+    more = other.total() - len(other)
+    return Crossing((one & other).total(), (one - other).total(), more)
+
+
 def promises(here: Sequence[aid_pb2.Commitment], there: Sequence[aid_pb2.Commitment]) -> Crossing:
     """Promises that both books have as bound, those that one has alone, and those had twice."""
     state = aid_pb2.Commitment.STATE_BOUND
