@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cities import GIVER, HIT, quantity, summary
 from benchmarks.cities_files import document, write
-from benchmarks.cities_record import CityRecord, covers, promises
+from benchmarks.cities_record import CityRecord, covers, orders, promises
 from benchmarks.cities_wire import BEYOND, BROKER, apart, can_separate
 from federation.control import rules
 from federation.peer.policy import read_policy
@@ -45,6 +45,21 @@ def test_what_one_book_has_alone_is_lost_and_what_it_has_twice_is_doubled() -> N
     here = [promise("a", BOUND, 1.0), promise("b", BOUND, 1.0), promise("c", LAPSED, 1.0)]
     there = [promise("a", BOUND, 1.0), promise("b", LAPSED, 1.0), promise("a", BOUND, 1.0)]
     found = promises(here, there)
+    assert (found.delivered, found.lost, found.doubled) == (1, 1, 1)
+
+
+class Orders(CityRecord):
+    """A record of which only the orders that took effect are known."""
+
+    def __init__(self, *causes: str) -> None:
+        self.causes = list(causes)
+
+    def orders(self) -> list[str]:
+        return self.causes
+
+
+def test_an_order_that_took_no_effect_is_lost_and_one_that_took_two_is_doubled() -> None:
+    found = orders(Orders("operator/1", "operator/2", "operator/2"), ["operator/1", "operator/3"])
     assert (found.delivered, found.lost, found.doubled) == (1, 1, 1)
 
 
