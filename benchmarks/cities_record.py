@@ -146,19 +146,23 @@ def crossing(reader: CityRecord, owner: CityRecord, name: str, variable: str) ->
     if not good_ns:
         return Crossing(0, 0, 0)
     since_ns, last_ns = good_ns[0], good_ns[-1]
+    if had[-1].quality is Quality.GOOD:
+        # a value that does not change is told once, and holds until there is another word
+        last_ns = max(last_ns, reader.settled_ns - STEP_NS)
 
     def is_so(time_ns: int, value: Vector) -> bool:
-        """Whether the owner's value was this before the instant, or at it."""
+        """Whether the owner's value was this just before the instant, or at it."""
         place = bisect.bisect_left(own_ns, time_ns)
-        around = own[max(place - 1, 0) : place + 1]
+        around = own[max(place - 1, 0) : place]
+        around += [one for one in own[place : place + 1] if one[0] == time_ns]
         return value.tobytes() in {told for _, told in around}
 
     known: set[int] = set()
     ends = [record.time_ns for record in had[1:]] + [last_ns + STEP_NS]
     for record, end_ns in zip(had, ends, strict=True):
-        if record.quality is Quality.GOOD and is_so(record.time_ns, record.value):
-            # a value that does not change is told once
-            known.update(range(record.time_ns, min(end_ns, last_ns + STEP_NS), STEP_NS))
+        if record.quality is Quality.GOOD:
+            span = range(record.time_ns, min(end_ns, last_ns + STEP_NS), STEP_NS)
+            known.update(time_ns for time_ns in span if is_so(time_ns, record.value))
     for outage in outages(reader.store, reader.run):
         for late in outage.late if outage.peer == name else ():
             if variable in late.values and is_so(late.time_ns, late.values[variable]):
