@@ -261,7 +261,12 @@ async def keep_promises(city: City, sign: float, horizon_ns: int) -> None:
             for time_ns in range(from_ns, until_ns, 5 * MINUTE_NS)
         ):
             continue
-        await city.order(sign * sum(quantity(terms, now_ns) for terms in ahead))
+        try:
+            await city.order(sign * sum(quantity(terms, now_ns) for terms in ahead))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.OUT_OF_RANGE:
+                return  # the run has ended meanwhile
+            raise
         last_ns = now_ns
 
 
