@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test property check soak bench chaos guard kills fuzz ring level5 region published proto lock sbom audit system clean
+.PHONY: demo test property check soak bench chaos guard kills fuzz ring level5 cities region published proto lock sbom audit system clean
 
 demo: $(INSTALLED)  ## the whole story: an earthquake through four cities' systems and a report
 	$(BIN)/multitwin demo --out runs/demo
@@ -53,6 +53,9 @@ fuzz: $(INSTALLED)  ## a million odd inputs for every decoder, 100,000 odd RPCs;
 
 level5: $(INSTALLED)  ## the closed loop beside an open plan and plain rules, 200 paired runs a scenario
 	$(BIN)/python -m benchmarks.level5
+
+cities: $(INSTALLED)  ## an earthquake in one city, aid from the other, over a line that is cut or not: eight minutes
+	$(BIN)/python -m benchmarks.cities
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from federation.errors import Reason, ScenarioError
 from federation.twin import Vector
-from twins.regions import region_file, region_rows
+from twins.regions import optional_rows, region_file, region_rows
 
 Index = NDArray[np.int64]
 Complex = NDArray[np.complex128]
@@ -25,7 +25,8 @@ class Grid:
 
     A node is what is left of buses joined by closed switches. A branch carries
     I_f = y_ff V_f + y_ft V_t and I_t = y_tf V_f + y_tt V_t. An infeed holds its node at
-    a fixed complex voltage. `injection` and `voltage` are the solved state of the net
+    a fixed complex voltage; one of finite `infeed_most_mw` is a plant that can give no more, and
+    plants share the load among them. `injection` and `voltage` are the solved state of the net
     as given; `rating_pu` bounds the current at both ends (infinite: no rating).
     """
 
@@ -39,6 +40,7 @@ class Grid:
     y_shunt: Complex
     rating_pu: Vector
     infeed_node: Index
+    infeed_most_mw: Vector
     generator_node: Index
     injection: Complex
     voltage: Complex
@@ -86,6 +88,9 @@ def grid_of(net: Any) -> Grid:
         mva = (net.trafo.sn_mva * net.trafo.df * net.trafo.parallel).to_numpy()
         rating[first:last] = mva * np.minimum(high, low) / base_mva
 
+    most_mw = np.full(len(net.ext_grid), np.inf)
+    if "max_p_mw" in net.ext_grid:
+        most_mw = net.ext_grid.max_p_mw.to_numpy(np.float64)
     infeed_node = lookup["bus"][net.ext_grid.bus.to_numpy()].astype(np.int64)
     injection = np.array(inner["Sbus"], dtype=np.complex128) * base_mva
     # pandapower books the base case's infeed there too; without its infeed a node has only its load
@@ -105,6 +110,7 @@ def grid_of(net: Any) -> Grid:
         y_shunt=(inner["bus"][:, 4] + 1j * inner["bus"][:, 5]).astype(np.complex128) / base_mva,
         rating_pu=np.where(np.isfinite(rating) & (rating > 0), rating, np.inf),
         infeed_node=infeed_node,
+        infeed_most_mw=np.where(np.isfinite(most_mw), most_mw, np.inf),
         generator_node=np.asarray(inner["pv"], dtype=np.int64),
         injection=injection,
         voltage=np.asarray(inner["V"], dtype=np.complex128),
@@ -117,7 +123,8 @@ class PowerNet:
 
     `component_branch` and `component_infeed` place every component (-1: it is the
     other). `hospital_load_point` is -1 for a hospital that another grid feeds. Reactive
-    demand follows active demand in the ratio `..._q_per_p` of the stored net.
+    demand follows active demand in the ratio `..._q_per_p` of the stored net. A tie line
+    leads from its node to a neighbour.
     """
 
     net: Any
@@ -138,6 +145,9 @@ class PowerNet:
     hospitals: tuple[str, ...]
     hospital_load_point: Index
     hospital_base_mw: Vector
+    tie_lines: tuple[str, ...]
+    tie_node: Index
+    tie_rating_mw: Vector
     line_ends: tuple[tuple[str, float, float], ...]
     """Name, longitude and latitude (degrees) of every bus at which a line ends: for maps."""
 
@@ -184,6 +194,7 @@ def power_net(region: str) -> PowerNet:
         float(stored_load.q_mvar[row["load_point"]] / stored_load.p_mw[row["load_point"]])
         for row in load_points
     ]
+    ties = optional_rows(region, "tie_lines.csv")
     cos_phi = dict(zip(net.motor.name, net.motor.cos_phi, strict=True))
     pump_ratio = [float(np.tan(np.arccos(cos_phi.get(row["motor"], 0.8)))) for row in pumps]
     return PowerNet(
@@ -207,6 +218,9 @@ def power_net(region: str) -> PowerNet:
             [load_of.get(row["load_point"], -1) for row in hospitals], dtype=np.int64
         ),
         hospital_base_mw=np.array([float(row["load_mw"]) for row in hospitals]),
+        tie_lines=tuple(row["tie_line"] for row in ties),
+        tie_node=np.array([node(row["bus_name"], row["tie_line"]) for row in ties], np.int64),
+        tie_rating_mw=np.array([float(row["rating_mw"]) for row in ties]),
         line_ends=tuple(
             (str(net.bus.name[bus]), *json.loads(net.bus.geo[bus])["coordinates"])
             for bus in sorted({*net.line.from_bus, *net.line.to_bus})

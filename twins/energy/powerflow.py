@@ -107,10 +107,18 @@ class Island:
     """A connected part of the grid with at least one infeed, ready to be solved often.
 
     All its infeeds hold the same voltage, so they are one slack node; position 0 of every
-    vector inside. `nodes` are the others, in the grid's numbering.
+    vector inside. `nodes` are the others, in the grid's numbering; those of them that are in
+    `holding` keep the size of their voltage, as a generator does.
     """
 
-    def __init__(self, grid: Grid, nodes: Index, branches: Index, infeed_nodes: Index) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Index,
+        branches: Index,
+        infeed_nodes: Index,
+        holding: Index | None = None,
+    ) -> None:
         self.grid = grid
         self.infeed_nodes = infeed_nodes
         self.nodes: Index = np.setdiff1d(nodes, infeed_nodes)
@@ -143,6 +151,8 @@ class Island:
         if self.linear is not None:
             no_load = self.linear.solve(-self.matrix[1:, 0].toarray().ravel() * held)
         controlled = np.isin(self.nodes, grid.generator_node)
+        if holding is not None and holding.size:
+            controlled |= np.isin(self.nodes, holding)
         if controlled.any():
             # long lines lift the voltages without load; generators keep theirs
             no_load = np.exp(1j * np.angle(no_load))

@@ -91,7 +91,7 @@ def ration(
     With `critical_last` hospitals and pumps are spared, by orders and relays alike.
     """
     plain = operate(demand)
-    lacking_mw = max(0.0, plain.supply_mw - limit_mw) if limit_mw >= 0.0 else 0.0
+    lacking_mw = max(0.0, plain.drawn_mw - limit_mw) if limit_mw >= 0.0 else 0.0
     allowed = _scaled(net, demand, orders.limit, critical_last)
     left_mw = float(allowed.ordinary_mw.sum())
     helped_mw = allowed.ordinary_mw * (min(orders.response_mw, left_mw) / max(left_mw, 1e-9))
@@ -99,16 +99,16 @@ def ration(
     limited = replace(allowed, ordinary_mw=allowed.ordinary_mw - helped_mw)
     blocks, most = 0, math.ceil(1.0 / block)
     operation = plain if limited == demand else operate(limited)
-    if limit_mw >= 0.0 and operation.supply_mw > limit_mw:
+    if limit_mw >= 0.0 and operation.drawn_mw > limit_mw:
         # losses fall faster than load: what a straight line asks for is never too little by much
-        part = (operation.supply_mw - limit_mw) / max(operation.supply_mw, 1e-9)
+        part = (operation.drawn_mw - limit_mw) / max(operation.drawn_mw, 1e-9)
         blocks = max(0, min(most, math.floor(part / block)) - 1)
         while blocks < most:
             blocks += 1
             operation = operate(
                 _scaled(net, limited, max(0.0, 1.0 - blocks * block), critical_last)
             )
-            if operation.supply_mw <= limit_mw:
+            if operation.drawn_mw <= limit_mw:
                 break
     share = max(0.0, 1.0 - blocks * block)
     left = _scaled(net, limited, share, critical_last)

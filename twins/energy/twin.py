@@ -31,12 +31,14 @@ from federation.twin import (
     Variable,
     Vector,
 )
+from twins.energy import ties
 from twins.energy.demand import Day, FeederDemand, Supplied, feeder_demand, supplied
 from twins.energy.flexibility import transport_block
 from twins.energy.network import PowerNet, power_net
 from twins.energy.operation import (
     COLLAPSE,
     LOW_VOLTAGE,
+    SCARCE,
     ControlRoom,
     Limits,
     Operation,
@@ -53,7 +55,7 @@ from twins.energy.weather import (
     prospect,
     warm_factor,
 )
-from twins.regions import assumptions, data_hash, region_rows
+from twins.regions import assumptions, data_hash, optional_rows, region_rows
 from twins.regions.weather import forecast_entities
 from twins.repair import MOST_CREWS, Repairs, not_believed
 
@@ -150,6 +152,15 @@ _OWN_PARAMETERS = (
         "assumption: rotating outages spare critical circuits, as utilities' plans do",
     ),
     Parameter(
+        "tie_lines_on",
+        "1",
+        0.0,
+        0.0,
+        1.0,
+        "1: neighbours can be helped and help over tie lines; 0: as if there were none",
+        "by choice",
+    ),
+    Parameter(
         "value_unserved_mwh",
         "USD/MWh",
         9000.0,
@@ -172,7 +183,9 @@ def _control_room(region: str) -> ControlRoom:
     if net.grid.infeed_node.size > 1:
         cases.append(([], [0]))
         cases.append((lines[10:20:3], [net.grid.infeed_node.size - 1]))
-    return ControlRoom(net.grid, trusted_newton(net.net, net.grid, cases))
+    hospitals = net.load_node[net.hospital_load_point[net.hospital_load_point >= 0]]
+    vital = np.unique(np.concatenate([hospitals, net.pump_node]))
+    return ControlRoom(net.grid, trusted_newton(net.net, net.grid, cases), vital.tolist())
 
 
 @dataclass
@@ -194,6 +207,13 @@ class _State:
     orders: Orders
     demand: FeederDemand | None = None
     limit_mw: float = -1.0
+    agreed: bytes = b""
+    """What is agreed with neighbours, as the present operation has it."""
+    tie_order_mw: Vector = field(default_factory=lambda: np.zeros(0))
+    tie_until_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    tie_event: list[str] = field(default_factory=list)
+    tie_cause: list[str] = field(default_factory=list)
+    """Per tie line the event behind the order that holds."""
     ordered: bytes = b""
     """The orders that the present operation follows."""
     rationed: Rationed | None = None
@@ -257,6 +277,10 @@ class EnergyTwin(Twin):
             condition=np.zeros(points, dtype=np.int64),
             condition_event=[""] * points,
             orders=Orders.none(points, self._parameters["response_store_mwh"]),
+            tie_order_mw=np.zeros(len(self.net.tie_lines)),
+            tie_until_ns=np.zeros(len(self.net.tie_lines), dtype=np.int64),
+            tie_event=[""] * len(self.net.tie_lines),
+            tie_cause=[""] * len(self.net.tie_lines),
         )
 
     def snapshot(self) -> bytes:
@@ -328,6 +352,7 @@ class EnergyTwin(Twin):
         self._finish_repairs(step)
         self._take_damage(step)
         state.orders.pass_time(step.last_ns, step.time_ns)
+        state.tie_order_mw[state.tie_until_ns <= step.time_ns] = 0.0
         self._take_orders(step)
         self._now_ns = state.stepped_ns = step.time_ns
         self._take_forecasts(step)
@@ -335,19 +360,32 @@ class EnergyTwin(Twin):
         limit_mw = float(step["supply_limit"][0])
         ordered = state.orders.limit.tobytes() + np.float64(state.orders.response_mw).tobytes()
         out = (state.severity >= OUT_OF_SERVICE) | (state.back_ns > step.time_ns)
+        exchange = self._exchange(step)
         if (
             state.operation is None
             or (out != state.out).any()
             or demand != state.demand
             or limit_mw != state.limit_mw
             or ordered != state.ordered
+            or (exchange is not None and exchange.agreed_mw.tobytes() != state.agreed)
         ):
             state.limit_mw, state.ordered = limit_mw, ordered
             back = np.flatnonzero(state.out & ~out)
             state.out = out
-            self._operate(demand)
-            self._tell_load_points(step, {int(index): state.last_event[index] for index in back})
+            self._operate(demand, exchange)
+            begun = self._tell_tie_lines(step)
+            repaired = {int(index): state.last_event[index] for index in back}
+            self._tell_load_points(step, repaired, begun)
         self._publish(step)
+
+    def _exchange(self, step: Step) -> ties.Exchange | None:
+        """What is agreed with neighbours, if the run has any."""
+        net = self.net
+        if not net.tie_lines or self._parameters["tie_lines_on"] < 0.5:
+            return None
+        told_mw = np.maximum(step["tie_offered"], 0.0) - np.maximum(step["tie_asked"], 0.0)
+        agreed_mw = told_mw + self._state.tie_order_mw
+        return ties.Exchange(net.tie_node, agreed_mw, net.tie_rating_mw)
 
     def _demand(self, step: Step) -> FeederDemand:
         share = self._day.share(step.time_ns)
@@ -429,7 +467,13 @@ class EnergyTwin(Twin):
         orders = state.orders
         components = {name: index for index, name in enumerate(self.net.components)}
         points = {name: index for index, name in enumerate(self.net.load_points)}
-        places = {"assign_crew": components, "serve_limit": points, "demand_response": {SYSTEM: 0}}
+        lines = {name: index for index, name in enumerate(self.net.tie_lines)}
+        places = {
+            "assign_crew": components,
+            "serve_limit": points,
+            "demand_response": {SYSTEM: 0},
+            "tie_exchange": lines,
+        }
         for action in step.actions:
             place = places.get(action.actuator, {})
             if action.entity not in place:
@@ -441,6 +485,11 @@ class EnergyTwin(Twin):
             index = place[action.entity]
             if action.actuator == "assign_crew":
                 self._send_crews(step, action, index)
+            elif action.actuator == "tie_exchange":
+                most_mw = float(self.net.tie_rating_mw[index])
+                state.tie_order_mw[index] = min(max(action.value, -most_mw), most_mw)
+                state.tie_until_ns[index] = step.time_ns + ties.LEASE_NS
+                state.tie_cause[index] = action.cause
             elif action.actuator == "serve_limit":
                 value = min(max(action.value, 0.0), 1.0)
                 if value != orders.limit[index]:
@@ -493,7 +542,7 @@ class EnergyTwin(Twin):
                 [action.cause],
             )
 
-    def _operate(self, demand: FeederDemand) -> None:
+    def _operate(self, demand: FeederDemand, exchange: ties.Exchange | None) -> None:
         state, p = self._state, self._parameters
         out = state.out
         branch, infeed = self.net.component_branch, self.net.component_infeed
@@ -501,14 +550,18 @@ class EnergyTwin(Twin):
         state.infeed_on[:] = True
         state.branch_on[branch[out & (branch >= 0)]] = False
         state.infeed_on[infeed[out & (infeed >= 0)]] = False
-        limits = Limits(p["emergency_rating"], p["voltage_min"])
         critical_last = p["critical_feeders_last"] >= 0.5
+        limits = Limits(p["emergency_rating"], p["voltage_min"], critical_last)
 
         def operate(wanted: FeederDemand) -> Operation:
             node_mva = wanted.node_mva(self.net)
-            return self.room.operate(state.branch_on, state.infeed_on, node_mva, limits)
+            on = (state.branch_on, state.infeed_on)
+            if exchange is None:
+                return self.room.operate(*on, node_mva, limits)
+            return ties.operate(self.room, *on, node_mva, limits, exchange)
 
         state.demand = demand
+        state.agreed = b"" if exchange is None else exchange.agreed_mw.tobytes()
         orders = state.orders
         free = state.limit_mw < 0.0 and orders.response_mw == 0.0 and (orders.limit == 1.0).all()
         if free and state.rationed is None:
@@ -528,7 +581,33 @@ class EnergyTwin(Twin):
 
     # --- what is told -------------------------------------------------------------------
 
-    def _tell_load_points(self, step: Step, repaired: Mapping[int, str]) -> None:
+    def _tell_tie_lines(self, step: Step) -> dict[int, str]:
+        """Emit an event when power begins or ceases to flow over a tie line, or turns; the events
+        by line of what comes from now on."""
+        state, net = self._state, self.net
+        begun: dict[int, str] = {}
+        assert state.operation is not None
+        before = state.published.get("tie_flow", np.zeros(len(net.tie_lines)))
+        for index, now_mw in enumerate(state.operation.tie_mw):
+            way, was = np.sign(np.rint(now_mw)), np.sign(np.rint(before[index]))
+            if way == was:
+                continue
+            name = net.tie_lines[index]
+            kind, text = {
+                1.0: ("tie_imports", f"{now_mw:.0f} MW come over {name}"),
+                -1.0: ("tie_exports", f"{-now_mw:.0f} MW go over {name}"),
+                0.0: ("tie_idle", f"nothing flows over {name} any more"),
+            }[float(way)]
+            causes = [*step.cause("tie_offered", index), *step.cause("tie_asked", index)]
+            causes += [state.tie_cause[index]] * bool(state.tie_cause[index])
+            state.tie_event[index] = step.emit(kind, name, text, causes)
+            if way > 0.0:
+                begun[index] = state.tie_event[index]
+        return begun
+
+    def _tell_load_points(
+        self, step: Step, repaired: Mapping[int, str], begun: Mapping[int, str]
+    ) -> None:
         """Emit an event for every load point whose condition changed."""
         state = self._state
         assert state.supplied is not None
@@ -539,6 +618,7 @@ class EnergyTwin(Twin):
             name, now = self.net.load_points[index], condition[index]
             better = now < state.condition[index]
             back = self._repairs_near(int(index), repaired) if better else []
+            back += self._ties_near(int(index), begun) if better else []
             if now == FULL:
                 kind, text, causes = "load_point_restored", f"{name} is fully served again", back
                 if not back:
@@ -589,6 +669,8 @@ class EnergyTwin(Twin):
             return "the voltage would be too low"
         if reason == COLLAPSE:
             return "the voltage would collapse"
+        if reason == SCARCE:
+            return "no more comes over the tie line that alone feeds it"
         return "nothing feeds it"
 
     def _ends(self, component: int) -> tuple[int, ...]:
@@ -623,6 +705,12 @@ class EnergyTwin(Twin):
         mine = int(self._state.operation.part[self.net.load_node[load_point]])
         return [event for component, event in repaired.items() if mine in self._ends(component)]
 
+    def _ties_near(self, load_point: int, begun: Mapping[int, str]) -> list[str]:
+        assert self._state.operation is not None
+        part = self._state.operation.part
+        mine = part[self.net.load_node[load_point]]
+        return [event for tie, event in begun.items() if part[self.net.tie_node[tie]] == mine]
+
     def _base_flow_mw(self, component: int) -> float:
         """Power through a component of the undamaged grid at peak."""
         return float(_base_flows(self.region)[component])
@@ -646,6 +734,14 @@ class EnergyTwin(Twin):
                 ("response_used_mwh", state.orders.used_mwh, no_cause),
                 ("person_hours_unserved", state.person_h, no_cause),
             )
+        tied: tuple[tuple[str, Vector | float, list[str]], ...] = ()
+        if state.operation.tie_mw.size:
+            tied = (
+                ("tie_flow", state.operation.tie_mw, state.tie_event),
+                ("tie_sent", np.maximum(-state.operation.tie_mw, 0.0), state.tie_event),
+                ("tie_need", state.operation.tie_need_mw, [""] * len(net.tie_lines)),
+                ("tie_spare", state.operation.tie_spare_mw, [""] * len(net.tie_lines)),
+            )
         for name, values, events in (
             ("supplied_fraction", now.load_point, state.condition_event),
             ("pump_supplied", now.pump, state.condition_event),
@@ -661,6 +757,7 @@ class EnergyTwin(Twin):
             ("hours_to_90pct_power", below_h, no_cause),
             ("people_without_power", net.people @ (1.0 - now.load_point), no_cause),
             *rationed,
+            *tied,
         ):
             vector = np.array(values, dtype=np.float64, ndmin=1)
             before = state.published.get(name)
@@ -709,7 +806,7 @@ def _base_flows(region: str) -> Vector:
 def _describe(region: str) -> Description:
     net = power_net(region)
     declared = assumptions(region)
-    inputs = (
+    inputs: tuple[Variable, ...] = (
         Variable(
             "damage_state",
             "power_component",
@@ -797,11 +894,33 @@ def _describe(region: str) -> Description:
         ),
     )
 
+    if net.tie_lines:
+        inputs += (
+            Variable(
+                "tie_offered",
+                "tie_line",
+                "MW",
+                Causality.INPUT,
+                0.0,
+                0.0,
+                doc="what the neighbour sends over a tie line; at most its rating counts",
+            ),
+            Variable(
+                "tie_asked",
+                "tie_line",
+                "MW",
+                Causality.INPUT,
+                0.0,
+                0.0,
+                doc="what the neighbour asks for; given as far as own loads and a reserve allow",
+            ),
+        )
+
     def output(name: str, kind: str, unit: str, doc: str, initial: float = 0.0) -> Variable:
         high = 1.0 if unit == "1" and kind != SYSTEM else float("inf")
         return Variable(name, kind, unit, Causality.OUTPUT, initial, 0.0, high, doc)
 
-    outputs = (
+    outputs: tuple[Variable, ...] = (
         output("supplied_fraction", "load_point", "1", "served share of the demand", 1.0),
         output("pump_supplied", "pump", "1", "served share of the pump's feeder", 1.0),
         output("hospital_supplied", "hospital", "1", "served share of the hospital's feeder", 1.0),
@@ -828,6 +947,24 @@ def _describe(region: str) -> Description:
         output("response_used_mwh", SYSTEM, "MW*h", "that customers did without by contract"),
         output("person_hours_unserved", SYSTEM, "h", "people times hours without power"),
     )
+    if net.tie_lines:
+        lowest = -float(net.tie_rating_mw.max())
+        outputs += (
+            Variable(
+                "tie_flow",
+                "tie_line",
+                "MW",
+                Causality.OUTPUT,
+                0.0,
+                lowest,
+                doc="what comes over a tie line (negative: goes), told if tie_lines_on",
+            ),
+            output("tie_sent", "tie_line", "MW", "what goes over it to the neighbour"),
+            output("tie_need", "tie_line", "MW", "what its part of the grid would take of it"),
+            output(
+                "tie_spare", "tie_line", "MW", "what it could give, own loads and reserve first"
+            ),
+        )
     actuator = Actuator(
         "assign_crew",
         "power_component",
@@ -864,6 +1001,22 @@ def _describe(region: str) -> Description:
         "set 0: customers use what they want; the energy that was asked for is spent",
         "what customers under contract use less, as long as their store of energy lasts",
     )
+    exchanges: tuple[Actuator, ...] = ()
+    if net.tie_lines:
+        exchanges = (
+            Actuator(
+                "tie_exchange",
+                "tie_line",
+                "MW",
+                -float(net.tie_rating_mw.max()),
+                float(net.tie_rating_mw.max()),
+                0.0,
+                Risk.MEDIUM,
+                ties.LEASE_NS,
+                "set 0: nothing is exchanged over the line",
+                "what was agreed with the neighbour: comes (negative: goes), with tie_lines_on",
+            ),
+        )
     entities = [Entity(SYSTEM, SYSTEM)]
     for kind, file, key, label in (
         ("power_component", "power_components.csv", "component_id", "component_id"),
@@ -875,6 +1028,12 @@ def _describe(region: str) -> Description:
             place = (float(row["lon_deg"]), float(row["lat_deg"]))
             entities.append(Entity(row[key], kind, row[label], *place))
     entities += forecast_entities()
+    entities += [
+        Entity(
+            row["tie_line"], "tie_line", row["name"], float(row["lon_deg"]), float(row["lat_deg"])
+        )
+        for row in optional_rows(region, "tie_lines.csv")
+    ]
     entities += [Entity(name, "bus", name, lon, lat) for name, lon, lat in net.line_ends]
     return Description(
         model="energy",
@@ -885,7 +1044,7 @@ def _describe(region: str) -> Description:
         time=TimePolicy(period_ns=PERIOD_NS),
         fidelity=Fidelity.DETAILED,
         parameters=tuple(declared.get(p.name, p) for p in _OWN_PARAMETERS),
-        actuators=(actuator, limit, response),
+        actuators=(actuator, limit, response, *exchanges),
         kpis=("unserved_energy_mwh", "hours_to_90pct_power"),
         doc=f"AC power flow of {net.grid.nodes} nodes with load shedding and repair crews",
         data_hash=data_hash(region),

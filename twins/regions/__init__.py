@@ -33,6 +33,11 @@ def region_rows(region: str, name: str) -> tuple[dict[str, str], ...]:
         return tuple(csv.DictReader(lines))
 
 
+def optional_rows(region: str, name: str) -> tuple[dict[str, str], ...]:
+    """The rows of a file that a region may do without; none if it does."""
+    return region_rows(region, name) if (REGIONS / region / name).is_file() else ()
+
+
 @lru_cache(maxsize=8)
 def assumptions(region: str) -> dict[str, Parameter]:
     """Every declared assumption of a region by name, as a parameter with its plausible range."""
