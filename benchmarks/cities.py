@@ -65,7 +65,7 @@ READY_S = 300.0
 """How long twins may take to start; they compile code the first time."""
 BLOCK_H, AHEAD_H, FIRST_H = 3, 0.75, 2
 """Aid is bargained for so many hours at a time, so long ahead; it begins after the shock."""
-RENEW_NS = LEASE_NS // 2
+RENEW_NS = LEASE_NS // 3
 LOOK_S = 0.1
 ANSWER_S = 60.0
 
@@ -457,7 +457,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=6, help="of all runs (6: it takes all infeeds)")
     found.add_argument("--horizon-h", type=float, default=24.0, metavar="H", help="(24)")
     found.add_argument(
-        "--factor", type=float, default=1200.0, help="seconds of the run per second of wall (1200)"
+        "--factor", type=float, default=800.0, help="seconds of the run per second of wall (800)"
     )
     found.add_argument(
         "--late-after-s", type=float, default=4.0, metavar="S", help="(4) then marked as stale"
