@@ -54,7 +54,7 @@ fuzz: $(INSTALLED)  ## a million odd inputs for every decoder, 100,000 odd RPCs;
 level5: $(INSTALLED)  ## the closed loop beside an open plan and plain rules, 200 paired runs a scenario
 	$(BIN)/python -m benchmarks.level5
 
-cities: $(INSTALLED)  ## an earthquake in one city, aid from the other, over a line that is cut or not: eight minutes
+cities: $(INSTALLED)  ## an earthquake in one city, aid from the other, over a line that is cut or not: ten minutes
 	$(BIN)/python -m benchmarks.cities
 
 PROTOS := $(wildcard protos/federation/v1/*.proto)

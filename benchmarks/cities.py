@@ -65,7 +65,7 @@ READY_S = 300.0
 """How long twins may take to start; they compile code the first time."""
 BLOCK_H, AHEAD_H, FIRST_H = 3, 0.75, 2
 """Aid is bargained for so many hours at a time, so long ahead; it begins after the shock."""
-RENEW_NS = LEASE_NS // 2
+RENEW_NS = LEASE_NS // 3
 LOOK_S = 0.1
 ANSWER_S = 60.0
 
@@ -107,13 +107,15 @@ class City:
         request = scenario_pb2.CreateRunRequest(document=text, seed=seed)
         self.run = (await stub.CreateRun(request, timeout=ANSWER_S)).run.name
 
-    async def order(self, value_mw: float) -> None:
+    async def order(self, value_mw: float) -> int:
+        """Order an exchange; when it takes effect (run time, ns)."""
         stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(self.told)
         request = control_pb2.SubmitActionRequest(run=self.run, operator="duty")
         request.action.member, request.action.actuator = "energy", "tie_exchange"
         request.action.entity, request.action.value = self.plan.tie_line, value_mw
         taken = await stub.SubmitAction(request, timeout=ANSWER_S)
         self.orders.append(taken.event)
+        return taken.time_ns
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ async def keep_promises(city: City, sign: float, horizon_ns: int) -> None:
             continue
         found = await city.promises()
         bound = [c.terms for c in found if c.state == aid_pb2.Commitment.STATE_BOUND]
-        from_ns, until_ns = now_ns + 10 * MINUTE_NS, now_ns + LEASE_NS + 20 * MINUTE_NS
+        from_ns, until_ns = now_ns + 10 * MINUTE_NS, now_ns + LEASE_NS + 30 * MINUTE_NS
         ahead = [terms for terms in bound if covers(terms, now_ns)]
         if not ahead or not all(
             any(covers(terms, time_ns) for terms in bound)
@@ -262,7 +264,10 @@ async def keep_promises(city: City, sign: float, horizon_ns: int) -> None:
         ):
             continue
         try:
-            await city.order(sign * sum(quantity(terms, now_ns) for terms in ahead))
+            at_ns = await city.order(sign * sum(quantity(terms, now_ns) for terms in ahead))
+            if at_ns + LEASE_NS >= until_ns:
+                # it came so late that its lease may outlast the promise
+                await city.order(0.0)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.OUT_OF_RANGE:
                 return  # the run has ended meanwhile
@@ -452,7 +457,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=6, help="of all runs (6: it takes all infeeds)")
     found.add_argument("--horizon-h", type=float, default=24.0, metavar="H", help="(24)")
     found.add_argument(
-        "--factor", type=float, default=1200.0, help="seconds of the run per second of wall (1200)"
+        "--factor", type=float, default=800.0, help="seconds of the run per second of wall (800)"
     )
     found.add_argument(
         "--late-after-s", type=float, default=4.0, metavar="S", help="(4) then marked as stale"

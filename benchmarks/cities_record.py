@@ -160,7 +160,8 @@ def crossing(reader: CityRecord, owner: CityRecord, name: str, variable: str) ->
     known: set[int] = set()
     ends = [record.time_ns for record in had[1:]] + [last_ns + STEP_NS]
     for record, end_ns in zip(had, ends, strict=True):
-        if record.quality is Quality.GOOD:
+        # held: told in time, as what it was last, by an owner whose own run was not there yet
+        if record.quality in (Quality.GOOD, Quality.HELD):
             span = range(record.time_ns, min(end_ns, last_ns + STEP_NS), STEP_NS)
             known.update(time_ns for time_ns in span if is_so(time_ns, record.value))
     for outage in outages(reader.store, reader.run):

@@ -52,8 +52,8 @@ def operate(
 
     What is agreed to come over a tie line is given at its node, but no more than the part of
     the grid there wants; a part without an infeed lives on the tie line alone, as far as that
-    goes. What is agreed to go is taken after all own loads, and leaves the largest infeed as a
-    reserve.
+    goes. What is agreed to go is taken after all own loads. It may take the reserve, the largest
+    infeed, which what is told as spare leaves alone: what was promised is kept.
     """
     part, islands = room.topology(branch_on, infeed_on)
     tally = Tally(room.grid, part)
@@ -99,8 +99,6 @@ class _Ties:
         spare_mw = max(0.0, self._capability_mw(label) - drawn_mw)
         self.spare_mw[here] = np.minimum(spare_mw, self.exchange.rating_mw[here])
         going = np.where(here, np.minimum(self.agreed_mw, 0.0), 0.0)
-        if -going.sum() > spare_mw:
-            going *= spare_mw / -going.sum()
         if going.any():
             own_mw = served.served_mw
             low, high = 0.0, 1.0

@@ -912,7 +912,7 @@ def _describe(region: str) -> Description:
                 Causality.INPUT,
                 0.0,
                 0.0,
-                doc="what the neighbour asks for; given as far as own loads and a reserve allow",
+                doc="what the neighbour asks for; given as far as own loads allow",
             ),
         )
 
