@@ -285,6 +285,18 @@ def test_an_exchange_that_nobody_renews_ends_with_its_lease_and_says_why_it_bega
     assert [e.kind for r in results for e in r.events if e.entity == "TIE1"] == ["tie_idle"]
 
 
+def test_what_was_agreed_ends_when_it_was_agreed_to_however_late_the_order_came() -> None:
+    made = session("shelby")
+    made.advance(StepInput(0, 0, dark(power_net("shelby"), INFEEDS)))
+    until = Action("energy", "tie_agreed_until", "TIE1", 0.5, "desk/1")
+    began = made.advance(StepInput(STEP_NS, 0, {}, {}, (until, *order(400.0))))
+    assert values([began], "tie_flow")[0] > 390.0
+    results = [made.advance(StepInput(n * STEP_NS)) for n in range(2, 6)]
+    late = made.advance(StepInput(6 * STEP_NS, 0, {}, {}, order(400.0)))
+    assert all(mw > 390.0 for mw in values(results, "tie_flow"))
+    assert values([late], "tie_flow") == [0.0]
+
+
 def test_a_line_serves_what_the_neighbour_sends_and_hospitals_come_first() -> None:
     made = session("shelby")
     net = power_net("shelby")
