@@ -1,11 +1,12 @@
 """Lets an earthquake strike one of two cities and the other help it, over a line that may be cut.
 
 `python -m benchmarks.cities` starts two brokers and eight twins, each a process, the two cities in
-network namespaces of their own where the machine allows it. Four times the same three days begin:
+network namespaces of their own where the machine allows it. Four times the same day begins:
 with and without aid, with and without a partition in mid-disaster. In each both cities' runs go on
 by themselves. Where there is aid, the city that was hit asks for power ahead of time, both brokers
-bind themselves, and in each city its own operator orders what its own book says, for half an hour
-at a time. What is told at the end comes from the stores and books of the two brokers.
+bind themselves, and in each city its own operator orders what its own book says, for an hour at a
+time and no longer than it was agreed. What is told at the end comes from the stores and books of
+the two brokers.
 
 One JSON line on stdout: `delivered` (instants of the neighbour's values, its events, promises that
 are on both books, and orders that took effect), `lost` and `doubled` among them,

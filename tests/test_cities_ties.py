@@ -278,7 +278,7 @@ def test_an_exchange_that_nobody_renews_ends_with_its_lease_and_says_why_it_bega
     back = [e for e in began.events if e.kind == "load_shed"]
     assert back
     assert event.id in back[0].causes
-    results = [made.advance(StepInput(n * STEP_NS)) for n in range(2, 12)]
+    results = [made.advance(StepInput(n * STEP_NS)) for n in range(2, 16)]
     flow = {r.time_ns: float(r.outputs["tie_flow"][0]) for r in results if "tie_flow" in r.outputs}
     assert flow[STEP_NS + LEASE_NS] == 0.0
     assert all(mw > 390.0 for time_ns, mw in flow.items() if time_ns < STEP_NS + LEASE_NS)
