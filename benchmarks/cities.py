@@ -1,11 +1,12 @@
 """Lets an earthquake strike one of two cities and the other help it, over a line that may be cut.
 
 `python -m benchmarks.cities` starts two brokers and eight twins, each a process, the two cities in
-network namespaces of their own where the machine allows it. Four times the same three days begin:
+network namespaces of their own where the machine allows it. Four times the same day begins:
 with and without aid, with and without a partition in mid-disaster. In each both cities' runs go on
 by themselves. Where there is aid, the city that was hit asks for power ahead of time, both brokers
-bind themselves, and in each city its own operator orders what its own book says, for half an hour
-at a time. What is told at the end comes from the stores and books of the two brokers.
+bind themselves, and in each city its own operator orders what its own book says, for an hour at a
+time and no longer than it was agreed. What is told at the end comes from the stores and books of
+the two brokers.
 
 One JSON line on stdout: `delivered` (instants of the neighbour's values, its events, promises that
 are on both books, and orders that took effect), `lost` and `doubled` among them,
@@ -34,9 +35,9 @@ from typing import Any
 import grpc
 
 from benchmarks.cities_files import PURPOSE, CityPlan, Files, document, write
-from benchmarks.cities_record import CityRecord, covers, crossing, orders, promises
+from benchmarks.cities_record import STEP_NS, CityRecord, covers, crossing, orders, promises
 from benchmarks.cities_wire import Apart, Place, apart, stand_as_root
-from federation.twin import HOUR_NS, MINUTE_NS
+from federation.twin import HOUR_NS
 from federation.v1 import (
     aid_pb2,
     aid_pb2_grpc,
@@ -107,15 +108,14 @@ class City:
         request = scenario_pb2.CreateRunRequest(document=text, seed=seed)
         self.run = (await stub.CreateRun(request, timeout=ANSWER_S)).run.name
 
-    async def order(self, value_mw: float) -> int:
-        """Order an exchange; when it takes effect (run time, ns)."""
+    async def order(self, actuator: str, value: float) -> None:
+        """Let the city's operator set something of its tie line."""
         stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(self.told)
         request = control_pb2.SubmitActionRequest(run=self.run, operator="duty")
-        request.action.member, request.action.actuator = "energy", "tie_exchange"
-        request.action.entity, request.action.value = self.plan.tie_line, value_mw
+        request.action.member, request.action.actuator = "energy", actuator
+        request.action.entity, request.action.value = self.plan.tie_line, value
         taken = await stub.SubmitAction(request, timeout=ANSWER_S)
         self.orders.append(taken.event)
-        return taken.time_ns
 
 
 @dataclass(frozen=True)
@@ -247,27 +247,28 @@ async def seek_aid(hit: City, giver: City, horizon_ns: int, failures: list[str])
 async def keep_promises(city: City, sign: float, horizon_ns: int) -> None:
     """Let the city's operator order what its own book says, until its run ends.
 
-    An order lasts for a lease, and none is given whose lease would outlast what is promised.
+    The twin is told until when that holds, before it is told how much; an order that comes late
+    outlasts no promise.
     """
-    last_ns = -RENEW_NS
+    last_ns, told_ns = -RENEW_NS, 0
     while (now_ns := await city.settled_ns()) < horizon_ns:
         await asyncio.sleep(LOOK_S)
         if now_ns < last_ns + RENEW_NS:
             continue
         found = await city.promises()
         bound = [c.terms for c in found if c.state == aid_pb2.Commitment.STATE_BOUND]
-        from_ns, until_ns = now_ns + 10 * MINUTE_NS, now_ns + LEASE_NS + 30 * MINUTE_NS
         ahead = [terms for terms in bound if covers(terms, now_ns)]
-        if not ahead or not all(
-            any(covers(terms, time_ns) for terms in bound)
-            for time_ns in range(from_ns, until_ns, 5 * MINUTE_NS)
-        ):
+        if not ahead:
             continue
+        until_ns = now_ns // STEP_NS * STEP_NS
+        while any(covers(terms, until_ns) for terms in bound):
+            until_ns += STEP_NS
         try:
-            at_ns = await city.order(sign * sum(quantity(terms, now_ns) for terms in ahead))
-            if at_ns + LEASE_NS >= until_ns:
-                # it came so late that its lease may outlast the promise
-                await city.order(0.0)
+            if until_ns != told_ns:
+                await city.order("tie_agreed_until", until_ns / HOUR_NS)
+                told_ns = until_ns
+            amount_mw = sum(quantity(terms, now_ns) for terms in ahead)
+            await city.order("tie_exchange", sign * amount_mw)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.OUT_OF_RANGE:
                 return  # the run has ended meanwhile

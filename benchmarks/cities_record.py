@@ -95,7 +95,7 @@ class CityRecord:
         return [
             entry.action.cause
             for entry in found
-            if isinstance(entry, ActionRecord) and entry.action.actuator == "tie_exchange"
+            if isinstance(entry, ActionRecord) and entry.action.actuator.startswith("tie_")
         ]
 
     def acted_after_expiry(self, bound: Sequence[aid_pb2.Commitment]) -> int:

@@ -278,11 +278,23 @@ def test_an_exchange_that_nobody_renews_ends_with_its_lease_and_says_why_it_bega
     back = [e for e in began.events if e.kind == "load_shed"]
     assert back
     assert event.id in back[0].causes
-    results = [made.advance(StepInput(n * STEP_NS)) for n in range(2, 12)]
+    results = [made.advance(StepInput(n * STEP_NS)) for n in range(2, 16)]
     flow = {r.time_ns: float(r.outputs["tie_flow"][0]) for r in results if "tie_flow" in r.outputs}
     assert flow[STEP_NS + LEASE_NS] == 0.0
     assert all(mw > 390.0 for time_ns, mw in flow.items() if time_ns < STEP_NS + LEASE_NS)
     assert [e.kind for r in results for e in r.events if e.entity == "TIE1"] == ["tie_idle"]
+
+
+def test_what_was_agreed_ends_when_it_was_agreed_to_however_late_the_order_came() -> None:
+    made = session("shelby")
+    made.advance(StepInput(0, 0, dark(power_net("shelby"), INFEEDS)))
+    until = Action("energy", "tie_agreed_until", "TIE1", 0.5, "desk/1")
+    began = made.advance(StepInput(STEP_NS, 0, {}, {}, (until, *order(400.0))))
+    assert values([began], "tie_flow")[0] > 390.0
+    results = [made.advance(StepInput(n * STEP_NS)) for n in range(2, 6)]
+    late = made.advance(StepInput(6 * STEP_NS, 0, {}, {}, order(400.0)))
+    assert all(mw > 390.0 for mw in values(results, "tie_flow"))
+    assert values([late], "tie_flow") == [0.0]
 
 
 def test_a_line_serves_what_the_neighbour_sends_and_hospitals_come_first() -> None:

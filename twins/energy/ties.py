@@ -21,7 +21,7 @@ from twins.energy.operation import (
 )
 from twins.energy.powerflow import Island, Mask
 
-LEASE_NS = HOUR_NS // 2
+LEASE_NS = HOUR_NS
 """How long an exchange that was ordered lasts when nobody renews it."""
 HALVINGS = 8
 """How finely the export is found that no own load is shed for."""

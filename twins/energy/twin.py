@@ -211,6 +211,8 @@ class _State:
     """What is agreed with neighbours, as the present operation has it."""
     tie_order_mw: Vector = field(default_factory=lambda: np.zeros(0))
     tie_until_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    tie_agreed_until_h: Vector = field(default_factory=lambda: np.zeros(0))
+    """Hours of the run at which what was agreed ends, whatever is ordered; 0: nothing is said."""
     tie_event: list[str] = field(default_factory=list)
     tie_cause: list[str] = field(default_factory=list)
     """Per tie line the event behind the order that holds."""
@@ -279,6 +281,7 @@ class EnergyTwin(Twin):
             orders=Orders.none(points, self._parameters["response_store_mwh"]),
             tie_order_mw=np.zeros(len(self.net.tie_lines)),
             tie_until_ns=np.zeros(len(self.net.tie_lines), dtype=np.int64),
+            tie_agreed_until_h=np.zeros(len(self.net.tie_lines)),
             tie_event=[""] * len(self.net.tie_lines),
             tie_cause=[""] * len(self.net.tie_lines),
         )
@@ -384,7 +387,9 @@ class EnergyTwin(Twin):
         if not net.tie_lines or self._parameters["tie_lines_on"] < 0.5:
             return None
         told_mw = np.maximum(step["tie_offered"], 0.0) - np.maximum(step["tie_asked"], 0.0)
-        agreed_mw = told_mw + self._state.tie_order_mw
+        until_h = self._state.tie_agreed_until_h
+        is_over = (until_h > 0.0) & (step.time_ns >= np.rint(until_h * HOUR_NS))
+        agreed_mw = told_mw + np.where(is_over, 0.0, self._state.tie_order_mw)
         return ties.Exchange(net.tie_node, agreed_mw, net.tie_rating_mw)
 
     def _demand(self, step: Step) -> FeederDemand:
@@ -473,6 +478,7 @@ class EnergyTwin(Twin):
             "serve_limit": points,
             "demand_response": {SYSTEM: 0},
             "tie_exchange": lines,
+            "tie_agreed_until": lines,
         }
         for action in step.actions:
             place = places.get(action.actuator, {})
@@ -485,6 +491,8 @@ class EnergyTwin(Twin):
             index = place[action.entity]
             if action.actuator == "assign_crew":
                 self._send_crews(step, action, index)
+            elif action.actuator == "tie_agreed_until":
+                state.tie_agreed_until_h[index] = max(action.value, 0.0)
             elif action.actuator == "tie_exchange":
                 most_mw = float(self.net.tie_rating_mw[index])
                 state.tie_order_mw[index] = min(max(action.value, -most_mw), most_mw)
@@ -1015,6 +1023,18 @@ def _describe(region: str) -> Description:
                 ties.LEASE_NS,
                 "set 0: nothing is exchanged over the line",
                 "what was agreed with the neighbour: comes (negative: goes), with tie_lines_on",
+            ),
+            Actuator(
+                "tie_agreed_until",
+                "tie_line",
+                "h",
+                0.0,
+                1e6,
+                0.0,
+                Risk.LOW,
+                0,
+                "set 0: only the lease of tie_exchange ends it",
+                "hour of the run at which what was agreed ends, whatever is ordered by then",
             ),
         )
     entities = [Entity(SYSTEM, SYSTEM)]
