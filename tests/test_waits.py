@@ -185,6 +185,28 @@ def test_who_has_no_step_left_is_not_waited_for() -> None:
     assert run.says() == "often works on its step at 0 s"
 
 
+def test_of_a_loop_one_that_has_no_step_left_is_not_waited_for() -> None:
+    run = federation(
+        [
+            Coupling("often", "x", "once", "u"),
+            Coupling("once", "x", "often", "u"),
+            Coupling("once", "x", "ear", "u"),
+        ],
+        often=TimePolicy(period_ns=10, can_redo=True),
+        once=TimePolicy(can_redo=True),
+        ear=TimePolicy(wakes_on_input=True),
+    )
+    while "ear" not in run.granted:
+        run.answers(next(iter(run.granted)))
+    run.answers("ear")
+    assert run.says() == lines(
+        """
+        often works on its step at 10 ns
+        ear sleeps; often may wake it from 10 ns on through once.x -> ear.u
+        """
+    )
+
+
 @settings(max_examples=150, deadline=None)
 @given(worlds(), st.integers(0, 1 << 20), st.sampled_from([None, 1, 2]))
 def test_every_chain_ends_at_a_member_that_works_and_nobody_is_left_out(

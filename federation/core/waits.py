@@ -148,6 +148,10 @@ def _wait(
     if time_ns > horizon_ns:
         return None
     by, through = _way(ways, sources, (member, *unit.members))
+    steps_on = [m for m in sources if m.granted or m.wakes or next_step(m) <= horizon_ns]
+    if steps_on and by not in {m.name for m in steps_on}:
+        # of a loop one that has no step left is heard of no more: the loop is held to the others
+        by = min(steps_on, key=lambda m: (not m.granted, next_step(m))).name
     doing = Doing.SLEEPING if is_asleep else Doing.HELD_BACK
     return Wait(member.name, doing, time_ns, time_ns, by, through, by_ns)
 
