@@ -92,7 +92,9 @@ async def keep_name(
         finally:
             if lease is not None:
                 with suppress(grpc.aio.AioRpcError):
-                    await stub.Leave(broker_pb2.LeaveRequest(lease=lease.id), timeout=RETRY_S)
+                    await stub.Leave(
+                        broker_pb2.LeaveRequest(lease=lease.id), timeout=CALL_TIMEOUT_S
+                    )
 
 
 def _remaining_s(error: FederationError) -> float:
