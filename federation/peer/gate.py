@@ -32,6 +32,7 @@ from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire import caller, codec, status
 from federation.wire.link import SERVICE, Errand
 from federation.wire.serve import ServeOptions, TwinService
+from federation.wire.stages import Stages
 
 ORDERS = ("Select", "Operate", "Confirm", "Release")
 """The orders of a neighbour's guard that a city takes."""
@@ -186,7 +187,7 @@ class PeerService(TwinService):
         return self._gate.build(self.reader, errand, limits, self.budget.pause)
 
 
-class Gate(peer_pb2_grpc.PeersServicer):
+class Gate(Stages, peer_pb2_grpc.PeersServicer):
     """Serves a city to its peers. Its policy is that of `file`."""
 
     parlour: Parlour | None = None
@@ -409,38 +410,6 @@ class Gate(peer_pb2_grpc.PeersServicer):
             return await self._service(context).Flexibility(request, context)
         raise AssertionError("abort raises")
 
-    async def Select(  # noqa: N802
-        self,
-        request: twin_pb2.SelectRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.SelectRequest, twin_pb2.SelectResponse],
-    ) -> twin_pb2.SelectResponse:
-        receipt = await self._order("select", request.signed, context)
-        return twin_pb2.SelectResponse(receipt=receipt)
-
-    async def Operate(  # noqa: N802
-        self,
-        request: twin_pb2.OperateRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.OperateRequest, twin_pb2.OperateResponse],
-    ) -> twin_pb2.OperateResponse:
-        receipt = await self._order("operate", request.signed, context)
-        return twin_pb2.OperateResponse(receipt=receipt)
-
-    async def Confirm(  # noqa: N802
-        self,
-        request: twin_pb2.ConfirmRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.ConfirmRequest, twin_pb2.ConfirmResponse],
-    ) -> twin_pb2.ConfirmResponse:
-        receipt = await self._order("confirm", request.signed, context)
-        return twin_pb2.ConfirmResponse(receipt=receipt)
-
-    async def Release(  # noqa: N802
-        self,
-        request: twin_pb2.ReleaseRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.ReleaseRequest, twin_pb2.ReleaseResponse],
-    ) -> twin_pb2.ReleaseResponse:
-        receipt = await self._order("release", request.signed, context)
-        return twin_pb2.ReleaseResponse(receipt=receipt)
-
     async def ReadDesk(  # noqa: N802
         self,
         request: twin_pb2.ReadDeskRequest,
@@ -453,11 +422,11 @@ class Gate(peer_pb2_grpc.PeersServicer):
         raise AssertionError("abort raises")
 
     async def _order(
-        self, what: str, signed: twin_pb2.Signed, context: grpc.aio.ServicerContext[Any, Any]
+        self, rpc: str, signed: twin_pb2.Signed, context: grpc.aio.ServicerContext[Any, Any]
     ) -> twin_pb2.Receipt:
         async with status.refusing(context):
             service = self._service(context)
-            petition = read_petition(what, signed, self.city.name)
+            petition = read_petition(rpc, signed, self.city.name)
             return await self._acts.order(petition, await self._standing(service, petition))
         raise AssertionError("abort raises")
 

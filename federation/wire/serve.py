@@ -40,6 +40,7 @@ from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, chann
 from federation.wire.malformed import Malformed, SoundRequests
 from federation.wire.party import Part
 from federation.wire.probes import probed
+from federation.wire.stages import Stages
 
 HANDSHAKE_MS = 10_000
 """How long who connects may take to say hello; who says nothing holds a connection no longer."""
@@ -295,7 +296,7 @@ class _Stream:
         return together[0] if count == 1 else codec.join(together, _ANSWERS)
 
 
-class TwinService(twin_pb2_grpc.TwinServicer):
+class TwinService(Stages, twin_pb2_grpc.TwinServicer):
     """Serves one model. Its code runs in threads of its own or, when it is quick enough, in the
     event loop, but never for two sessions at once unless `threads` allows it.
     """
@@ -352,38 +353,6 @@ class TwinService(twin_pb2_grpc.TwinServicer):
                 getattr(twin_pb2, f"{rpc}Response").SerializeToString,
             )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-
-    async def Select(  # noqa: N802
-        self,
-        request: twin_pb2.SelectRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.SelectRequest, twin_pb2.SelectResponse],
-    ) -> twin_pb2.SelectResponse:
-        receipt = await self._order("select", request.signed, context)
-        return twin_pb2.SelectResponse(receipt=receipt)
-
-    async def Operate(  # noqa: N802
-        self,
-        request: twin_pb2.OperateRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.OperateRequest, twin_pb2.OperateResponse],
-    ) -> twin_pb2.OperateResponse:
-        receipt = await self._order("operate", request.signed, context)
-        return twin_pb2.OperateResponse(receipt=receipt)
-
-    async def Confirm(  # noqa: N802
-        self,
-        request: twin_pb2.ConfirmRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.ConfirmRequest, twin_pb2.ConfirmResponse],
-    ) -> twin_pb2.ConfirmResponse:
-        receipt = await self._order("confirm", request.signed, context)
-        return twin_pb2.ConfirmResponse(receipt=receipt)
-
-    async def Release(  # noqa: N802
-        self,
-        request: twin_pb2.ReleaseRequest,
-        context: grpc.aio.ServicerContext[twin_pb2.ReleaseRequest, twin_pb2.ReleaseResponse],
-    ) -> twin_pb2.ReleaseResponse:
-        receipt = await self._order("release", request.signed, context)
-        return twin_pb2.ReleaseResponse(receipt=receipt)
 
     async def Halt(  # noqa: N802
         self,
