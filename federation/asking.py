@@ -105,11 +105,7 @@ def asked(scenario: Scenario, measure: str, seed: int | None, run: int, at_h: fl
     ) -> CrewPlanner:
         return crew_planner(scenario, descriptions, policy, Asked)
 
-    (case,) = (
-        case
-        for case in cases(scenario, [measure], run + 1, scenario.seed if seed is None else seed)
-        if case.run == run
-    )
+    case = cases(scenario, [measure], run + 1, scenario.seed if seed is None else seed)[-1]
     last_h = at_h + (repairs.decide_every_min + repairs.decide_from_min) / 60.0
     cut = scenario.model_copy(update={"horizon_h": min(last_h, scenario.horizon_h)})
     run_local(cut, case, factory)

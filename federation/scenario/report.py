@@ -22,7 +22,13 @@ from federation.scenario import atlas
 from federation.scenario.archive import Study as Archive
 from federation.scenario.cascade import frequent
 from federation.scenario.explain import Causes
-from federation.scenario.results import read_events, read_json, read_summary, read_table
+from federation.scenario.results import (
+    read_events,
+    read_json,
+    read_summary,
+    read_table,
+    write_text,
+)
 from federation.scenario.study import BASELINE, interval
 from federation.twin import HOUR_NS, MINUTE_NS, SYSTEM
 
@@ -103,9 +109,8 @@ def write_report(folder: Path) -> Path:
         plotly=Markup(get_plotlyjs()),
         data=Markup(_script_json(study.data())),
     )
-    unfinished = folder / (PAGE + ".part")
-    unfinished.write_text(page, encoding="utf-8")
-    return unfinished.replace(folder / PAGE)
+    write_text(folder / PAGE, page)
+    return folder / PAGE
 
 
 def _script_json(data: object) -> str:

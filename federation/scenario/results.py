@@ -127,11 +127,12 @@ class Intake:
         write_table(table, self.folder / "runs.parquet")
         for kind in TABLES[:-1]:
             target = self.folder / f"{kind}.parquet"
-            part = target.with_suffix(".part")
-            with pq.ParquetWriter(part, SCHEMAS[kind], compression="zstd") as writer:
+            with (
+                whole(target) as part,
+                pq.ParquetWriter(part, SCHEMAS[kind], compression="zstd") as writer,
+            ):
                 for piece in _pieces(self.folder, kind):
                     writer.write_table(piece.filter(pa.compute.less(piece["run"], runs)))
-            part.replace(target)
         return table
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -277,7 +278,7 @@ def clear(folder: Path) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """Where to write what becomes the file when it is whole; whoever ends before leaves nothing."""
     part = path.with_name(path.name + ".part")
     try:
@@ -290,13 +291,13 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with _whole(path) as part:
+    with whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a table whole or not at all."""
-    with _whole(path) as part:
+    with whole(path) as part:
         pq.write_table(table, part, compression="zstd")
 
 
