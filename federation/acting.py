@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from federation import telemetry
 from federation.errors import Reason, ScenarioError
 from federation.loop import run
-from federation.terminal import broker_option, positive, run_argument, say
+from federation.terminal import broker_option, natural, positive, run_argument, say
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
@@ -419,7 +419,7 @@ def _control_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "measure, and say its name. It goes on at the broker.",
     )
     begin.add_argument("scenario", type=Path, metavar="SCENARIO", help="its YAML document")
-    begin.add_argument("--seed", type=int, metavar="N", help="(the scenario's)")
+    begin.add_argument("--seed", type=natural, metavar="N", help="(the scenario's)")
     begin.add_argument(
         "--pace", type=float, metavar="F", help="seconds of the run per second (as it says)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federation.errors import Reason, ScenarioError
-from federation.terminal import positive, say
+from federation.terminal import natural, positive, say
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
@@ -181,11 +181,11 @@ def add_plan(commands: Any) -> None:
     plan.add_argument("scenario", type=Path, metavar="SCENARIO", help="a scenario's YAML file")
     plan.add_argument("--at", type=float, default=2.0, metavar="H", help="the hour (2)")
     plan.add_argument("--measure", default="none", metavar="M", help="until then (none)")
-    plan.add_argument("--seed", type=int, metavar="S", help="of the study (the scenario's)")
-    plan.add_argument("--run", type=int, default=0, metavar="K", help="of the study (0)")
+    plan.add_argument("--seed", type=natural, metavar="S", help="of the study (the scenario's)")
+    plan.add_argument("--run", type=natural, default=0, metavar="K", help="of the study (0)")
     plan.add_argument("--crews", type=positive, metavar="N", help="(as the scenario has)")
-    plan.add_argument("--alternatives", type=int, default=3, metavar="N", help="(3)")
-    plan.add_argument("--bindings", type=int, default=10, metavar="N", help="(10)")
+    plan.add_argument("--alternatives", type=natural, default=3, metavar="N", help="(3)")
+    plan.add_argument("--bindings", type=natural, default=10, metavar="N", help="(10)")
     plan.add_argument(
         "--extra",
         nargs=3,

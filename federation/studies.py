@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from federation import telemetry
 from federation.errors import Reason, ScenarioError
 from federation.loop import run
-from federation.terminal import Progress, positive, say
+from federation.terminal import Progress, natural, positive, say
 
 # Each command imports its own rooms: a twin that is served needs neither solver nor plots.
 if TYPE_CHECKING:
@@ -582,7 +582,7 @@ def add_studies(commands: Any) -> None:
     rare.add_argument("--above", type=float, required=True, metavar="X", help="in the KPI's unit")
     rare.add_argument("--measure", help="under this measure (the first)")
     rare.add_argument("--samples", type=positive, default=1000, metavar="N", help="a level (1000)")
-    rare.add_argument("--seed", type=int, help="(the scenario's)")
+    rare.add_argument("--seed", type=natural, help="(the scenario's)")
     _worker_options(rare)
     rare.add_argument("--json", action="store_true")
     rare.set_defaults(do=command_rare)
@@ -610,7 +610,7 @@ def study_options(
         help=f"runs per measure ({runs or 'as the scenario says, else 1'})",
     )
     _worker_options(command, workers)
-    command.add_argument("--seed", type=int, help="seed of everything random (the scenario's)")
+    command.add_argument("--seed", type=natural, help="seed of everything random (the scenario's)")
     command.add_argument("--measures", metavar="A,B", help="only these measures (all)")
     command.add_argument(
         "--out", metavar="DIR", default=out, help=f"folder for the results ({out or 'runs/NAME'})"

@@ -51,6 +51,16 @@ def test_what_was_done_until_then_and_the_number_of_crews_count(
     assert "next best plans" in few
 
 
+@pytest.mark.parametrize("option", ["--seed", "--run", "--alternatives", "--bindings"])
+def test_a_number_below_0_is_refused_by_the_option(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ask(capsys, tmp_path, option, "-1")
+    assert ended.value.code == 2
+    assert f"argument {option}: must be 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
