@@ -1084,7 +1084,7 @@ class BrokerServer:
                 self.store.entries, name, after, members=members, variables=variables
             )
             response = broker_pb2.WatchResponse()
-            fidelities = self._fidelities(run)
+            fidelities = self._fidelities(run) if found else {}
             size = 0
             for stored in found:
                 message = _encode(stored, fidelities)
