@@ -31,8 +31,8 @@ from federation.twin import Session as ModelSession
 from federation.v1 import peer_pb2, peer_pb2_grpc, twin_pb2
 from federation.wire import caller, codec, status
 from federation.wire.link import SERVICE, Errand
+from federation.wire.phases import Phases
 from federation.wire.serve import ServeOptions, TwinService
-from federation.wire.stages import Stages
 
 ORDERS = ("Select", "Operate", "Confirm", "Release")
 """The orders of a neighbour's guard that a city takes."""
@@ -187,7 +187,7 @@ class PeerService(TwinService):
         return self._gate.build(self.reader, errand, limits, self.budget.pause)
 
 
-class Gate(Stages, peer_pb2_grpc.PeersServicer):
+class Gate(Phases, peer_pb2_grpc.PeersServicer):
     """Serves a city to its peers. Its policy is that of `file`."""
 
     parlour: Parlour | None = None

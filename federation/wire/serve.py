@@ -39,8 +39,8 @@ from federation.wire.gate import Gate
 from federation.wire.link import BATCH_BYTES, EXPECTED, MEBIBYTE, SERVICE, channel_options
 from federation.wire.malformed import Malformed, SoundRequests
 from federation.wire.party import Part
+from federation.wire.phases import Phases
 from federation.wire.probes import probed
-from federation.wire.stages import Stages
 
 HANDSHAKE_MS = 10_000
 """How long who connects may take to say hello; who says nothing holds a connection no longer."""
@@ -296,7 +296,7 @@ class _Stream:
         return together[0] if count == 1 else codec.join(together, _ANSWERS)
 
 
-class TwinService(Stages, twin_pb2_grpc.TwinServicer):
+class TwinService(Phases, twin_pb2_grpc.TwinServicer):
     """Serves one model. Its code runs in threads of its own or, when it is quick enough, in the
     event loop, but never for two sessions at once unless `threads` allows it.
     """

@@ -1,4 +1,4 @@
-"""The stages of a bundle as RPCs, for whoever does what a signed order says: a twin, or a city."""
+"""The phases of a bundle as RPCs, for whoever does what a signed order says: a twin, or a city."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grpc
 from federation.v1 import twin_pb2
 
 
-class Stages(ABC):
+class Phases(ABC):
     """Has each order carried out by `_order`."""
 
     @abstractmethod
