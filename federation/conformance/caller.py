@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,6 +35,17 @@ _T = TypeVar("_T")
 
 class NotOfferedError(Exception):
     """The service does without what a check is about, which the contract allows."""
+
+
+@contextmanager
+def unless_offered(why: str) -> Iterator[None]:
+    """Raises NotOfferedError for what is refused with UNSUPPORTED."""
+    try:
+        yield
+    except FederationError as error:
+        if error.reason is Reason.UNSUPPORTED:
+            raise NotOfferedError(why) from None
+        raise
 
 
 class BrokenError(Exception):
@@ -83,6 +94,12 @@ class Graded:
             return await answer
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc(error, f"what is at {self.address}") from None
+
+    async def call_if_offered(self, answer: Awaitable[_T], why: str) -> _T:
+        """The same; raises NotOfferedError, saying why, when there is no such thing."""
+        with unless_offered(why):
+            return await self.call(answer)
+        raise AssertionError("what is not offered raises")
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[Stream]:
@@ -254,12 +271,9 @@ class Session:
         """Its state; raises NotOfferedError when it has none."""
         request = self.request()
         request.snapshot.SetInParent()
-        try:
+        with unless_offered("it has no snapshots"):
             return (await self.done(request)).snapshot_taken.state
-        except FederationError as error:
-            if error.reason is Reason.UNSUPPORTED:
-                raise NotOfferedError("it has no snapshots") from None
-            raise
+        raise AssertionError("what is not offered raises")
 
     def restoring(self, state: bytes) -> twin_pb2.SessionRequest:
         request = self.request()

@@ -389,14 +389,8 @@ async def lets_nobody_act_unsigned(graded: Graded) -> str:
 async def says_what_it_could_do(graded: Graded) -> str:
     async with graded.session() as session:
         ask = twin_pb2.FlexibilityRequest(session=session.id, periods_ns=[HOUR_NS] * 2)
-        try:
-            found = await graded.call(
-                graded.stub.Flexibility(ask, metadata=graded.metadata, timeout=ANSWER_S)
-            )
-        except FederationError as error:
-            if error.reason is Reason.UNSUPPORTED:
-                raise NotOfferedError("it says nothing of that") from None
-            raise
+        answer = graded.stub.Flexibility(ask, metadata=graded.metadata, timeout=ANSWER_S)
+        found = await graded.call_if_offered(answer, "it says nothing of that")
         for wrong, what in (
             (twin_pb2.FlexibilityRequest(session="nobody's", periods_ns=[1]), "an unknown session"),
             (twin_pb2.FlexibilityRequest(session=session.id), "no periods"),
@@ -421,14 +415,8 @@ async def says_what_it_could_do(graded: Graded) -> str:
 
 async def tells_the_time(graded: Graded) -> str:
     ask = twin_pb2.ReadClockRequest()
-    try:
-        found = await graded.call(
-            graded.stub.ReadClock(ask, metadata=graded.metadata, timeout=ANSWER_S)
-        )
-    except FederationError as error:
-        if error.reason is Reason.UNSUPPORTED:
-            raise NotOfferedError("its clock is not known") from None
-        raise
+    answer = graded.stub.ReadClock(ask, metadata=graded.metadata, timeout=ANSWER_S)
+    found = await graded.call_if_offered(answer, "its clock is not known")
     if found.send_time.ToNanoseconds() < found.receive_time.ToNanoseconds():
         raise BrokenError("it has answered before it was asked")
     return ""

@@ -28,6 +28,7 @@ from twins.regions.shelby.build import (
     build_bases,
     build_signals,
     great_circle_km,
+    how_water_runs,
     middle,
     nearest,
     people_by,
@@ -270,14 +271,7 @@ def _write_inp(
     for name, head in heads.items():
         out += [f"[{name}]", head, *parts[name], ""]
     out += ["[PATTERNS]", ";ID Multipliers", "FLAT 1.0", ""]
-    out += ["[ENERGY]", f"Global Efficiency {100 * efficiency:g}", ""]
-    out += ["[TIMES]", "Duration 24:00", "Hydraulic Timestep 0:15", "Pattern Timestep 1:00"]
-    out += ["Report Timestep 0:15", "Start ClockTime 12 am", ""]
-    out += ["[OPTIONS]", "Units CMH", "Headloss H-W", "Specific Gravity 1", "Viscosity 1"]
-    out += ["Trials 100", "Accuracy 0.0001", "Unbalanced Continue 10", "Pattern FLAT"]
-    out += ["Demand Multiplier 1.0", "Quality None", "", "[COORDINATES]", ";Node Lon Lat"]
-    out += [f"{n} {lon:.6f} {lat:.6f}" for n, (lon, lat) in points.items()]
-    out += ["", "[END]", ""]
+    out += how_water_runs(efficiency, "FLAT", points)
     (target / "water.inp").write_text("\n".join(out), encoding="utf-8")
 
 

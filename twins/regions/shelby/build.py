@@ -290,6 +290,21 @@ def rate(net: pp.pandapowerNet, margin: float) -> None:
 # --- water ----------------------------------------------------------------------------------
 
 
+def how_water_runs(
+    pump_efficiency: float, pattern: str, point: Mapping[str, tuple[float, float]]
+) -> list[str]:
+    """The lines that end `water.inp`: a day of 24 h, units, and where each node is (degrees)."""
+    out = ["[ENERGY]", f"Global Efficiency {100 * pump_efficiency:g}", ""]
+    out += ["[TIMES]", "Duration 24:00", "Hydraulic Timestep 0:15", "Pattern Timestep 1:00"]
+    out += ["Report Timestep 0:15", "Start ClockTime 12 am", ""]
+    out += ["[OPTIONS]", "Units CMH", "Headloss H-W", "Specific Gravity 1", "Viscosity 1"]
+    out += ["Trials 100", "Accuracy 0.0001", "Unbalanced Continue 10", f"Pattern {pattern}"]
+    out += ["Demand Multiplier 1.0", "Quality None", "", "[COORDINATES]", ";Node Lon Lat"]
+    out += [f"{n} {lon:.6f} {lat:.6f}" for n, (lon, lat) in point.items()]
+    out += ["", "[END]", ""]
+    return out
+
+
 def build_water(
     infrarisk: Path,
     zones: Iterable[Mapping[str, str]],
@@ -341,14 +356,7 @@ def build_water(
     out += [f"{c} {q:.3f} {h:g}" for c, (q, h) in curves.items()]
     out += ["", "[PATTERNS]", ";ID Multipliers"]
     out += ["DIURNAL " + " ".join(f"{v:.4f}" for v in pattern[i : i + 6]) for i in (0, 6, 12, 18)]
-    out += ["", "[ENERGY]", f"Global Efficiency {100 * value['pump_efficiency']:g}", ""]
-    out += ["[TIMES]", "Duration 24:00", "Hydraulic Timestep 0:15", "Pattern Timestep 1:00"]
-    out += ["Report Timestep 0:15", "Start ClockTime 12 am", ""]
-    out += ["[OPTIONS]", "Units CMH", "Headloss H-W", "Specific Gravity 1", "Viscosity 1"]
-    out += ["Trials 100", "Accuracy 0.0001", "Unbalanced Continue 10", "Pattern DIURNAL"]
-    out += ["Demand Multiplier 1.0", "Quality None", "", "[COORDINATES]", ";Node Lon Lat"]
-    out += [f"{n} {lon:.6f} {lat:.6f}" for n, (lon, lat) in point.items()]
-    out += ["", "[END]", ""]
+    out += ["", *how_water_runs(value["pump_efficiency"], "DIURNAL", point)]
     (target / "water.inp").write_text("\n".join(out), encoding="utf-8")
 
     people = people_by(zones, "junction")
