@@ -348,7 +348,7 @@ def test_an_interrupted_study_on_workers_is_resumable_and_leaves_nobody_behind(
         assert len(family) > 2
         os.kill(driver.pid, by)
         _, said = driver.communicate(timeout=60)
-        _, left = psutil.wait_procs(family, timeout=45)  # Ray's agents look for it now and then
+        _, left = psutil.wait_procs(family, timeout=10)
         assert not left
     finally:
         driver.kill()

@@ -12,11 +12,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from federation.errors import PlanError, Reason, ScenarioError, TwinError
 from federation.scenario.finding import Finding, finding
@@ -26,6 +28,9 @@ from federation.twin import Description
 
 RAY_TIMEOUT_S = 5.0
 """How long a cluster's address may take to answer."""
+
+RAY_GRACE_S = 2.0
+"""How long a process of a local Ray may take to end once it is told to."""
 
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TOKEN_FILE = ".ray/auth_token"
@@ -122,7 +127,7 @@ class Engine:
                 yield
             finally:
                 if mine:
-                    ray.shutdown()
+                    end_ray()
 
     @property
     def _is_spread(self) -> bool:
@@ -274,10 +279,31 @@ def start_ray(workers: int, address: str | None) -> None:
             )
             return
         except Exception as error:  # Ray says no more of a start that took too long
-            ray.shutdown()
+            end_ray()
             if not attempts_left:
                 text = f"Ray does not start on this machine: {error}".splitlines()[0]
                 raise ScenarioError(Reason.UNREACHABLE, text) from None
+
+
+def end_ray() -> None:
+    """Leave the cluster; of a local Ray, every process has gone when this returns.
+
+    By itself Ray ends the raylet, and the raylet's agents may look for it for a minute more.
+    """
+    ray = _ray()
+    folder = str(Path(ray.__file__).parent)
+    family: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it may end meanwhile
+            if any(part.startswith(folder) for part in child.cmdline()):
+                family += [child, *child.children(recursive=True)]
+    ray.shutdown()
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        _, family = psutil.wait_procs(family, timeout=RAY_GRACE_S)
+        for process in family:
+            with suppress(psutil.Error):
+                end(process)
+    psutil.wait_procs(family, timeout=RAY_GRACE_S)
 
 
 def attempt(
