@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from federation.errors import PlanError, Reason
 from federation.plan.engine import engine_of, optimum_usd
 from federation.plan.joining import join
-from federation.plan.recourse import Future, extensive, hedge, with_recourse
+from federation.plan.recourse import Future, RayPool, extensive, hedge, with_recourse
+from federation.scenario.engine import end_ray, start_ray
 from tests.blocks import block
 
 INF = np.inf
@@ -59,6 +60,17 @@ def test_hedging_finds_the_same_decision() -> None:
     assert hedged.bound_usd <= exact.cost_usd + 1e-6 * USD
     assert hedged.foresight_usd == pytest.approx(exact.foresight_usd)
     assert 1 < hedged.rounds <= 100
+
+
+def test_hedging_on_workers_is_hedging_here_bit_for_bit() -> None:
+    futures = [*newsvendor(), Future("none", 0.0, shop(0.0).problem)]
+    start_ray(2, "local")
+    try:
+        spread = hedge(futures, BUY, RayPool(futures, BUY), tolerance=1e-4)
+    finally:
+        end_ray()
+    assert spread == hedge(futures, BUY, tolerance=1e-4)
+    assert spread.rounds > 1
 
 
 def plant(demand: float, probability: float) -> Future:
