@@ -27,7 +27,7 @@ check: $(INSTALLED) system  ## format, lint, types, import rules, contract
 	$(BIN)/python -m tests.generated
 	$(BIN)/hadolint k8s/Containerfile
 
-region: $(INSTALLED)  ## the loop of level 5 over the region, live and in processes: six minutes
+region: $(INSTALLED)  ## the loop of level 5 over the region, live and in processes: two minutes
 	$(BIN)/pytest -m long
 
 soak: $(INSTALLED)  ## half an hour at 200 twins: memory, tasks, threads and sockets stay as they are

@@ -38,8 +38,9 @@ TWINS = {
     "city": "twins.city.twin:CityTwin",
     "medical": "twins.medical.twin:MedicalTwin",
 }
-PACE = 60.0
-"""An hour of the run in a minute."""
+PACE = 240.0
+"""An hour of the run in a quarter of a minute. The slowest twin does a step every 15 minutes, which
+a cycle that acts waits for, to see what it has set in force: here up to 4 s."""
 
 CYCLE_S = 10.0
 """What a cycle of the loop may take on two processors that do nothing else."""
@@ -236,13 +237,10 @@ def test_a_loop_sends_crews_by_itself_and_when_it_is_killed_they_stand_down(
         # until what was set has been seen in force: the twins' next step, at the pace of the run
         "watched_s": [round(turn["watched_s"], 2) for turn in turns],
         "median_s": statistics.median(turn["wall_s"] for turn in turns),
-        "median_without_watching_s": statistics.median(
-            turn["wall_s"] - turn["watched_s"] for turn in turns
-        ),
         "was_quiet": is_quiet,
         "load": os.getloadavg(),
     }
     print(json.dumps(figures))
     assert figures["outcomes"].count("committed") >= 2
     if is_quiet:
-        assert figures["median_without_watching_s"] <= CYCLE_S
+        assert figures["median_s"] <= CYCLE_S
