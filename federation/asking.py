@@ -16,6 +16,7 @@ from federation.terminal import natural, positive, say
 if TYPE_CHECKING:
     from federation.plan.answer import Answer, Extra
     from federation.plan.joint import JointModel
+    from federation.plan.suited import Suited
     from federation.plan.visits import Task
     from federation.scenario.spec import Scenario
 
@@ -25,11 +26,15 @@ MOST_WORTH = 15
 
 @dataclass(frozen=True)
 class Question:
-    """What a planner had before it at an instant: the tasks, as believed, and what they are for."""
+    """What a planner had before it at an instant: the tasks, as believed, and what they are for.
+
+    `futures` are the same tasks with work that may be the true one.
+    """
 
     time_ns: int
     tasks: tuple[Task, ...]
     model: JointModel
+    futures: tuple[tuple[Task, ...], ...] = ()
 
 
 def command_plan(options: argparse.Namespace) -> int:
@@ -39,17 +44,43 @@ def command_plan(options: argparse.Namespace) -> int:
 
     scenario = load(options.scenario)
     extras = [_extra(*words) for words in options.extra]
-    question = asked(scenario, options.measure, options.seed, options.run, options.at)
+    question = asked(
+        scenario, options.measure, options.seed, options.run, options.at, options.futures
+    )
     model = question.model
     if options.crews is not None:
         model = replace(model, crews=float(options.crews))
     say(f"{len(question.tasks)} repairs are open; planning, and asking what else there is ...")
     found = answer(model, question.tasks, extras, options.alternatives, options.bindings)
+    hedged = None
+    if question.futures and found.schedule is not None:
+        say(f"what the work may be in {len(question.futures)} futures, and who is sent at once ...")
+        hedged = _suited(replace(question, model=model), options.workers)
     if options.json:
-        print(json.dumps({"time_ns": question.time_ns, **asdict(found)}, default=list))
+        told = {"time_ns": question.time_ns, **asdict(found)}
+        if hedged is not None:
+            told["futures"] = asdict(hedged)
+        print(json.dumps(told, default=list))
     else:
         print("\n".join(words(found, question, model.crews)))
+        if hedged is not None:
+            print("\n".join(_hedged(hedged)))
     return 0 if found.schedule is not None else 4
+
+
+def _suited(question: Question, workers: int) -> Suited:
+    """Here as one problem, on several workers by hedging."""
+    from federation.plan.recourse import RayPool
+    from federation.plan.suited import suited
+    from federation.scenario.engine import end_ray, start_ray
+
+    if workers == 1:
+        return suited(question.model, question.tasks, question.futures)
+    try:
+        start_ray(workers, "local")
+        return suited(question.model, question.tasks, question.futures, RayPool)
+    finally:
+        end_ray()
 
 
 def _extra(name: str, amount: str, limit: str) -> Extra:
@@ -63,11 +94,13 @@ def _extra(name: str, amount: str, limit: str) -> Extra:
         ) from None
 
 
-def asked(scenario: Scenario, measure: str, seed: int | None, run: int, at_h: float) -> Question:
+def asked(
+    scenario: Scenario, measure: str, seed: int | None, run: int, at_h: float, futures: int = 0
+) -> Question:
     """What there is to decide in a run of a scenario at the first decision from `at_h` on.
 
     Until then the run is that of a study with this measure. Fails with SCENARIO_INVALID when crews
-    have nothing to decide then, or nobody plans for crews.
+    have nothing to decide then, nobody plans for crews, or all `futures` would be alike.
     """
     from federation.plan.crews import CrewPlanner
     from federation.planners import crew_planner
@@ -86,6 +119,12 @@ def asked(scenario: Scenario, measure: str, seed: int | None, run: int, at_h: fl
             Reason.SCENARIO_INVALID,
             f"--at {at_h:g}: {scenario.name} goes from hour 0 to {scenario.horizon_h:g}",
         )
+    if futures and repairs.assessment is None:
+        raise ScenarioError(
+            Reason.SCENARIO_INVALID,
+            f"--futures {futures}: all work is known in {scenario.name}, so all futures are alike; "
+            "`assessment` under `repairs` says how far off estimates are",
+        )
     heard: list[Question] = []
 
     class Asked(CrewPlanner):
@@ -98,7 +137,9 @@ def asked(scenario: Scenario, measure: str, seed: int | None, run: int, at_h: fl
             super().advance(step)
             if not heard and step.time_ns >= at_h * HOUR_NS:
                 assert self._model is not None
-                heard.append(Question(step.time_ns, tuple(self.tasks_at(step)), self._model))
+                may_be = tuple(tuple(self.tasks_at(step, k)) for k in range(futures))
+                tasks = tuple(self.tasks_at(step))
+                heard.append(Question(step.time_ns, tasks, self._model, may_be))
 
     def factory(
         scenario: Scenario, descriptions: Mapping[str, Description], policy: Policy | DispatchPolicy
@@ -160,6 +201,23 @@ def words(found: Answer, question: Question, crews: float) -> Iterator[str]:
     yield from (f"  {w.plan_usd:14,.0f}  {w.of} ({w.relaxed_usd:,.0f})" for w in found.worth)
 
 
+def _hedged(found: Suited) -> Iterator[str]:
+    costs = found.costs_usd
+    yield f"\nwho sets out at once, to suit {len(costs)} futures of the work"
+    yield from (f"  {action}" for action in found.at_once)
+    yield (
+        f"costs {found.cost_usd:,.0f} USD on the mean, from {min(costs):,.0f} to "
+        f"{max(costs):,.0f}; no plan costs less than {found.bound_usd:,.0f}"
+    )
+    yield f"to know beforehand what the work is would save {found.forecast_usd:,.0f} USD at most"
+    yield (
+        "the estimates alone would send whom not every future can do with"
+        if found.estimates_usd is None
+        else "who is sent by the estimates alone costs "
+        f"{found.estimates_usd - found.cost_usd:+,.0f} USD"
+    )
+
+
 def _no_plan(found: Answer) -> Iterator[str]:
     if found.conflict is not None:
         yield "\nthese can't hold together" + ("" if found.conflict.is_minimal else " (or fewer)")
@@ -194,6 +252,22 @@ def add_plan(commands: Any) -> None:
         metavar=("NAME", "AMOUNT", "LIMIT"),
         help="weigh this, too: AMOUNT is added to both sides of a limit by its name (such as a "
         "generator of 2 MW: -2 at the balance of its node)",
+    )
+    plan.add_argument(
+        "--futures",
+        type=natural,
+        default=0,
+        metavar="K",
+        help="also plan with recourse: whom to send at once, when the work is only estimated and "
+        "may be other in each of K futures (0)",
+    )
+    plan.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="for many futures: solve them side by side on so many workers of Ray, by progressive "
+        "hedging (1: here, as one problem)",
     )
     plan.add_argument("--json", action="store_true", help="all of it, for programs")
     plan.set_defaults(do=command_plan)

@@ -228,12 +228,16 @@ class CrewPlanner(Planner):
             )
             step.act(family.member, family.actuator, component, float(there + crews), event)
 
-    def tasks_at(self, step: Step) -> list[Task]:
-        """What is left to repair at a step that it has just done, as it is believed to be."""
+    def tasks_at(self, step: Step, future: int | None = None) -> list[Task]:
+        """What is left to repair at a step that it has just done, as it is believed to be or, in a
+        future, as it may be."""
+        hours = self._belief.hours
+        if future is not None:
+            hours = self._belief.imagined(step.time_ns + future)
         places = range(len(self.families))
         busy = [step[f"busy_{i}"] for i in places]
         travel = [step[f"travel_{i}"] for i in places]
-        return self._tasks(self._belief.hours, busy, travel)[1]
+        return self._tasks(hours, busy, travel)[1]
 
     def _tasks(
         self, remaining: list[Vector], busy: list[Vector], travel: list[Vector]

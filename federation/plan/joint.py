@@ -130,10 +130,10 @@ class JointModel:
         )
         return schedule, np.array(engine.getSolution().col_value)
 
-    def pose(self, tasks: Sequence[Task]) -> Posed:
+    def pose(self, tasks: Sequence[Task], even_late: bool = False) -> Posed:
         """The problem of these tasks with its relaxation solved; raises as `solve` does."""
         self.check(tasks)
-        problem, visits, engaged = self.stated(tasks)
+        problem, visits, engaged = self.stated(tasks, even_late)
         engine = engine_of(problem)
         relaxed = relax(engine, self.joined, visits, engaged)
         kept = relaxed.used | np.array([not v.sent for v in visits], dtype=bool)
@@ -149,10 +149,13 @@ class JointModel:
                     {"member": task.member, "component": task.component},
                 )
 
-    def stated(self, tasks: Sequence[Task]) -> tuple[Joined, list[Visit], Vector]:
-        """The whole problem, the visits that its last columns are, and whom they engage."""
+    def stated(
+        self, tasks: Sequence[Task], even_late: bool = False
+    ) -> tuple[Joined, list[Visit], Vector]:
+        """The whole problem, the visits that its last columns are, and whom they engage;
+        `even_late` as in `possible_visits`."""
         horizon_h = float(self.lengths_h.sum())
-        visits = possible_visits(tasks, self.crews, self.starts_h, horizon_h)
+        visits = possible_visits(tasks, self.crews, self.starts_h, horizon_h, even_late)
         share = share_available(visits, self.lengths_h)
         engaged = crews_engaged(visits, tasks, self.starts_h, horizon_h)
         return with_visits(self.joined, tasks, visits, share, engaged, self.crews), visits, engaged

@@ -52,6 +52,11 @@ TANGENTS = 20
 MISSED = 1e-5
 """The share of its cost by which a future may miss the square."""
 
+Search = Mapping[str, float | bool]
+"""How HiGHS looks for whole numbers, by the names of its options."""
+
+EXACT: Search = {"mip_rel_gap": 0.0}
+
 
 @dataclass(frozen=True)
 class Future:
@@ -148,36 +153,53 @@ def extensive(futures: Sequence[Future], first: Sequence[str]) -> Joined:
 
 
 def with_recourse(
-    futures: Sequence[Future], first: Sequence[str], nodes: int | None = None
+    futures: Sequence[Future],
+    first: Sequence[str],
+    search: Search = EXACT,
+    start: Vector | None = None,
 ) -> Recourse:
     """The best first stage, from one problem; raises NO_PLAN or PLAN_INFEASIBLE.
 
-    `nodes` limits the search for whole numbers; then the bound says what may be left.
+    Where the `search` is limited, the bound says what may be left, and what is found is no worse
+    than a `start`, a first stage that it begins with.
     """
     places = _places(futures, first)
     problem = extensive(futures, first)
     engine = engine_of(problem)
     make_whole(engine, np.flatnonzero(problem.integer))
-    engine.setOptionValue("mip_rel_gap", 0.0)
-    if nodes is not None:
-        engine.setOptionValue("mip_max_nodes", nodes)
+    _limit(engine, search)
+    wide = np.cumsum([0] + [len(f.problem.columns) for f in futures])
+    if start is not None:
+        at = np.concatenate([wide[k] + place for k, place in enumerate(places)])
+        engine.setSolution(at.size, at.astype(np.int32), np.tile(start, len(futures)))
     engine.run()
     info = engine.getInfo()
-    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+    if not _has_plan(engine):
         raise no_plan(engine)
     x = np.array(engine.getSolution().col_value)
-    usd = cost_usd(engine)
+    usd, chosen = cost_usd(engine), x[places[0]]
     bound_usd = float(info.mip_dual_bound) * UNIT_USD if problem.integer.any() else usd
-    wide = np.cumsum([0] + [len(f.problem.columns) for f in futures])
-    alone = LocalPool(futures, first).solve([Job(np.zeros(len(first)))] * len(futures))
+    costs = [float(f.problem.cost @ x[wide[k] : wide[k + 1]]) for k, f in enumerate(futures)]
+    pool = LocalPool(futures, first, search)
+    kept = None if start is None else costs_of(pool, futures, start)
+    if start is not None and kept is not None and _mean(futures, kept) < usd:
+        usd, chosen, costs = _mean(futures, kept), start, kept
+    alone = pool.solve([Job(np.zeros(len(first)))] * len(futures))
     return Recourse(
-        dict(zip(first, x[places[0]].tolist(), strict=True)),
+        dict(zip(first, chosen.tolist(), strict=True)),
         usd,
         min(bound_usd, usd),
-        {f.name: float(f.problem.cost @ x[wide[k] : wide[k + 1]]) for k, f in enumerate(futures)},
+        {f.name: own for f, own in zip(futures, costs, strict=True)},
         _mean(futures, [reply.bound_usd for reply in alone]),
         1,
     )
+
+
+def costs_of(pool: Pool, futures: Sequence[Future], first: Vector) -> list[float] | None:
+    """What a first stage costs in each future; None when some future has no plan after it."""
+    replies = pool.solve([Job(np.zeros(first.size), fixed=first)] * len(futures))
+    costs = [reply.own_usd for reply in replies if reply.own_usd is not None]
+    return costs if len(costs) == len(futures) else None
 
 
 def hedge(
@@ -187,12 +209,13 @@ def hedge(
     rho_usd: float | None = None,
     rounds: int = ROUNDS,
     tolerance: float = TOLERANCE,
+    start: Vector | None = None,
 ) -> Recourse:
     """The same by progressive hedging; `pool` solves the futures, by default one by one here.
 
-    `rho_usd` is the charge per unit that a future differs by; by default what it costs to
-    agree on the first mean, per square of the differences. Raises NO_PLAN when no mean was
-    possible in every future within the rounds.
+    `rho_usd` is the charge per unit that a future differs by; by default what it costs to agree on
+    the first mean, per square of the differences. What is found is no worse than a `start`. Raises
+    NO_PLAN when no mean was possible in every future within the rounds.
     """
     places = _places(futures, first)
     probability = np.array([f.probability for f in futures])
@@ -202,6 +225,8 @@ def hedge(
     replies = pool.solve([Job(w) for w in prices])
     foresight_usd = bound_usd = _mean(futures, [reply.bound_usd for reply in replies])
     best: tuple[float, Vector, list[float]] | None = None
+    if start is not None and (costs := costs_of(pool, futures, start)) is not None:
+        best = _mean(futures, costs), start, costs
     rho = rho_usd
     done = 0
     while done < rounds:
@@ -210,11 +235,9 @@ def hedge(
         mean = probability @ wanted
         tried = np.where(whole, np.round(mean), mean)
         if best is None or not np.array_equal(tried, best[1]):
-            kept = pool.solve([Job(np.zeros(len(first)), fixed=tried)] * len(futures))
-            costs = [reply.own_usd for reply in kept if reply.own_usd is not None]
-            usd = _mean(futures, costs) if len(costs) == len(futures) else np.inf
-            if np.isfinite(usd) and (best is None or usd < best[0]):
-                best = usd, tried, costs
+            costs = costs_of(pool, futures, tried)
+            if costs is not None and (best is None or _mean(futures, costs) < best[0]):
+                best = _mean(futures, costs), tried, costs
         apart = probability @ ((wanted - mean) ** 2).sum(axis=1)
         if best is not None and best[0] - bound_usd <= tolerance * max(abs(best[0]), 1e-9):
             break
@@ -245,7 +268,7 @@ class Subproblem:
     on a newsvendor, and knows no whole numbers.
     """
 
-    def __init__(self, future: Future, place: Indices) -> None:
+    def __init__(self, future: Future, place: Indices, search: Search = EXACT) -> None:
         self._problem = future.problem
         self._place = place.astype(np.int32)
         self._whole = np.flatnonzero(future.problem.integer)
@@ -255,7 +278,7 @@ class Subproblem:
             & (future.problem.high[place] <= 1)
         )
         self._engine = engine_of(self._problem)
-        self._engine.setOptionValue("mip_rel_gap", 0.0)
+        _limit(self._engine, search)
         make_whole(self._engine, self._whole)
         # for each column x of the first stage one for x^2 / 2, from below
         width, count = len(self._problem.low), place.size
@@ -277,7 +300,7 @@ class Subproblem:
         engine.changeColsCost(place.size, self._square, cost)
         engine.clearSolver()
         try:
-            usd = self._optimum_usd(squared, job.rho)
+            usd = self._least_usd(squared, job.rho)
         except PlanError as error:
             if kept is None or error.reason is not Reason.PLAN_INFEASIBLE:
                 raise
@@ -287,8 +310,8 @@ class Subproblem:
         x = np.array(engine.getSolution().col_value)[: len(problem.low)]
         return Reply(x[place], float(problem.cost @ x), usd)
 
-    def _optimum_usd(self, squared: NDArray[np.bool_], rho_usd: float) -> float:
-        usd = optimum_usd(self._engine)
+    def _least_usd(self, squared: NDArray[np.bool_], rho_usd: float) -> float:
+        usd = self._found_usd()
         for _ in range(TANGENTS):
             found = np.array(self._engine.getSolution().col_value)
             x, below = found[self._place], found[self._square]
@@ -299,16 +322,27 @@ class Subproblem:
                 at = float(x[k])
                 ends = np.array([self._square[k], self._place[k]], dtype=np.int32)
                 self._engine.addRow(-(at**2) / 2, np.inf, 2, ends, np.array([1.0, -at]))
-            usd = optimum_usd(self._engine)
+            usd = self._found_usd()
         return usd
+
+    def _found_usd(self) -> float:
+        """Of the optimum or, when the search ends before it, of the best that it found."""
+        try:
+            return optimum_usd(self._engine)
+        except PlanError:
+            if not _has_plan(self._engine):
+                raise
+            return cost_usd(self._engine)
 
 
 class LocalPool:
     """Solves the futures one after the other, here."""
 
-    def __init__(self, futures: Sequence[Future], first: Sequence[str]) -> None:
+    def __init__(
+        self, futures: Sequence[Future], first: Sequence[str], search: Search = EXACT
+    ) -> None:
         places = _places(futures, first)
-        self._members = [Subproblem(f, p) for f, p in zip(futures, places, strict=True)]
+        self._members = [Subproblem(f, p, search) for f, p in zip(futures, places, strict=True)]
 
     def solve(self, jobs: Sequence[Job]) -> list[Reply]:
         return [m.solve(job) for m, job in zip(self._members, jobs, strict=True)]
@@ -317,13 +351,15 @@ class LocalPool:
 class RayPool:
     """Solves the futures side by side, one actor each, on a Ray that the caller has started."""
 
-    def __init__(self, futures: Sequence[Future], first: Sequence[str]) -> None:
+    def __init__(
+        self, futures: Sequence[Future], first: Sequence[str], search: Search = EXACT
+    ) -> None:
         import ray
 
-        actor = ray.remote(Subproblem)
+        actor = ray.remote(Subproblem).options(num_cpus=0.01)
         places = _places(futures, first)
         self._members: list[Any] = [
-            actor.options(num_cpus=0.01).remote(f, p) for f, p in zip(futures, places, strict=True)
+            actor.remote(f, p, search) for f, p in zip(futures, places, strict=True)
         ]
 
     def solve(self, jobs: Sequence[Job]) -> list[Reply]:
@@ -349,6 +385,16 @@ def _places(futures: Sequence[Future], first: Sequence[str]) -> list[Indices]:
             )
         places.append(np.array([at[name] for name in first], dtype=np.int64))
     return places
+
+
+def _limit(engine: highspy.Highs, search: Search) -> None:
+    for name, value in search.items():
+        engine.setOptionValue(name, value)
+
+
+def _has_plan(engine: highspy.Highs) -> bool:
+    status = engine.getInfo().primal_solution_status
+    return bool(status == highspy.SolutionStatus.kSolutionStatusFeasible)
 
 
 def _mean(futures: Sequence[Future], usd: Sequence[float]) -> float:

@@ -41,12 +41,17 @@ class Visit:
 
 
 def possible_visits(
-    tasks: Sequence[Task], crews: float, starts_h: Sequence[float], horizon_h: float
+    tasks: Sequence[Task],
+    crews: float,
+    starts_h: Sequence[float],
+    horizon_h: float,
+    even_late: bool = False,
 ) -> list[Visit]:
     """All visits that end within the horizon, and those under way, task by task.
 
-    Crews set out as many together as may work there: one after the other, tasks are done
-    no later than side by side, and the first of them sooner.
+    Crews set out as many together as may work there: one after the other, tasks are done no later
+    than side by side, and the first of them sooner. With `even_late` there are also visits that set
+    out at once and end after the horizon.
     """
     visits = []
     for index, task in enumerate(tasks):
@@ -63,7 +68,7 @@ def possible_visits(
                 break
             left_h = task.work_h - (arrival_h * task.crews if task.crews else 0.0)
             end_h = arrival_h + left_h / most
-            if end_h < horizon_h or task.crews:
+            if end_h < horizon_h or task.crews or (even_late and start_h == 0.0):
                 visits.append(Visit(index, most, start_h, end_h))
     return visits
 

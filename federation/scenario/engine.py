@@ -161,13 +161,21 @@ class Engine:
         box = [ray.put(data)]  # in a list, so that a worker which has it does not fetch it
         remote = ray.remote(num_cpus=1, max_retries=2)(_do)
         ahead = ((index, case, keep(case)) for index, case in enumerate(todo))
+        coming: deque[tuple[int, Case, bool]] = deque()
         again: deque[list[tuple[int, Case, bool]]] = deque()
         waiting: dict[Any, list[tuple[int, Case, bool]]] = {}
         size = 1
         try:
             while True:
                 while len(waiting) < 2 * workers:
-                    batch = again.popleft() if again else list(islice(ahead, size))
+                    if again:
+                        batch = again.popleft()
+                    else:
+                        places = 2 * workers
+                        coming.extend(islice(ahead, max(0, places * size - len(coming))))
+                        # the last tasks are smaller: no worker is left alone with one for long
+                        share = min(size, max(1, len(coming) // places))
+                        batch = [coming.popleft() for _ in range(min(share, len(coming)))]
                     if not batch:
                         break
                     waiting[remote.remote(key, box, batch, self.planner, form)] = batch
