@@ -22,7 +22,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from federation.broker.client import print_history
-from federation.broker.server import SERVICES, BrokerOptions, BrokerServer
+from federation.broker.server import BrokerOptions, BrokerServer
+from federation.broker.services import SERVICES
 from federation.broker.store import State, Store
 from federation.core.ledger import ActionRecord, Entry, EventRecord
 from federation.errors import FederationError, Reason, ScenarioError, TwinError

@@ -20,8 +20,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from federation.broker.registering import BrokerService
 from federation.broker.registry import Lease, Member, Registry
-from federation.broker.service import BrokerService
 from federation.errors import FederationError, Reason, ScenarioError
 from federation.v1 import broker_pb2, broker_pb2_grpc
 from federation.wire.enrol import keep_name

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
-import re
 import signal
 import sys
 import time
@@ -28,9 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import grpc
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from federation.broker import outages
 from federation.broker.aid import AidService
@@ -53,13 +49,14 @@ from federation.broker.memory import (
     write_replaced,
 )
 from federation.broker.record import RunRecord
+from federation.broker.registering import BrokerService
 from federation.broker.registry import DEFAULT_TTL_NS, Lease, Registry
 from federation.broker.seats import Place, Succession
-from federation.broker.service import BrokerService
+from federation.broker.services import SERVICES, add_services
 from federation.broker.shell import Asked, Prepared, prepare
-from federation.broker.store import Frame, Item, Note, Run, State, Store, Stored
+from federation.broker.store import Frame, Item, Note, Run, State, Store
+from federation.broker.tell import entry_of, report_of
 from federation.broker.why import read_results
-from federation.core.ledger import ActionRecord, EventRecord, Quality, Record
 from federation.core.messages import Accepted, Left, Ordered
 from federation.errors import FederationError, Reason, ScenarioError, TwinError
 from federation.peer.acts import GuardAt
@@ -87,37 +84,20 @@ from federation.v1 import (
     aid_pb2,
     aid_pb2_grpc,
     broker_pb2,
-    broker_pb2_grpc,
     control_pb2,
-    control_pb2_grpc,
     peer_pb2,
-    plan_pb2,
-    plan_pb2_grpc,
     scenario_pb2,
-    scenario_pb2_grpc,
 )
 from federation.wire import codec, footing, status
-from federation.wire.gate import check_owns
 from federation.wire.link import MEBIBYTE, NO_ERRAND, SERVICE, Errand, Link, LinkOptions
 from federation.wire.party import Party
 from federation.wire.probes import probed
 from federation.wire.roster import Post, Roster
 from federation.wire.serve import new_server, start_server
-from federation.wire.status import refusing
 
 # Who gives no aid needs no solver.
 if TYPE_CHECKING:
     from federation.peer.aid import AidDesk, AidOptions
-
-SERVICES = tuple(
-    file.DESCRIPTOR.services_by_name[name].full_name
-    for file, name in (
-        (broker_pb2, "Broker"),
-        (scenario_pb2, "Scenarios"),
-        (plan_pb2, "Plans"),
-        (control_pb2, "Control"),
-    )
-)
 
 PEER_SERVICES = (
     SERVICE,
@@ -126,7 +106,6 @@ PEER_SERVICES = (
 )
 """What a broker serves besides when it has an export policy."""
 
-PAGE_SIZE = 100
 MOST_BUCKETS = 10_000
 MOST_ATTEMPTS = 1_000
 CHUNK_BYTES = 2 * MEBIBYTE
@@ -268,11 +247,7 @@ class BrokerServer:
     async def _listen(self, stack: AsyncExitStack) -> None:
         options = self.options
         server = new_server(options.max_message_bytes)
-        service = _Broker(self)
-        broker_pb2_grpc.add_BrokerServicer_to_server(service, server)
-        scenario_pb2_grpc.add_ScenariosServicer_to_server(_Scenarios(self), server)
-        plan_pb2_grpc.add_PlansServicer_to_server(_Plans(self), server)
-        control_pb2_grpc.add_ControlServicer_to_server(_Control(self), server)
+        service = add_services(self, server)
         services = SERVICES
         if options.export is not None:
             guard = GuardAt(options.guard) if options.guard else None
@@ -1010,7 +985,7 @@ class BrokerServer:
 
     async def report(self, run: Run) -> scenario_pb2.Run:
         """A run as the wire carries it, with its figures so far."""
-        return await asyncio.to_thread(_report, self.store, run, self._stale(run))
+        return await asyncio.to_thread(report_of, self.store, run, self._stale(run))
 
     def _stale(self, run: Run) -> frozenset[tuple[str, str]]:
         """The variables whose values are older, now or at the end, than the scenario allows."""
@@ -1075,7 +1050,7 @@ class BrokerServer:
                     cursor=f"{prefix}{after}",
                     snapshot=True,
                     time_ns=run.settled_ns,
-                    entries=[_encode(stored, fidelities, stale) for stored in found],
+                    entries=[entry_of(stored, fidelities, stale) for stored in found],
                 )
             )
         while True:
@@ -1087,7 +1062,7 @@ class BrokerServer:
             fidelities = self._fidelities(run) if found else {}
             size = 0
             for stored in found:
-                message = _encode(stored, fidelities)
+                message = entry_of(stored, fidelities)
                 if size and size + message.ByteSize() > CHUNK_BYTES:
                     yield response
                     response, size = broker_pb2.WatchResponse(), 0
@@ -1158,7 +1133,7 @@ class BrokerServer:
         if request.buckets == 0:
             found = await asyncio.to_thread(self.store.history, *where, request.start_ns, end_ns)
             fidelities = self._fidelities(run)
-            response.entries.extend(_encode(stored, fidelities) for stored in found)
+            response.entries.extend(entry_of(stored, fidelities) for stored in found)
         else:
             outline = await asyncio.to_thread(
                 partial(self.store.outline, entity=entity),
@@ -1376,485 +1351,6 @@ def _check_files(couplings: Iterable[CouplingSpec], folder: Path | None) -> None
                 f"{coupling.map.file} is outside the folder for the files of scenarios",
                 where,
             )
-
-
-# -- what is known, in the words of the wire ---------------------------------------------
-
-_STATES = {
-    State.PENDING: scenario_pb2.Run.STATE_PENDING,
-    State.RUNNING: scenario_pb2.Run.STATE_RUNNING,
-    State.SUCCEEDED: scenario_pb2.Run.STATE_SUCCEEDED,
-    State.FAILED: scenario_pb2.Run.STATE_FAILED,
-    State.CANCELLED: scenario_pb2.Run.STATE_CANCELLED,
-}
-
-_TERMINATIONS = {
-    "convergenceCriteriaSatisfied": plan_pb2.Plan.TERMINATION_OPTIMAL,
-    "maxTimeLimit": plan_pb2.Plan.TERMINATION_TIME_LIMIT,
-    "iterationLimit": plan_pb2.Plan.TERMINATION_WORK_LIMIT,
-}
-
-
-def _instant(unix_ns: int) -> Timestamp:
-    found = Timestamp()
-    found.FromNanoseconds(unix_ns)
-    return found
-
-
-def _encode(
-    stored: Stored,
-    fidelities: Mapping[str, Fidelity],
-    stale: Collection[tuple[str, str]] = (),
-) -> broker_pb2.LedgerEntry:
-    """An entry for a reader; a value that is stale by now is told as such."""
-    entry = stored.entry
-    if isinstance(entry, Record) and (entry.owner, entry.variable) in stale:
-        entry = entry._replace(quality=Quality.STALE)
-    message = codec.encode_entry(entry)
-    message.receive_time.FromNanoseconds(stored.receive_ns)
-    if isinstance(entry, Record) and entry.quality is not Quality.SUBSTITUTED:
-        message.fidelity = codec.encode_fidelity(fidelities.get(entry.owner, Fidelity.UNSTATED))
-    return message
-
-
-def _report(store: Store, run: Run, stale: Collection[tuple[str, str]]) -> scenario_pb2.Run:
-    kpis = [
-        scenario_pb2.Kpi(
-            member=member,
-            name=variable,
-            unit=unit,
-            value=value,
-            is_stale=(member, variable) in stale,
-        )
-        for member, variable, unit in run.figures
-        if (value := store.present(run.name, member, variable)) is not None
-    ]
-    return scenario_pb2.Run(
-        name=run.name,
-        scenario=run.scenario,
-        state=_STATES[run.state],
-        seed=run.seed,
-        time_ns=max(run.settled_ns, 0),
-        horizon_ns=run.horizon_ns,
-        digest=run.digest,
-        error=None if run.error is None else status.encode_error(run.error),
-        kpis=kpis,
-        create_time=_instant(run.create_ns),
-        end_time=None if run.end_ns is None else _instant(run.end_ns),
-    )
-
-
-def _plans(store: Store, run: Run) -> list[plan_pb2.Plan]:
-    """The plans of a run, newest first, as far as its ledger tells.
-
-    A plan's assignments are the crews that its planner sent until it made the next plan; their
-    end is 0 while the component has not been reported as repaired. Intentions that were not
-    carried out are not in the ledger and so are left out.
-    """
-    made = store.events(run.name, "plan_made")
-    delays = {(source, target): delay_ns for source, target, delay_ns in run.delays}
-    plans = []
-    for index, stored in enumerate(made):
-        assert isinstance(stored.entry, EventRecord)
-        owner, event = stored.entry.owner, stored.entry.event
-        until = made[index + 1].number if index + 1 < len(made) else run.entries + 1
-        # why the solver stopped stands nowhere else: ledger values are numbers
-        why = re.search(r"(\w+)\)$", event.text)
-        cost, bound = (
-            store.present(run.name, owner, f"plan_{name}", stored.number)
-            for name in ("cost", "bound")
-        )
-        plans.append(
-            plan_pb2.Plan(
-                name=f"{run.name}/plans/{index + 1}",
-                create_time=_instant(stored.receive_ns),
-                time_ns=event.time_ns,
-                objective=cost,
-                bound=bound,
-                gap=(cost - bound) / abs(cost) if cost and bound is not None else None,
-                termination=_TERMINATIONS.get(
-                    why.group(1) if why else "", plan_pb2.Plan.TERMINATION_UNSPECIFIED
-                ),
-                assignments=[
-                    _assignment(store, run.name, sent.entry, delays)
-                    for sent in store.actions(run.name, owner)
-                    if stored.number < sent.number < until
-                    and isinstance(sent.entry, ActionRecord)
-                    and sent.entry.action.value > 0
-                ],
-            )
-        )
-    return plans[::-1]
-
-
-def _assignment(
-    store: Store, run: str, sent: ActionRecord, delays: Mapping[tuple[str, str], int]
-) -> plan_pb2.Assignment:
-    action = sent.action
-    start_ns = sent.time_ns + delays.get((sent.owner, action.member), 0)
-    repaired = [
-        stored.entry.time_ns
-        for stored in store.events(run, "component_repaired", action.entity)
-        if stored.entry.owner == action.member and stored.entry.time_ns >= start_ns
-    ]
-    return plan_pb2.Assignment(
-        member=action.member,
-        component=action.entity,
-        crews=round(action.value),
-        start_ns=start_ns,
-        end_ns=min(repaired, default=0),
-    )
-
-
-def _page(size: int, token: str) -> tuple[int, int | None]:
-    """How many, and what the token says. Fails with SCENARIO_INVALID."""
-    if size < 0 or (token and not token.isdecimal()):
-        raise ScenarioError(
-            Reason.SCENARIO_INVALID, f"there is no page of size {size} at token {token!r}"
-        )
-    return min(size or PAGE_SIZE, PAGE_SIZE), int(token) if token else None
-
-
-# -- the services ------------------------------------------------------------------------
-
-
-class _Broker(BrokerService):
-    """Registration, with every lease on record, and the state of runs for those who watch."""
-
-    def __init__(self, broker: BrokerServer) -> None:
-        super().__init__(broker.registry)
-        self._broker = broker
-
-    async def Register(  # noqa: N802
-        self,
-        request: broker_pb2.RegisterRequest,
-        context: grpc.aio.ServicerContext[broker_pb2.RegisterRequest, broker_pb2.RegisterResponse],
-    ) -> broker_pb2.RegisterResponse:
-        response = await super().Register(request, context)
-        async with refusing(context):
-            store = self._broker.store
-            await asyncio.to_thread(store.keep_lease_epoch, response.lease.epoch)
-        self._broker.note_arrival()
-        return response
-
-    async def Leave(  # noqa: N802
-        self,
-        request: broker_pb2.LeaveRequest,
-        context: grpc.aio.ServicerContext[broker_pb2.LeaveRequest, broker_pb2.LeaveResponse],
-    ) -> broker_pb2.LeaveResponse:
-        leases = self.registry.members(time.monotonic_ns())
-        left = [lease.member.name for lease in leases if lease.id == request.lease]
-        response = await super().Leave(request, context)
-        self._broker.note_roster(left)
-        return response
-
-    async def Watch(  # noqa: N802
-        self,
-        request: broker_pb2.WatchRequest,
-        context: grpc.aio.ServicerContext[broker_pb2.WatchRequest, broker_pb2.WatchResponse],
-    ) -> AsyncIterator[broker_pb2.WatchResponse]:
-        async with refusing(context):
-            async for response in self._broker.follow(
-                request.run, request.cursor, request.members, request.variables
-            ):
-                yield response
-
-    async def QueryHistory(  # noqa: N802
-        self,
-        request: broker_pb2.QueryHistoryRequest,
-        context: grpc.aio.ServicerContext[
-            broker_pb2.QueryHistoryRequest, broker_pb2.QueryHistoryResponse
-        ],
-    ) -> broker_pb2.QueryHistoryResponse:
-        async with refusing(context):
-            return await self._broker.history(request)
-        raise AssertionError("abort raises")
-
-    async def ListOutages(  # noqa: N802
-        self,
-        request: broker_pb2.ListOutagesRequest,
-        context: grpc.aio.ServicerContext[
-            broker_pb2.ListOutagesRequest, broker_pb2.ListOutagesResponse
-        ],
-    ) -> broker_pb2.ListOutagesResponse:
-        async with refusing(context):
-            return await self._broker.outages(request)
-        raise AssertionError("abort raises")
-
-
-class _Scenarios(scenario_pb2_grpc.ScenariosServicer):
-    def __init__(self, broker: BrokerServer) -> None:
-        self._broker = broker
-
-    async def CreateRun(  # noqa: N802
-        self,
-        request: scenario_pb2.CreateRunRequest,
-        context: grpc.aio.ServicerContext[
-            scenario_pb2.CreateRunRequest, scenario_pb2.CreateRunResponse
-        ],
-    ) -> scenario_pb2.CreateRunResponse:
-        async with refusing(context):
-            seed = request.seed if request.HasField("seed") else None
-            pace = request.pace_factor if request.HasField("pace_factor") else None
-            name = await self._broker.create(request.document, seed, pace)
-            return scenario_pb2.CreateRunResponse(run=await self._report(name))
-        raise AssertionError("abort raises")
-
-    async def GetRun(  # noqa: N802
-        self,
-        request: scenario_pb2.GetRunRequest,
-        context: grpc.aio.ServicerContext[scenario_pb2.GetRunRequest, scenario_pb2.GetRunResponse],
-    ) -> scenario_pb2.GetRunResponse:
-        async with refusing(context):
-            run = await self._broker.find(request.name)
-            return scenario_pb2.GetRunResponse(
-                run=await self._broker.report(run), document=run.document, measure=run.measure
-            )
-        raise AssertionError("abort raises")
-
-    async def ListRuns(  # noqa: N802
-        self,
-        request: scenario_pb2.ListRunsRequest,
-        context: grpc.aio.ServicerContext[
-            scenario_pb2.ListRunsRequest, scenario_pb2.ListRunsResponse
-        ],
-    ) -> scenario_pb2.ListRunsResponse:
-        async with refusing(context):
-            size, before = _page(request.page_size, request.page_token)
-            runs, more = await asyncio.to_thread(self._broker.store.runs, size, before)
-            return scenario_pb2.ListRunsResponse(
-                runs=[await self._report(run.name) for run in runs],
-                next_page_token="" if more is None else str(more),
-            )
-        raise AssertionError("abort raises")
-
-    async def WatchRun(  # noqa: N802
-        self,
-        request: scenario_pb2.WatchRunRequest,
-        context: grpc.aio.ServicerContext[
-            scenario_pb2.WatchRunRequest, scenario_pb2.WatchRunResponse
-        ],
-    ) -> AsyncIterator[scenario_pb2.WatchRunResponse]:
-        async with refusing(context):
-            async for run in self._broker.follow_run(request.name):
-                yield scenario_pb2.WatchRunResponse(run=await self._broker.report(run))
-
-    async def CancelRun(  # noqa: N802
-        self,
-        request: scenario_pb2.CancelRunRequest,
-        context: grpc.aio.ServicerContext[
-            scenario_pb2.CancelRunRequest, scenario_pb2.CancelRunResponse
-        ],
-    ) -> scenario_pb2.CancelRunResponse:
-        async with refusing(context):
-            live = await self._broker.live(request.name)
-            if live is not None:
-                await live.cancel()
-            return scenario_pb2.CancelRunResponse(run=await self._report(request.name))
-        raise AssertionError("abort raises")
-
-    async def ForkRun(  # noqa: N802
-        self,
-        request: scenario_pb2.ForkRunRequest,
-        context: grpc.aio.ServicerContext[
-            scenario_pb2.ForkRunRequest, scenario_pb2.ForkRunResponse
-        ],
-    ) -> scenario_pb2.ForkRunResponse:
-        async with refusing(context):
-            if request.actions:
-                _named(request.operator)
-            name = await self._broker.fork(
-                request.name,
-                request.time_ns if request.HasField("time_ns") else None,
-                request.measure,
-                request.horizon_ns if request.HasField("horizon_ns") else None,
-                [
-                    Ordered(request.operator, codec.decode_action(action))
-                    for action in request.actions
-                ],
-                _future(request.future) if request.HasField("future") else None,
-            )
-            return scenario_pb2.ForkRunResponse(
-                run=await self._report(name), is_future=request.HasField("future")
-            )
-        raise AssertionError("abort raises")
-
-    async def TryFutures(  # noqa: N802
-        self,
-        request: scenario_pb2.TryFuturesRequest,
-        context: grpc.aio.ServicerContext[
-            scenario_pb2.TryFuturesRequest, scenario_pb2.TryFuturesResponse
-        ],
-    ) -> AsyncIterator[scenario_pb2.TryFuturesResponse]:
-        async with refusing(context):
-            attempts = [
-                Attempt(a.measure, _future(a.future) if a.HasField("future") else None)
-                for a in request.attempts
-            ]
-            trying = self._broker.try_futures(
-                request.name, request.time_ns, request.horizon_ns, attempts, request.figures
-            )
-            async with aclosing(trying) as all_tried:
-                async for response in all_tried:
-                    yield response
-
-    async def ReplayRun(  # noqa: N802
-        self,
-        request: scenario_pb2.ReplayRunRequest,
-        context: grpc.aio.ServicerContext[
-            scenario_pb2.ReplayRunRequest, scenario_pb2.ReplayRunResponse
-        ],
-    ) -> scenario_pb2.ReplayRunResponse:
-        async with refusing(context):
-            name = await self._broker.replay(
-                request.name, request.live_members, request.recorded_members
-            )
-            return scenario_pb2.ReplayRunResponse(run=await self._report(name))
-        raise AssertionError("abort raises")
-
-    async def _report(self, name: str) -> scenario_pb2.Run:
-        return await self._broker.report(await self._broker.find(name))
-
-
-class _Plans(plan_pb2_grpc.PlansServicer):
-    def __init__(self, broker: BrokerServer) -> None:
-        self._broker = broker
-
-    async def ListPlans(  # noqa: N802
-        self,
-        request: plan_pb2.ListPlansRequest,
-        context: grpc.aio.ServicerContext[plan_pb2.ListPlansRequest, plan_pb2.ListPlansResponse],
-    ) -> plan_pb2.ListPlansResponse:
-        async with refusing(context):
-            size, start = _page(request.page_size, request.page_token)
-            run = await self._broker.find(request.run)
-            plans = await asyncio.to_thread(_plans, self._broker.store, run)
-            older = plans if start is None else plans[max(len(plans) - start, 0) :]
-            left = len(older) - size
-            return plan_pb2.ListPlansResponse(
-                plans=older[:size], next_page_token=str(left) if left > 0 else ""
-            )
-        raise AssertionError("abort raises")
-
-
-class _Control(control_pb2_grpc.ControlServicer):
-    def __init__(self, broker: BrokerServer) -> None:
-        self._broker = broker
-
-    async def SubmitAction(  # noqa: N802
-        self,
-        request: control_pb2.SubmitActionRequest,
-        context: grpc.aio.ServicerContext[
-            control_pb2.SubmitActionRequest, control_pb2.SubmitActionResponse
-        ],
-    ) -> control_pb2.SubmitActionResponse:
-        async with refusing(context):
-            _named(request.operator)
-            live = await self._broker.live(request.run)
-            if live is None:
-                raise ScenarioError(
-                    Reason.OUTSIDE_ENVELOPE, f"{request.run} has ended", {"run": request.run}
-                )
-            taken = await live.submit(request.operator, codec.decode_action(request.action))
-            return control_pb2.SubmitActionResponse(event=taken.event, time_ns=taken.time_ns)
-        raise AssertionError("abort raises")
-
-    async def AddMembers(  # noqa: N802
-        self,
-        request: control_pb2.AddMembersRequest,
-        context: grpc.aio.ServicerContext[
-            control_pb2.AddMembersRequest, control_pb2.AddMembersResponse
-        ],
-    ) -> control_pb2.AddMembersResponse:
-        async with refusing(context):
-            _named(request.operator)
-            time_ns = request.time_ns if request.HasField("time_ns") else None
-            taken = await self._broker.join(
-                request.run, request.document, time_ns, request.operator
-            )
-            return control_pb2.AddMembersResponse(event=taken.event, time_ns=taken.time_ns)
-        raise AssertionError("abort raises")
-
-    async def RemoveMember(  # noqa: N802
-        self,
-        request: control_pb2.RemoveMemberRequest,
-        context: grpc.aio.ServicerContext[
-            control_pb2.RemoveMemberRequest, control_pb2.RemoveMemberResponse
-        ],
-    ) -> control_pb2.RemoveMemberResponse:
-        async with refusing(context):
-            _named(request.operator)
-            time_ns = request.time_ns if request.HasField("time_ns") else None
-            taken = await self._broker.part(request.run, request.member, time_ns, request.operator)
-            return control_pb2.RemoveMemberResponse(event=taken.event, time_ns=taken.time_ns)
-        raise AssertionError("abort raises")
-
-    async def ReplaceMember(  # noqa: N802
-        self,
-        request: control_pb2.ReplaceMemberRequest,
-        context: grpc.aio.ServicerContext[
-            control_pb2.ReplaceMemberRequest, control_pb2.ReplaceMemberResponse
-        ],
-    ) -> control_pb2.ReplaceMemberResponse:
-        async with refusing(context):
-            _named(request.operator)
-            time_ns = request.time_ns if request.HasField("time_ns") else None
-            match request.WhichOneof("heir"):
-                case "service":
-                    place = Place(request.service)
-                case "address":
-                    place = Place(request.address, request.address)
-                case _:
-                    raise ScenarioError(
-                        Reason.SCENARIO_INVALID, "say who takes over: a service or an address"
-                    )
-            taken = await self._broker.replace(
-                request.run, request.member, place, time_ns, request.operator
-            )
-            return control_pb2.ReplaceMemberResponse(event=taken.event, time_ns=taken.time_ns)
-        raise AssertionError("abort raises")
-
-    async def StopRun(  # noqa: N802
-        self,
-        request: control_pb2.StopRunRequest,
-        context: grpc.aio.ServicerContext[control_pb2.StopRunRequest, control_pb2.StopRunResponse],
-    ) -> control_pb2.StopRunResponse:
-        async with refusing(context):
-            _named(request.operator)
-            live = await self._broker.live(request.run)
-            if live is not None:
-                await live.cancel(request.operator, request.reason)
-            run = await self._broker.find(request.run)
-            return control_pb2.StopRunResponse(run=await self._broker.report(run))
-        raise AssertionError("abort raises")
-
-    async def Why(  # noqa: N802
-        self,
-        request: control_pb2.WhyRequest,
-        context: grpc.aio.ServicerContext[control_pb2.WhyRequest, control_pb2.WhyResponse],
-    ) -> control_pb2.WhyResponse:
-        async with refusing(context):
-            return await self._broker.why(request.run)
-        raise AssertionError("abort raises")
-
-
-def _future(message: scenario_pb2.Future) -> Future:
-    seed = message.seed if message.HasField("seed") else None
-    if seed is not None and seed < 0:
-        raise ScenarioError(Reason.SCENARIO_INVALID, f"{seed} is no seed of a future")
-    for name, value in message.parameters.items():
-        if not math.isfinite(value):
-            raise ScenarioError(
-                Reason.NOT_FINITE, f"the parameter {name} is {value}", {"parameter": name}
-            )
-    believed = {b.member: codec.decode_values(b.outputs) for b in message.believed}
-    return Future(message.number, seed, dict(message.parameters), believed)
-
-
-def _named(operator: str) -> None:
-    if not operator.strip():
-        raise ScenarioError(Reason.SCENARIO_INVALID, "say who asks: the operator is empty")
-    check_owns(operator)
 
 
 async def serve_broker(options: BrokerOptions | None = None) -> None:
