@@ -490,7 +490,6 @@ def _audit_commands(command: argparse.ArgumentParser) -> None:
         description="Try the measures of a decision again in the same futures of the same cut, and "
         "see whether the same bundle comes of it. Exits with 3 when it is another one.",
     )
-    again.add_argument("decision", metavar="DECISION", help="its id, see: multitwin audit query")
     again.add_argument("--rules", type=Path, required=True, metavar="FILE", help="those of then")
     broker_option(again)
     again.set_defaults(do=command_audit_reproduce)
@@ -498,6 +497,7 @@ def _audit_commands(command: argparse.ArgumentParser) -> None:
     repair.set_defaults(do=command_audit_repair)
     for one in (verify, query, repair, again):
         one.add_argument("directory", metavar="DIR", help="the trail's folder")
+    again.add_argument("decision", metavar="DECISION", help="its id, see: multitwin audit query")
     for one in (verify, query, repair):
         one.add_argument("--json", action="store_true", help="one JSON document")
     for one in (verify, query, again):

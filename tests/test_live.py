@@ -914,7 +914,17 @@ def test_a_decision_is_made_again_from_its_record(tmp_path: Path) -> None:
                 found = await again(stage.broker.address, record, terms.rules)
                 assert found.is_same
                 assert found.bundle is not None
+                same = f"the same: {found.bundle.digest()}"
                 assert len(found.ratings) == 2
+            trail, decision = terms.state / "trail", str(record["decision"])
+            asked = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "federation", "audit", "reproduce", str(trail), decision),
+                *("--rules", str(terms.rules), "--broker", stage.broker.address),
+                stderr=asyncio.subprocess.PIPE,
+            )
+            _, said = await asked.communicate()
+            assert asked.returncode == 0, said
+            assert f"{decision}: {same}" in said.decode()
             moved: dict[str, Any] = json.loads(json.dumps(record))
             moved["basis"]["inputs"]["weights"] = {}
             moved["basis"]["inputs"]["cut_ns"] -= HOUR_NS
