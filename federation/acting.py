@@ -133,6 +133,7 @@ def command_control(options: argparse.Namespace) -> int:
         measures=tuple(options.measure),
         window_ns=round(options.window_min * MINUTE_NS),
         stage_within_s=options.stage_within_s,
+        city=options.city,
     )
     keys = Keys(
         Identity.load(options.key.stem, options.key),
@@ -407,6 +408,13 @@ def _control_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     loop.add_argument(
         "--measure", action="append", default=[], metavar="NAME", help="to try (all that fit)"
+    )
+    loop.add_argument(
+        "--city",
+        default="",
+        metavar="CITY",
+        help="bring into force what this city has promised to others, and they to it, by the part "
+        "`aid` of the rules; at every level (nothing)",
     )
     loop.add_argument("--host", default="127.0.0.1", help="for people (127.0.0.1)")
     loop.add_argument("--port", type=int, default=7800, help="for people (7800)")

@@ -263,7 +263,8 @@ def add_aid(commands: Any) -> None:
         description="Two brokers bargain over power, crews, generators, ambulances, beds: prices "
         "and quantities cross the border, and nothing else. What they agree on is signed by both "
         "and on record at both before it is said. Each gives only what its export policy lets the "
-        "other have (`flexibility: [aid.power]`) and what its guard's rules allow (part `aid`).",
+        "other have (`flexibility: [aid.power]`) and what its guard's rules allow (part `aid`). "
+        "What was promised is brought into force by `multitwin control RUN --city CITY`.",
         epilog=f"A file of goods for `multitwin broker --aid FILE`:\n\n{BEGINNING}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1189,8 +1189,26 @@ def test_what_giving_sets_is_held_to_the_rules_of_its_actuator(
     assert {rule for rule, _ in found} == broken
 
 
+def test_what_taking_sets_is_held_to_them_too_and_a_line_has_a_sign() -> None:
+    """An actuator that counts what comes is set below 0 by who gives; this one must not be."""
+    signed = ACTUATED.replace("takes_at_most: 0", "takes_at_most: 10").replace(
+        "sets: grid.shed", "sets: grid.shed\n    gives_sign: -1\n    takes_set: grid.shed"
+    )
+    guard = PledgeGuard(rules.parse(signed), lambda: {"grid": Grid().describe()})
+    for quantity, gives, broken in (
+        (1.5, False, set()),
+        (2.5, False, {"sum:all-shedding"}),
+        (1.5, True, {"range:grid.shed"}),
+    ):
+        made = promise(quantity=(0.5, quantity), price_usd=(0.0, 0.0))
+        made = made if gives else replace(made, giver=made.taker, taker=made.giver)
+        found = guard.judge(made, gives, (0.0, 0.0))
+        assert {rule for rule, _ in found} == broken
+
+
 def test_rules_of_aid_that_do_not_fit_the_city_are_refused_by_their_line() -> None:
-    for wrong, why in (("sets: grid.tie", "no twin has an actuator"), ("entity: X9", "X9")):
+    wrongs = (("sets: grid.tie", "no twin has an actuator"), ("entity: X9", "X9"))
+    for wrong, why in (*wrongs, ("sets: grid.shed\n    takes_set: grid.tie", "grid.tie")):
         key = wrong.partition(":")[0]
         text = "".join(
             f"    {wrong}\n" if line.strip().startswith(f"{key}:") else f"{line}\n"

@@ -23,6 +23,7 @@ from federation.control.view import LiveView
 from federation.core.bundle import Bundle, Condition, Priority, Setpoint
 from federation.core.ledger import ActionRecord
 from federation.errors import FederationError, Reason
+from federation.peer.aid import AidOptions
 from federation.planners import planner
 from federation.scenario.spec import parse
 from federation.twin import MINUTE_NS, NOTHING, Action, StepInput, Twin
@@ -143,6 +144,7 @@ async def birch(
     rules: str = RULES,
     minutes_per_s: int = 10,
     more: Mapping[str, type[Twin]] = NOTHING,
+    aid: AidOptions | None = None,
 ) -> AsyncIterator[Birch]:
     """`more` are members besides its grid and its clinic, of classes of `tests.cities`."""
     async with AsyncExitStack() as stack:
@@ -160,6 +162,7 @@ async def birch(
             planner=planner,
             grace_s=0.1,
             guard=f"127.0.0.1:{port}",
+            aid=aid,
         )
         broker = await stack.enter_async_context(BrokerServer(options))
         served = ServeOptions(grace_s=0.1, keyring=TWINS)

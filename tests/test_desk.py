@@ -103,6 +103,17 @@ def test_a_setpoint_is_in_force_from_the_next_step_until_its_lease_ends() -> Non
     assert on.in_force() == ()
 
 
+def test_a_lease_that_is_renewed_is_told_once_more_to_a_model_that_may_count_it_itself() -> None:
+    """`speed` declares a lease; `valve` has only that of its setpoint, which the desk counts."""
+    on = desk()
+    valve = Setpoint("works", "valve", "p1", 0.75, 30)
+    put(on, bundle(lease_ns=30, others=(valve,)))
+    assert given(on, 10) == [("speed[p1]", 7.0, "guard"), ("valve[p1]", 0.75, "guard")]
+    put(on, bundle("b2", lease_ns=30, others=(valve,)))
+    assert [given(on, t) for t in (20, 21)] == [[("speed[p1]", 7.0, "guard")], []]
+    assert given(on, 50) == [("speed[p1]", 1.0, DESK), ("valve[p1]", 0.5, DESK)]
+
+
 def test_what_is_not_confirmed_within_its_window_is_undone_and_what_was_before_is_back() -> None:
     on = desk()
     put(on, bundle("old", 3.0))

@@ -98,8 +98,11 @@ class Guard:
         self._memory.note(case.bundle, case.changes)
         return Verdict(self.mode, good=True, passed=True)
 
-    def admit(self, bundle: Bundle, situation: Situation) -> tuple[Refusal, ...]:
-        """Judge what a neighbour's guard asks for; it passes when there is nothing to refuse.
+    def admit(
+        self, bundle: Bundle, situation: Situation, forecast: Forecast | None = None
+    ) -> tuple[Refusal, ...]:
+        """Judge what a neighbour's guard asks for, or what was promised to one; it passes when
+        there is nothing to refuse.
 
         Whose it is has been checked before, and no rules of ours bound who made it; else it is held
         to all limits that a decision of the loop is held to, after whatever either was let do. What
@@ -111,7 +114,7 @@ class Guard:
             return (*breaches, Refusal("recovery", "the recovery plan is, or will be, in force"))
         try:
             submission = Submission(bundle, self.rules.version)
-            case = self._limits.case(submission, situation, None, self._memory)
+            case = self._limits.case(submission, situation, forecast, self._memory)
             refusals = tuple(self._limits.judge(case, but=("authority",)))
         except Exception as error:  # as above
             text = f"can't be judged: {type(error).__name__}: {error}"

@@ -27,6 +27,7 @@ from federation.control.mandate import Keys, Mandate, Terms
 from federation.control.merit import Merit
 from federation.control.outlook import Outlook
 from federation.control.petitions import Petitions
+from federation.control.promised import BrokerBook, Promised
 from federation.control.proposal import Answer, Told
 from federation.control.rules import Rules
 from federation.control.stages import LiveStages
@@ -123,6 +124,8 @@ class LiveLoop:
             self._deeds = Deeds(mandate)
             await stack.enter_async_context(self._deeds.at_work())
             self._consent = Consent(mandate, self._outlook, self._deeds)
+            book, foreseen = BrokerBook(self.view), self._outlook.foreseen
+            self._promised = Promised(mandate, self._deeds, self.terms.city, book, foreseen)
             self.petitions = Petitions(
                 self.view, lambda: mandate.guard, mandate.keys.keyring, mandate.noted
             )
@@ -209,13 +212,15 @@ class LiveLoop:
             return decision
 
     async def _watch(self) -> None:
-        """Between decisions: refuse what nobody has confirmed in time, and see to it that nothing
-        is wrong for too long."""
+        """Between decisions: refuse what nobody has confirmed in time, see to it that nothing is
+        wrong for too long, and that what was promised is done."""
         while not self.view.has_ended:
             await self.view.changed()
             async with self._turn:
                 self.pass_time()
                 await self._deeds.watch()
+                if self.terms.city:
+                    await self._promised.keep()
             await asyncio.sleep(WATCH_S)
 
     # -- persons -------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ class Terms:
     in so many `futures`, and has `within_s` of wall time for it. `measures` are what it tries
     besides what is in force; empty for all of the scenario that can be changed to. A value that an
     action needs may move by the share `moves_by` of itself before the action is void. `operator`
-    is who is on duty. What it knows is kept in the folder `state`.
+    is who is on duty. What it knows is kept in the folder `state`. What the `city` of that name has
+    promised to others it brings into force at any level; nothing when it is empty.
     """
 
     level: int
@@ -54,6 +55,7 @@ class Terms:
     moves_by: float = 0.25
     window_ns: int = 30 * MINUTE_NS
     stage_within_s: float = actuation.STAGE_WITHIN_S
+    city: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 
 from federation.control import audit
@@ -14,7 +16,7 @@ from federation.control.turn import Candidate, Known, LiveCut
 from federation.control.view import Observation, Variable, variable_of
 from federation.core.bundle import Bundle, Setpoint
 from federation.errors import Reason, ScenarioError
-from federation.twin import Vector
+from federation.twin import MINUTE_NS, Action, Vector
 
 
 class Outlook:
@@ -126,6 +128,21 @@ class Outlook:
             for variable in self.weights
         }
         return Rating(candidate.name, tuple(growth), figures)
+
+    async def foreseen(self, bundle: Bundle) -> Forecast | None:
+        """What forks expect from now on of a bundle that no measure of the scenario sets; None
+        where no rule looks ahead. Fails as `ForkRun` does."""
+        ahead_min = max((never.forecast_min for never in self._mandate.rules.never), default=0.0)
+        if not ahead_min:
+            return None
+        cut, measure = self._view.now(), self._view.measure
+        until_ns = cut.time_ns + round(ahead_min * MINUTE_NS) + self._mandate.terms.every_ns
+        until_ns = min(until_ns, self._view.scenario.horizon_ns)
+        actions = [Action(s.member, s.actuator, s.entity, s.value) for s in bundle.setpoints]
+        numbers = range(self._mandate.terms.futures)
+        tried = [self.trials.run(cut, measure, n, until_ns, actions) for n in numbers]
+        trials = tuple(await asyncio.gather(*tried))
+        return self.forecast_of(bundle, Candidate(IN_FORCE, trials, ()), until_ns)
 
     def forecast_of(self, bundle: Bundle, candidate: Candidate, until_ns: int) -> Forecast:
         """What the forks expect of the outputs that must never be wrong for long: at each instant

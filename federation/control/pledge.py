@@ -1,8 +1,9 @@
 """Confirms or refuses a city's own part of a promise of aid, by the rules that its owners have set.
 
-A good without a rule may not be promised at all. Where giving it sets an actuator, what would be
-set while the promise holds is held to that actuator's rules as well: its range, and the sums and
-exclusions that it is in. What then acts is judged once more, when it acts.
+A good without a rule may not be promised at all. Where giving or taking it sets an actuator, what
+would be set while the promise holds is held to that actuator's rules as well: its range, and the
+sums and exclusions that it is in. What then acts is judged once more, when it acts
+(`federation.control.promised`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class PledgeGuard:
     """Judges promises by one version of the rules.
 
     `describe` says what the members of the city are, and `situate` what is so in its run; both are
-    asked only where giving something sets an actuator. Without a situation all else is at its safe
+    asked only where a promise sets an actuator. Without a situation all else is at its safe
     default.
     """
 
@@ -49,8 +50,10 @@ class PledgeGuard:
         if rule is None:
             return (Refusal(name, f"{terms.good} has no rule, and is nothing to promise"),)
         found = list(self._of_promise(name, rule, terms, gives, besides))
-        if gives and rule.sets and not found:
-            found += self._of_actuator(rule, terms, besides)
+        sets = rule.sets if gives else rule.takes_set
+        if sets and not found:
+            sign = rule.gives_sign if gives else 1
+            found += self._of_actuator(sets, rule.entity, sign, terms, besides)
         return found
 
     def _of_promise(
@@ -72,18 +75,18 @@ class PledgeGuard:
             yield Refusal(name, f"it may cost {usd:g} USD; at most {rule.usd_at_most:g}")
 
     def _of_actuator(
-        self, rule: AidRule, terms: Terms, besides: Sequence[float]
+        self, sets: str, entity: str, sign: int, terms: Terms, besides: Sequence[float]
     ) -> Iterator[Refusal]:
         if self._limits is None:
             self._limits = Limits(self._rules, self._describe(), lambda *signed: False)
-        member, _, actuator = rule.sets.partition(".")
+        member, _, actuator = sets.partition(".")
         situation, limits = self._situate(), self._limits
-        values = {q + b for q, b in zip(terms.quantity, besides, strict=True) if q}
+        values = {sign * (q + b) for q, b in zip(terms.quantity, besides, strict=True) if q}
         for value in sorted(values):
             bundle = Bundle(
                 terms.id,
                 situation.run,
-                (Setpoint(member, actuator, rule.entity, value),),
+                (Setpoint(member, actuator, entity, value),),
                 Priority.AUTONOMOUS,
                 situation.time_ns,
                 situation.time_ns,

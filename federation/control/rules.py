@@ -255,7 +255,13 @@ class AidRule(Part):
     sets: Variable | Literal[""] = Field(
         default="", description="the actuator that giving it sets, under that one's rules"
     )
-    entity: str = Field(default="system", description="of which entity of the actuator")
+    gives_sign: Literal[1, -1] = Field(
+        default=1, description="-1 where that actuator counts what comes, not what goes"
+    )
+    takes_set: Variable | Literal[""] = Field(
+        default="", description="the actuator that taking it sets, under that one's rules"
+    )
+    entity: str = Field(default="system", description="of which entity of the actuators")
 
 
 class Rules(Part):
@@ -349,10 +355,12 @@ class Rules(Part):
         for i, exclusion in enumerate(self.not_together):
             self._check_terms(exclusion, ("not_together", i), descriptions)
         for good, aid in self.aid.items():
-            if aid.sets:
-                actuator = self.actuator(aid.sets, descriptions, ("aid", good, "sets"))
-                if aid.entity not in descriptions[aid.sets.partition(".")[0]].ids(actuator.kind):
-                    text = f"{aid.sets} has no entity {aid.entity!r}"
+            for key, name in (("sets", aid.sets), ("takes_set", aid.takes_set)):
+                if not name:
+                    continue
+                actuator = self.actuator(name, descriptions, ("aid", good, key))
+                if aid.entity not in descriptions[name.partition(".")[0]].ids(actuator.kind):
+                    text = f"{name} has no entity {aid.entity!r}"
                     raise self.error(("aid", good, "entity"), text)
         for i, sum_ in enumerate(self.sums):
             for name in sum_.over:

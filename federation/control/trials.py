@@ -21,6 +21,9 @@ from federation.wire import codec, status
 Attempt = tuple[str, int | None]
 """A measure, and the number of a future or, with None, the one that the run itself is in."""
 
+TRIES = "guard"
+"""Whose actions those are that a fork begins with."""
+
 CANCEL_S = 5.0
 """How long the broker may take to end a fork that nobody waits for any more."""
 
@@ -132,8 +135,15 @@ class Trials:
         actions = tuple((sent.time_ns, codec.decode_action(sent.action)) for sent in answer.sent)
         return Trial(measure, cut.time_ns, outputs, actions)
 
-    async def run(self, cut: Observation, measure: str, future: int | None, until_ns: int) -> Trial:
-        """The same for one attempt, in a fork that is a run of its own.
+    async def run(
+        self,
+        cut: Observation,
+        measure: str,
+        future: int | None,
+        until_ns: int,
+        actions: Iterable[Action] = (),
+    ) -> Trial:
+        """The same for one attempt, in a fork that is a run of its own and begins with actions.
 
         Fails as `ForkRun` does, and with what the fork fails with.
         """
@@ -143,6 +153,9 @@ class Trials:
         )
         if future is not None:
             request.future.number = future
+        for action in actions:
+            request.operator = TRIES
+            request.actions.append(codec.encode_action(action))
         with view.asking():
             answer = await view.scenarios.ForkRun(request)
             name = answer.run.name
@@ -165,9 +178,9 @@ class Trials:
             outputs = await asyncio.gather(
                 *(self._told(name, variable, cut) for variable in self.wanted)
             )
-            actions = await self._actions(name, cut.time_ns)
+            sent = await self._actions(name, cut.time_ns)
         found = dict(zip(self.wanted, outputs, strict=True))
-        return Trial(measure, cut.time_ns, found, actions)
+        return Trial(measure, cut.time_ns, found, sent)
 
     async def lived(self, cut: Observation, until_ns: int) -> Trial:
         """What has become of the run itself, from a cut up to an instant that is settled."""

@@ -481,7 +481,8 @@ class Desk:
     # -- what is behind this -------------------------------------------------------------------
 
     def _changes(self, actions: tuple[Action, ...]) -> tuple[Operated, ...]:
-        """What the model is to be given: where what is in force has changed, or was acted on."""
+        """What the model is to be given: where what is in force has changed, was acted on, or was
+        renewed at an actuator that declares a lease, which the model may count by itself."""
         disturbed = {(action.actuator, action.entity) for action in actions}
         operated: list[Operated] = []
         after: dict[Place, str] = {}
@@ -498,7 +499,9 @@ class Desk:
             elif array:
                 priority = min(array)
                 slot = array[priority]
-                if self._told.get(place) == slot.value and place not in disturbed:
+                is_so = self._told.get(place) == slot.value and place not in disturbed
+                is_renewed = slot.since_ns == self.now_ns and self._actuators[place[0]][0].lease_ns
+                if is_so and not is_renewed:
                     continue
                 self._told[place] = slot.value
                 text = (
