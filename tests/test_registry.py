@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -278,6 +279,29 @@ def test_a_twin_that_crashed_gets_its_name_back_when_the_old_lease_ends() -> Non
             task = enrol(address, [])
             await until_listed(address, [("water", "here:1")])
             await cancelled(task)
+
+    bounded(story)
+
+
+def test_who_ends_while_it_registers_leaves_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a name before it knows of it."""
+    register = BrokerService.Register
+
+    async def slowly(*call: Any) -> broker_pb2.RegisterResponse:
+        answer = await register(*call)
+        await asyncio.sleep(0.3)
+        return answer
+
+    monkeypatch.setattr(BrokerService, "Register", slowly)
+
+    async def story() -> None:
+        gone: list[Lease] = []
+        async with broker(Registry("life"), gone) as address:
+            task = enrol(address, [])
+            await until_listed(address, [("water", "here:1")])
+            await cancelled(task)
+            assert [lease.member.name for lease in gone] == ["water"]
+            assert await listed(address) == []
 
     bounded(story)
 

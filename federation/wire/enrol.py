@@ -52,14 +52,20 @@ async def keep_name(
         [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 1000)],
     ) as channel:
         stub: broker_pb2_grpc.BrokerAsyncStub = broker_pb2_grpc.BrokerStub(channel)
+
+        async def register() -> broker_pb2.Lease:
+            answer = await stub.Register(request, timeout=CALL_TIMEOUT_S)
+            return answer.lease
+
         lease: broker_pb2.Lease | None = None
+        registering: asyncio.Task[broker_pb2.Lease] | None = None
         waited = away = is_known = False
         try:
             while True:
                 try:
                     if lease is None:
-                        answer = await stub.Register(request, timeout=CALL_TIMEOUT_S)
-                        lease = answer.lease
+                        registering = asyncio.create_task(register())
+                        lease = await asyncio.shield(registering)
                         say(f"registered {name} with {broker} (epoch {lease.epoch})")
                     else:
                         await asyncio.sleep(lease.ttl.ToTimedelta().total_seconds() / 3)
@@ -90,8 +96,10 @@ async def keep_name(
                         case _:
                             raise error from None
         finally:
-            if lease is not None:
-                with suppress(grpc.aio.AioRpcError):
+            with suppress(grpc.aio.AioRpcError):
+                if lease is None and registering is not None:
+                    lease = await registering  # who ends just now may have a name all the same
+                if lease is not None:
                     await stub.Leave(
                         broker_pb2.LeaveRequest(lease=lease.id), timeout=CALL_TIMEOUT_S
                     )
