@@ -36,9 +36,9 @@ class Suited:
     """Who sets out at once, in words, and what it costs; US dollars over the horizon.
 
     `costs_usd` has the cost in each future and `cost_usd` their mean, which no plan brings below
-    `bound_usd`; to know beforehand which future comes would save `forecast_usd` at most.
-    `estimates_usd` is the mean cost if those set out at once whom a plan would send that takes
-    the estimates for the truth; None when that is not possible in some future.
+    `bound_usd`; with the visits that were weighed, to know beforehand which future comes would save
+    `forecast_usd` at most. `estimates_usd` is the mean cost if those set out at once whom a plan
+    would send that takes the estimates for the truth; None when some future does not allow that.
     """
 
     at_once: tuple[str, ...]
