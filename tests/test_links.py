@@ -339,15 +339,15 @@ CHAIN = (("ash", "birch"), ("birch", "cedar"))
 RING = (*CHAIN, ("cedar", "ash"))
 
 
+@pytest.mark.parametrize("pairs", [CHAIN, RING], ids=["chain", "ring"])
 def test_three_cities_in_a_chain_and_in_a_ring_agree_after_their_lines_were_down_by_turns(
-    tmp_path: Path,
+    pairs: tuple[tuple[str, str], ...], tmp_path: Path
 ) -> None:
     """Each is told of what its neighbour wrote, and of what that one was told of by its own; of
     nothing twice, and in a ring of nothing that it wrote itself."""
 
-    async def three(pairs: tuple[tuple[str, str], ...], folder: Path) -> None:
-        folder.mkdir()
-        async with neighbours(folder, pairs, pace_of(0.4), seed=3) as found:
+    async def story() -> None:
+        async with neighbours(tmp_path, pairs, pace_of(0.4), seed=3) as found:
             await all_good(found)
             for turn, (pair, link) in enumerate(list(found.links.items())[-2:]):
                 if turn % 2:
@@ -365,9 +365,6 @@ def test_three_cities_in_a_chain_and_in_a_ring_agree_after_their_lines_were_down
             assert told & found.cities["birch"].wrote().keys()
             assert told & found.cities["cedar"].wrote().keys()
             assert not told & ash.wrote().keys()
-
-    async def story() -> None:
-        await asyncio.gather(three(CHAIN, tmp_path / "chain"), three(RING, tmp_path / "ring"))
 
     bounded(story)
 
