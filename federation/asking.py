@@ -72,15 +72,12 @@ def _suited(question: Question, workers: int) -> Suited:
     """Here as one problem, on several workers by hedging."""
     from federation.plan.recourse import RayPool
     from federation.plan.suited import suited
-    from federation.scenario.engine import end_ray, start_ray
+    from federation.scenario.engine import ray_up
 
     if workers == 1:
         return suited(question.model, question.tasks, question.futures)
-    try:
-        start_ray(workers, "local")
+    with ray_up(workers, "local"):
         return suited(question.model, question.tasks, question.futures, RayPool)
-    finally:
-        end_ray()
 
 
 def _extra(name: str, amount: str, limit: str) -> Extra:

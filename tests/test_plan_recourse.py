@@ -11,7 +11,7 @@ from federation.errors import PlanError, Reason
 from federation.plan.engine import engine_of, optimum_usd
 from federation.plan.joining import join
 from federation.plan.recourse import Future, RayPool, extensive, hedge, with_recourse
-from federation.scenario.engine import end_ray, start_ray
+from federation.scenario.engine import ray_up
 from tests.blocks import block
 
 INF = np.inf
@@ -64,11 +64,8 @@ def test_hedging_finds_the_same_decision() -> None:
 
 def test_hedging_on_workers_is_hedging_here_bit_for_bit() -> None:
     futures = [*newsvendor(), Future("none", 0.0, shop(0.0).problem)]
-    start_ray(2, "local")
-    try:
+    with ray_up(2, "local"):
         spread = hedge(futures, BUY, RayPool(futures, BUY), tolerance=1e-4)
-    finally:
-        end_ray()
     assert spread == hedge(futures, BUY, tolerance=1e-4)
     assert spread.rounds > 1
 

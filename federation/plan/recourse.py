@@ -278,6 +278,7 @@ class Subproblem:
             & (future.problem.high[place] <= 1)
         )
         self._engine = engine_of(self._problem)
+        self._is_limited = search != EXACT
         _limit(self._engine, search)
         make_whole(self._engine, self._whole)
         # for each column x of the first stage one for x^2 / 2, from below
@@ -326,13 +327,13 @@ class Subproblem:
         return usd
 
     def _found_usd(self) -> float:
-        """Of the optimum or, when the search ends before it, of the best that it found."""
-        try:
+        """Of the optimum or, when the search may end before it, of the best that it found."""
+        if not self._is_limited:
             return optimum_usd(self._engine)
-        except PlanError:
-            if not _has_plan(self._engine):
-                raise
-            return cost_usd(self._engine)
+        self._engine.run()  # once: a search that has met its limit is not begun anew
+        if not _has_plan(self._engine):
+            raise no_plan(self._engine)
+        return cost_usd(self._engine)
 
 
 class LocalPool:

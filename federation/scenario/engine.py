@@ -118,16 +118,8 @@ class Engine:
         if not self._is_spread:
             yield
             return
-        ray = _ray()
-        mine = not ray.is_initialized()
-        with redirect_stdout(sys.stderr):  # where Ray tells of lost workers; ours is for results
-            if mine:
-                start_ray(self.workers, self.address)
-            try:
-                yield
-            finally:
-                if mine:
-                    end_ray()
+        with ray_up(self.workers, self.address):
+            yield
 
     @property
     def _is_spread(self) -> bool:
@@ -251,6 +243,20 @@ def _ray() -> Any:
             Reason.MISSING_EXTRA, "several workers need Ray: install multitwin[study]"
         ) from None
     return ray
+
+
+@contextmanager
+def ray_up(workers: int, address: str | None) -> Iterator[None]:
+    """Ray for as long as the context lasts, unless it is up already; see `start_ray`."""
+    mine = not _ray().is_initialized()
+    with redirect_stdout(sys.stderr):  # where Ray tells of lost workers; ours is for results
+        if mine:
+            start_ray(workers, address)
+        try:
+            yield
+        finally:
+            if mine:
+                end_ray()
 
 
 def start_ray(workers: int, address: str | None) -> None:
